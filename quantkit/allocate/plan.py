@@ -1,0 +1,94 @@
+"""Plans: one tier per weight, with exact bytes."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from quantkit.artifacts import Choice, Inventory, KeptTensor, Plan, Weight, require_kind
+from quantkit.errors import PlanError
+from quantkit.formats.tiers import Tier, canonical, float_dtype, parse_tier, resolve
+
+KEPT_LABEL = "kept"
+
+
+def make_plan(inventory: Inventory, tiers: Mapping[str, Tier], origin: str) -> Plan:
+    """The plan that stores each weight in `tiers[name]`.
+
+    Raises TierError for a tier that does not fit, PlanError when `tiers` names another set of
+    weights than the inventory.
+    """
+    _require_same_weights(inventory, tiers)
+    choices = tuple(_choice(inventory, w, tiers[w.name]) for w in inventory.weights)
+    return Plan(inventory.source, inventory.model_type, origin, choices, _kept(inventory))
+
+
+def read_plan(data: Mapping[str, Any], inventory: Inventory, where: str) -> Plan:
+    """The plan in a JSON file, its bytes counted anew: only names and tiers are taken from it.
+
+    Raises PlanError when it was made for another checkpoint, TierError for its tiers.
+    """
+    require_kind(data, "plan", where)
+    try:
+        structure = data["source"]["structure"]
+        tiers = {weight["name"]: parse_tier(weight["tier"]) for weight in data["weights"]}
+        origin = str(data.get("origin", "plan"))
+    except (KeyError, TypeError, AttributeError) as exc:
+        raise PlanError(f"{where}: not a complete plan ({exc} is missing or malformed).") from exc
+    if structure != inventory.source.structure:
+        raise PlanError(
+            f"{where}: made for another checkpoint ({data['source'].get('name')}), "
+            f"not for {inventory.source.name}. Plan anew."
+        )
+    return make_plan(inventory, tiers, origin)
+
+
+def _choice(inventory: Inventory, weight: Weight, tier: Tier) -> Choice:
+    storage = parse_tier(weight.storage)
+    physical = resolve(tier, storage)
+    physical.require_fit(weight.name, weight.shape)
+    stored = physical.stored_bytes(weight.shape, float_dtype(storage))
+    return Choice(
+        name=weight.name,
+        role=weight.role,
+        layer=weight.layer,
+        tier=canonical(tier, storage).name,
+        storage=physical.name,
+        parameters=weight.parameters,
+        bytes=stored,
+        active_bytes=_active(inventory, weight.role, weight.shape[0], stored),
+    )
+
+
+def _kept(inventory: Inventory) -> Choice:
+    active: list[int | None] = [_active_kept(inventory, tensor) for tensor in inventory.kept]
+    return Choice(
+        name="",
+        role="norms, biases",
+        layer=None,
+        tier=KEPT_LABEL,
+        storage="/".join(sorted({tensor.dtype.lower() for tensor in inventory.kept})),
+        parameters=sum(tensor.parameters for tensor in inventory.kept),
+        bytes=sum(tensor.bytes for tensor in inventory.kept),
+        active_bytes=None if None in active else sum(b for b in active if b is not None),
+    )
+
+
+def _active_kept(inventory: Inventory, tensor: KeptTensor) -> int | None:
+    return _active(inventory, tensor.role, tensor.shape[0] if tensor.shape else 1, tensor.bytes)
+
+
+def _active(inventory: Inventory, role: str, rows: int, stored: int) -> int | None:
+    share = inventory.active_share(role, rows)
+    return None if share is None else stored * share[0] // share[1]
+
+
+def _require_same_weights(inventory: Inventory, tiers: Mapping[str, Tier]) -> None:
+    names = {weight.name for weight in inventory.weights}
+    for wrong, what in (
+        (names - tiers.keys(), "has no tier"),
+        (tiers.keys() - names, "is unknown"),
+    ):
+        if wrong:
+            raise PlanError(
+                f"plan: weight {min(wrong)!r} {what} (one of {len(wrong)} such). "
+                f"It does not belong to {inventory.source.name}."
+            )

@@ -1,0 +1,65 @@
+"""The one door to mlx.
+
+MLX's Linux wheels link a reference BLAS that is about 50 times slower than OpenBLAS; whichever is
+in the process first serves the symbols. So OpenBLAS, where it is installed, is loaded before mlx:
+import `mx` from here, never from mlx itself.
+"""
+
+import ctypes
+import sys
+from itertools import cycle
+
+_OPENBLAS = "libopenblas.so.0"
+
+
+def _load_openblas() -> bool:
+    """Put OpenBLAS before mlx. True where that is done, or not needed."""
+    if sys.platform != "linux":
+        return True
+    if "mlx.core" in sys.modules:
+        return _OPENBLAS in _mapped_libraries()
+    try:
+        ctypes.CDLL(_OPENBLAS, mode=ctypes.RTLD_GLOBAL)
+    except OSError:
+        return False
+    return True
+
+
+def _mapped_libraries() -> str:
+    with open("/proc/self/maps") as maps:
+        return maps.read()
+
+
+_FAST_BLAS = _load_openblas()
+
+import mlx.core as mx  # noqa: E402
+
+
+def on_cpu() -> bool:
+    """Whether mlx computes on the CPU by default."""
+    return bool(mx.default_device() == mx.cpu)
+
+
+def speed_hint() -> str | None:
+    """What the user could install to make this machine faster; None where nothing is missing."""
+    if _FAST_BLAS or not on_cpu():
+        return None
+    return (
+        "OpenBLAS is not installed: matrix products will be about 50 times slower. "
+        "On Debian or Ubuntu: apt-get install libopenblas0-pthread"
+    )
+
+
+def streams() -> "cycle[mx.Stream]":
+    """Streams to hand independent work to in turn: one per CPU core up to 4, or the GPU's own.
+
+    Each CPU stream is one thread of mlx's; a GPU keeps itself busy from a single stream.
+    """
+    if not on_cpu():
+        return cycle([mx.default_stream(mx.default_device())])
+    import os
+
+    return cycle([mx.new_stream(mx.cpu) for _ in range(min(4, os.cpu_count() or 1))])
+
+
+__all__ = ["mx", "on_cpu", "speed_hint", "streams"]

@@ -1,0 +1,19 @@
+"""From what a person asked for to a plan."""
+
+from pathlib import Path
+
+from quantkit.allocate.plan import read_plan
+from quantkit.allocate.recipe import load_recipe, plan_by_recipe, recipe_names
+from quantkit.artifacts import Inventory, Plan, load_json
+from quantkit.errors import InputError, PlanError
+
+
+def choose_plan(inventory: Inventory, recipe: str | None, plan_file: Path | None) -> Plan:
+    """The plan of a recipe, or of a plan file. Raises InputError unless just one is given."""
+    if (recipe is None) == (plan_file is None):
+        ways = "--recipe NAME or --plan FILE, just one of them"
+        raise InputError(f"say how to choose tiers: {ways}. Recipes: {', '.join(recipe_names())}.")
+    if plan_file is not None:
+        return read_plan(load_json(plan_file, PlanError), inventory, str(plan_file))
+    assert recipe is not None
+    return plan_by_recipe(inventory, load_recipe(recipe))

@@ -1,0 +1,158 @@
+"""What a person sees: tables, progress, errors."""
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from quantkit.artifacts import Inventory, Plan, Progress, Report
+from quantkit.units import bits_per_weight, count, gb, gib, size
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+def error(message: str) -> None:
+    """One line on stderr."""
+    print(f"error: {message}", file=sys.stderr)
+
+
+def note(message: str) -> None:
+    """A line on stderr that is no result."""
+    print(message, file=sys.stderr)
+
+
+def print_json(value: Any) -> None:
+    """A result on stdout, for programs."""
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def print_inventory(inventory: Inventory) -> None:
+    """What a checkpoint holds, a line per role and storage."""
+    groups: dict[tuple[str, str], list[Any]] = {}
+    for weight in inventory.weights:
+        groups.setdefault((weight.role, weight.storage), []).append(weight)
+    table = _table("role", "held in", "#weights", "#parameters", "#bytes", "shapes")
+    for (role, storage), weights in groups.items():
+        shapes = sorted({"x".join(map(str, w.shape)) for w in weights})
+        table.add_row(
+            role,
+            storage,
+            str(len(weights)),
+            count(sum(w.parameters for w in weights)),
+            size(sum(w.bytes for w in weights)),
+            ", ".join(shapes),
+        )
+    kept = inventory.kept
+    types = "/".join(sorted({tensor.dtype.lower() for tensor in kept}))
+    table.add_row(
+        "norms, biases",
+        types,
+        str(len(kept)),
+        count(sum(t.parameters for t in kept)),
+        size(sum(t.bytes for t in kept)),
+        "",
+    )
+    experts = ""
+    if inventory.experts:
+        experts = f", {inventory.experts} experts"
+    if inventory.experts_per_token:
+        experts += f" of which {inventory.experts_per_token} per token"
+    title = f"{inventory.source.name}: {inventory.model_type}, {inventory.layers} layers{experts}"
+    _show(table, title)
+    _totals(inventory.total_bytes, inventory.parameters, None)
+
+
+def print_plan(plan: Plan) -> None:
+    """The tier table of a plan, and its totals."""
+    _show(_tier_table(plan), f"{plan.source.name}: {plan.origin}")
+    _totals(plan.total_bytes, plan.parameters, plan.active_bytes)
+
+
+def print_report(report: Report, where: str) -> None:
+    """The tier table of a written repo, its totals, and where it came from."""
+    plan = report.plan
+    _show(_tier_table(plan), f"{where}: {plan.origin}, from {plan.source.name}")
+    _totals(report.total_bytes, plan.parameters, plan.active_bytes)
+    print(f"shards            {len(report.shards)}")
+    for shard in report.shards:
+        print(f"  {shard.name}  {size(shard.size)}  sha256 {shard.sha256}")
+    print("source")
+    for file in plan.source.files:
+        print(f"  {file.name}  {size(file.size)}  sha256 {file.sha256}")
+    print("versions          " + ", ".join(f"{k} {v}" for k, v in report.versions.items()))
+
+
+def print_checks(checks: Sequence[Any]) -> None:
+    """A line per check, as it is made."""
+    marks = {True: "ok  ", False: "FAIL", None: "skip"}
+    for check in checks:
+        print(f"{marks[check.ok]}  {check.name}: {check.detail}")
+
+
+@contextmanager
+def progress(total: int, what: str) -> Iterator[Progress]:
+    """A progress bar on stderr over `total` bytes, with speed and ETA; only on a terminal."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    columns = (
+        TextColumn(what),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("[dim]{task.description}"),
+    )
+    screen = Console(stderr=True)
+    with Progress(*columns, console=screen, disable=not screen.is_terminal) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda done, name: bar.update(task, advance=done, description=name)
+
+
+def _tier_table(plan: Plan) -> "Table":
+    table = _table("tier", "roles", "#weights", "#parameters", "#share", "#bytes", "#bits/weight")
+    for row in plan.tiers():
+        table.add_row(
+            row.tier,
+            ", ".join(row.roles),
+            str(row.weights) if row.tier != plan.kept.tier else "",
+            count(row.parameters),
+            f"{row.parameters_percent:.2f}%",
+            size(row.bytes),
+            f"{row.bits_per_weight:.3f}",
+        )
+    return table
+
+
+def _totals(total: int, parameters: int, active: int | None) -> None:
+    print(f"total             {total:,} bytes = {gb(total)} = {gib(total)}")
+    print(f"bits per weight   {bits_per_weight(total, parameters):.3f} over {count(parameters)}")
+    if active is not None:
+        print(f"read per token    {gb(active)}")
+
+
+def _table(*columns: str) -> "Table":
+    """A plain table; a leading # aligns a column right."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for column in columns:
+        table.add_column(column.lstrip("#"), justify="right" if column[0] == "#" else "left")
+    return table
+
+
+def _show(table: "Table", title: str) -> None:
+    from rich.console import Console
+
+    print(title)
+    Console(soft_wrap=False).print(table)

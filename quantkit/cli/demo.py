@@ -1,0 +1,45 @@
+"""`quantkit demo`: the main job on a model that fits anywhere."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from quantkit.cli import console
+
+
+def demo(
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", metavar="OUT", help="Where to write it. Default: the cache."
+        ),
+    ] = None,
+    recipe: Annotated[str, typer.Option("--recipe", "-r", help="A recipe.")] = "mxfp4-q8",
+    question: Annotated[
+        str, typer.Option("--question", "-q", help="What the quantized model is asked.")
+    ] = "What is the capital of France?",
+) -> None:
+    """Build a small gpt-oss, quantize it, print the report, and let the result answer.
+
+    The model is SmolLM2-135M-Instruct upcycled to 8 experts in MXFP4, in gpt-oss's published
+    layout; it is built once (15 s) and kept in the cache.
+    """
+    from quantkit.cli.choose import choose_plan
+    from quantkit.cli.rewriting import write_repo
+    from quantkit.demo.build import demo_checkpoint
+    from quantkit.judge.answer import answer
+    from quantkit.places import cache_folder
+    from quantkit.source.source import open_source
+
+    with console.progress(0, "Building the demo model") as progress:
+        checkpoint = demo_checkpoint(lambda done, of: progress(0, f"layer {done} of {of}"))
+    source = open_source(str(checkpoint))
+    plan = choose_plan(source.inventory, recipe, None)
+    out = output or cache_folder() / f"demo-{Path(recipe).stem}"
+    report = write_repo(source, plan, out, force=output is None)
+    console.print_report(report, str(out))
+    print(f"\n> {question}")
+    for piece in answer(out, question):
+        print(piece, end="", flush=True)
+    print()

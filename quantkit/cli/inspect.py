@@ -1,0 +1,19 @@
+"""`quantkit inspect`: what a checkpoint holds."""
+
+from quantkit.cli import console
+from quantkit.cli.options import Json, Revision, Src
+
+
+def inspect(src: Src, revision: Revision = None, json: Json = False) -> None:
+    """Show what a checkpoint holds, from its headers alone.
+
+    Nothing is downloaded but metadata: `quantkit inspect openai/gpt-oss-120b` takes seconds.
+    Damaged files (truncated shards, tensors missing or of a wrong shape) are found and named.
+    """
+    from quantkit.source.source import open_source
+
+    inventory = open_source(src, revision).inventory
+    if json:
+        console.print_json(inventory.to_json())
+    else:
+        console.print_inventory(inventory)

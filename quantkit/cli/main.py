@@ -1,0 +1,56 @@
+"""The `quantkit` command: its subcommands, and the one place where errors become messages."""
+
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+from quantkit.cli import console
+from quantkit.cli.demo import demo
+from quantkit.cli.inspect import inspect
+from quantkit.cli.plan import plan
+from quantkit.cli.quantize import quantize
+from quantkit.cli.report import report
+from quantkit.cli.verify import verify
+from quantkit.errors import QuantkitError
+
+
+class _Commands(TyperGroup):
+    def invoke(self, ctx: Any) -> Any:
+        """Errors raised on purpose end in one line and their exit code, never in a traceback."""
+        try:
+            return super().invoke(ctx)
+        except QuantkitError as exc:
+            console.error(str(exc))
+            raise typer.Exit(exc.exit_code) from exc
+        except KeyboardInterrupt as exc:
+            console.error("interrupted. Run the same command again to go on.")
+            raise typer.Exit(130) from exc
+
+
+app = typer.Typer(
+    cls=_Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    help="""Mixed-precision MLX quants of gpt-oss, and of any model mlx-lm runs.
+
+    Look at a checkpoint, choose a tier for every weight, write the repo, check it:
+
+    `quantkit inspect openai/gpt-oss-20b`
+
+    `quantkit plan openai/gpt-oss-20b --recipe mxfp4-q8`
+
+    `quantkit quantize openai/gpt-oss-20b --recipe mxfp4-q8 -o gpt-oss-20b-q8`
+
+    `quantkit verify gpt-oss-20b-q8`
+    """,
+)
+for command in (inspect, plan, quantize, report, verify, demo):
+    app.command()(command)
+
+
+def main() -> None:
+    """Entry point of the `quantkit` script."""
+    app()

@@ -1,0 +1,43 @@
+"""`quantkit plan`: a tier for every weight, and what that takes."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from quantkit.cli import console
+from quantkit.cli.options import Json, RecipeName, Revision, Src
+
+
+def plan(
+    src: Src,
+    recipe: RecipeName = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", help="Save the plan as JSON, to read, edit and quantize by."
+        ),
+    ] = None,
+    revision: Revision = None,
+    json: Json = False,
+) -> None:
+    """Choose a tier for every weight and count the bytes, before anything is downloaded.
+
+    Sizes are exact: the repo that `quantkit quantize` writes has just these bytes.
+
+    `quantkit plan openai/gpt-oss-120b --recipe moringlabs-3.6bit`
+
+    `quantkit plan SRC -r mxfp4-q8 -o plan.json`, then edit a tier in plan.json, then
+    `quantkit quantize SRC --plan plan.json -o OUT`
+    """
+    from quantkit.artifacts import dump_json, write_atomically
+    from quantkit.cli.choose import choose_plan
+    from quantkit.source.source import open_source
+
+    chosen = choose_plan(open_source(src, revision).inventory, recipe, None)
+    if output is not None:
+        write_atomically(output, dump_json(chosen.to_json()))
+    if json:
+        console.print_json(chosen.to_json())
+    else:
+        console.print_plan(chosen)

@@ -1,0 +1,50 @@
+"""`quantkit quantize`: the main job."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from quantkit.cli import console
+from quantkit.cli.options import Json, RecipeName, Revision, Src
+
+
+def quantize(
+    src: Src,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="OUT", help="The folder to write.")
+    ],
+    recipe: RecipeName = None,
+    plan: Annotated[
+        Path | None, typer.Option("--plan", "-p", help="A plan that `quantkit plan -o` saved.")
+    ] = None,
+    shard_size: Annotated[
+        str, typer.Option(help="Largest shard, such as 5GB or 4GiB (tensors; headers aside).")
+    ] = "5GB",
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace OUT, or an unfinished run of other inputs.")
+    ] = False,
+    revision: Revision = None,
+    json: Json = False,
+) -> None:
+    """Rewrite a checkpoint into a repo that stock mlx-lm loads.
+
+    Streams through the source block by block: memory stays below 1 GB for the tensors of any
+    model. OUT appears when it is finished and not before; a killed run leaves OUT.partial, and the
+    same command goes on from there.
+
+    `quantkit quantize openai/gpt-oss-20b -r mxfp4-q8 -o gpt-oss-20b-q8`
+    """
+    from quantkit.cli.choose import choose_plan
+    from quantkit.cli.rewriting import write_repo
+    from quantkit.source.source import open_source
+    from quantkit.units import parse_bytes
+
+    shard_bytes = parse_bytes(shard_size)
+    source = open_source(src, revision)
+    chosen = choose_plan(source.inventory, recipe, plan)
+    report = write_repo(source, chosen, output, shard_bytes=shard_bytes, force=force)
+    if json:
+        console.print_json(report.to_json())
+    else:
+        console.print_report(report, str(output))

@@ -1,0 +1,1 @@
+"""A gpt-oss that can really speak, small enough to try everything on: SmolLM2, upcycled."""

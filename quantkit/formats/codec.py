@@ -1,0 +1,55 @@
+"""Encoding and decoding weights with mlx: what a tier's tensors hold."""
+
+import numpy as np
+
+from quantkit.backend import mx, on_cpu
+from quantkit.formats import mxfp4
+from quantkit.formats.tiers import MXFP4, Tier
+
+_FLOATS = {"BF16": mx.bfloat16, "F16": mx.float16, "F32": mx.float32}
+
+
+def to_mx(carrier: np.ndarray, dtype: str) -> mx.array:
+    """A numpy carrier (BF16 as uint16) as an mlx array of `dtype`."""
+    array = mx.array(carrier)
+    return array.view(mx.bfloat16) if dtype == "BF16" else array
+
+
+def to_numpy(array: mx.array) -> np.ndarray:
+    """An mlx array as its numpy carrier: BF16 as uint16, all else as itself."""
+    return np.array(array.view(mx.uint16) if array.dtype == mx.bfloat16 else array)
+
+
+def encode(weight: mx.array, tier: Tier) -> tuple[mx.array, ...]:
+    """Round `weight` (..., out, in) to nearest in `tier`: its tensors in the tier's own order.
+
+    A float tier is a cast, a quantized one mlx's own `mx.quantize`, bit for bit. Affine scales and
+    biases have the dtype of `weight`. Raises TierError if the tier does not fit.
+    """
+    if not tier.quantized:
+        return (weight.astype(_FLOATS[tier.name.upper()]),)
+    tier.require_fit("weight", weight.shape)
+    return tuple(mx.quantize(weight, group_size=tier.group_size, bits=tier.bits, mode=tier.mode))
+
+
+def decode(tensors: tuple[mx.array, ...], tier: Tier, dtype: str = "BF16") -> mx.array:
+    """The float values that `tensors`, in the order `encode` gave them, stand for."""
+    if not tier.quantized:
+        return tensors[0].astype(_FLOATS[dtype])
+    packed, scales, *biases = tensors
+    return mx.dequantize(
+        packed,
+        scales,
+        biases[0] if biases else None,
+        group_size=tier.group_size,
+        bits=tier.bits,
+        mode=tier.mode,
+        dtype=_FLOATS[dtype],
+    )
+
+
+def decode_mxfp4(packed: np.ndarray, scales: np.ndarray) -> mx.array:
+    """MXFP4 carriers (rows, in/8) and (rows, in/32) as BF16 (rows, in), exactly."""
+    if on_cpu():
+        return to_mx(mxfp4.to_bfloat16(packed, scales), "BF16")
+    return decode((mx.array(packed), mx.array(scales)), MXFP4)

@@ -1,0 +1,199 @@
+"""Whether a repo is what its plan says, and what stock mlx-lm needs."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from quantkit.artifacts import Choice, Progress, Report, load_json
+from quantkit.errors import SourceError
+from quantkit.formats.dtypes import nonfinite
+from quantkit.formats.tiers import TIERS, Tier
+from quantkit.source.checkpoint import INDEX_FILE, Checkpoint, hash_file, open_folder
+from quantkit.source.headers import StoredTensor
+
+_LOAD_ERRORS = (
+    AttributeError,
+    ImportError,
+    IndexError,
+    KeyError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+_TOP_LEVEL = ("group_size", "bits", "mode")
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at: `ok` is None where it was skipped."""
+
+    name: str
+    ok: bool | None
+    detail: str
+
+
+class _WrongError(Exception):
+    """A check found this."""
+
+
+def verify(
+    repo: Path, report: Report, *, load: bool = True, progress: Progress | None = None
+) -> Iterator[Check]:
+    """Check `repo` against its `report` and against mlx-lm, cheapest first.
+
+    With `load` it is loaded whole by stock mlx-lm and generates a few tokens. `progress` is called
+    with the bytes hashed.
+    """
+    try:
+        checkpoint = open_folder(repo)
+    except SourceError as exc:
+        yield Check("index and shards", False, str(exc))
+        return
+    yield _check("index and shards", lambda: _check_index(repo, checkpoint))
+    yield _check("config", lambda: _check_config(checkpoint))
+    yield _check("bytes as planned", lambda: _check_bytes(checkpoint, report))
+    yield _check("hashes", lambda: _check_hashes(repo, report, progress))
+    yield _check("finite scales", lambda: _check_finite(checkpoint))
+    checkpoint.close()
+    if load:
+        yield from _check_mlx_lm(repo)
+    else:
+        yield Check("stock mlx-lm loads it", None, "not asked for")
+
+
+def _check(name: str, look: Callable[[], str]) -> Check:
+    try:
+        return Check(name, True, look())
+    except (_WrongError, SourceError) as exc:
+        return Check(name, False, str(exc))
+
+
+def _check_index(repo: Path, checkpoint: Checkpoint) -> str:
+    known = {file.name for file in checkpoint.files}
+    # mlx-lm loads every model*.safetensors in the folder, whatever the index says.
+    if stray := {path.name for path in repo.glob("model*.safetensors")} - known:
+        raise _WrongError(f"{min(stray)} is not in the index, but mlx-lm would load it. Remove it.")
+    stored = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
+    if not (repo / INDEX_FILE).is_file():
+        raise _WrongError(f"{INDEX_FILE} is missing.")
+    metadata = load_json(repo / INDEX_FILE, SourceError).get("metadata")
+    claimed = metadata.get("total_size") if isinstance(metadata, dict) else None
+    if claimed != stored:
+        raise _WrongError(f"{INDEX_FILE}: total_size {claimed}, the shards hold {stored} bytes.")
+    return f"{len(checkpoint.tensors)} tensors in {len(known)} shards"
+
+
+def _check_config(checkpoint: Checkpoint) -> str:
+    config = checkpoint.config
+    quantization = config.get("quantization", {})
+    if config.get("quantization_config", quantization) != quantization:
+        raise _WrongError("config.json: quantization_config differs from quantization.")
+    scaled = {name[: -len(".scales")] for name in checkpoint.tensors if name.endswith(".scales")}
+    entries = {key: value for key, value in quantization.items() if key not in _TOP_LEVEL}
+    if scaled and not all(key in quantization for key in _TOP_LEVEL):
+        raise _WrongError(f"config.json: quantization lacks one of {', '.join(_TOP_LEVEL)}.")
+    for names, what in (
+        (scaled - entries.keys(), "has scales, but no entry in config.json's quantization"),
+        (entries.keys() - scaled, "is in config.json's quantization, but has no scales"),
+    ):
+        if names:
+            raise _WrongError(f"{min(names)} {what} (one of {len(names)} such).")
+    for name, entry in entries.items():
+        _check_module(name, _tier_of(name, entry), checkpoint.tensors)
+    return f"{len(entries)} quantized modules"
+
+
+def _tier_of(name: str, entry: Any) -> Tier:
+    for tier in TIERS.values():
+        if tier.quantized and entry == tier.config_entry():
+            return tier
+    raise _WrongError(f"config.json: {name}: {entry} is no tier that mlx knows, or lacks its mode.")
+
+
+def _check_module(name: str, tier: Tier, tensors: Mapping[str, StoredTensor]) -> None:
+    scales, packed = tensors[f"{name}.scales"], tensors.get(f"{name}.weight")
+    if packed is None:
+        raise _WrongError(f"{name}: has scales, but no weight.")
+    shape = (*scales.shape[:-1], scales.shape[-1] * tier.group_size)
+    dtype = scales.dtype if tier.mode == "affine" else "BF16"
+    for spec in tier.tensors(name, shape, dtype):
+        found = tensors.get(spec.name)
+        if found is None:
+            raise _WrongError(f"{spec.name} is missing; tier {tier} needs it.")
+        if (found.dtype, found.shape) != (spec.dtype, spec.shape):
+            raise _WrongError(
+                f"{spec.name} is {found.dtype} {list(found.shape)}; tier {tier} needs "
+                f"{spec.dtype} {list(spec.shape)}."
+            )
+    if tier.mode != "affine" and f"{name}.biases" in tensors:
+        raise _WrongError(f"{name}.biases is there; tier {tier} has none.")
+
+
+def _check_bytes(checkpoint: Checkpoint, report: Report) -> str:
+    plan = report.plan
+    left = {name: tensor.nbytes for name, tensor in checkpoint.tensors.items()}
+    for choice in plan.choices:
+        found = sum(left.pop(f"{choice.name}.{part}", 0) for part in _parts(choice))
+        if found != choice.bytes:
+            raise _WrongError(f"{choice.name} takes {found} bytes, planned were {choice.bytes}.")
+    if (kept := sum(left.values())) != plan.kept.bytes:
+        raise _WrongError(f"norms and biases take {kept} bytes, planned were {plan.kept.bytes}.")
+    return f"{plan.total_bytes} bytes"
+
+
+def _parts(choice: Choice) -> tuple[str, ...]:
+    tier = TIERS[choice.storage]
+    if not tier.quantized:
+        return ("weight",)
+    return ("weight", "scales", "biases") if tier.mode == "affine" else ("weight", "scales")
+
+
+def _check_hashes(repo: Path, report: Report, progress: Progress | None) -> str:
+    for shard in report.shards:
+        found = hash_file(repo / shard.name, shard.name, progress)
+        if found != shard.sha256:
+            raise _WrongError(f"{shard.name}: sha256 {found}, written was {shard.sha256}.")
+    return f"{len(report.shards)} sha256 sums"
+
+
+def _check_finite(checkpoint: Checkpoint) -> str:
+    looked = 0
+    for tensor in checkpoint.tensors.values():
+        if not tensor.name.endswith((".scales", ".biases")):
+            continue
+        values = checkpoint.read(tensor, 0, int(np.prod(tensor.shape)))
+        if tensor.dtype == "U8":  # E8M0, or E4M3 in nvfp4: there 127 and 255 are NaN
+            bad = int(np.count_nonzero(values == 255))
+        else:
+            bad = nonfinite(values, tensor.dtype)
+        if bad:
+            raise _WrongError(f"{tensor.name}: {bad} of {values.size} values are NaN or infinite.")
+        looked += values.size
+    return f"{looked} values"
+
+
+def _check_mlx_lm(repo: Path) -> Iterator[Check]:
+    import mlx_lm
+
+    from quantkit.backend import mx
+
+    name = "stock mlx-lm loads it"
+    try:
+        model, tokenizer = mlx_lm.load(str(repo))
+    except _LOAD_ERRORS as exc:
+        yield Check(name, False, f"{type(exc).__name__}: {exc}")
+        return
+    yield Check(name, True, f"mlx-lm {mlx_lm.__version__}, strict")
+    try:
+        prompt = tokenizer.encode("The") or [0]
+        produced = list(mlx_lm.stream_generate(model, tokenizer, prompt, max_tokens=4))
+        finite = all(bool(mx.all(mx.isfinite(step.logprobs.max()))) for step in produced)
+    except _LOAD_ERRORS as exc:
+        yield Check("generates", False, f"{type(exc).__name__}: {exc}")
+        return
+    detail = f"{len(produced)} tokens" if finite else "log-probabilities are NaN"
+    yield Check("generates", finite and bool(produced), detail)

@@ -1,0 +1,1 @@
+"""Saying what a repo is: its report and its model card."""

@@ -1,0 +1,66 @@
+"""The model card, README.md of a repo."""
+
+import re
+from pathlib import Path
+
+from quantkit.artifacts import Report
+from quantkit.units import count, gb, gib, size
+
+_LICENSE = re.compile(r"\A---\n(?:.*\n)*?license:[ \t]*(\S+)[ \t]*\n(?:.*\n)*?---\n")
+
+
+def card(report: Report, base_model: str | None, license_id: str | None) -> str:
+    """The card: what is stored in which tier, sizes, origin, and how to run it.
+
+    `base_model` is a Hub id, None for a source that is only a local folder.
+    """
+    plan = report.plan
+    front = ["library_name: mlx", "pipeline_tag: text-generation"]
+    if license_id:
+        front.append(f"license: {license_id}")
+    if base_model:
+        front += [f"base_model: {base_model}", "base_model_relation: quantized"]
+    front += ["tags:", "- mlx", "- quantkit", f"- {plan.model_type}"]
+    title = (base_model or Path(plan.source.name).resolve().name).rpartition("/")[2]
+    rows = [
+        f"| {row.tier} | {', '.join(row.roles)} | {count(row.parameters)} "
+        f"| {row.parameters_percent:.2f}% | {size(row.bytes)} |"
+        for row in plan.tiers()
+    ]
+    active = plan.active_bytes
+    lines = [
+        "---",
+        *front,
+        "---",
+        "",
+        f"# {title}, {plan.bits_per_weight:.2f} bits per weight",
+        "",
+        f"A mixed-precision MLX quant of {base_model or title}, made with quantkit "
+        f"{report.versions['quantkit']} ({plan.origin}).",
+        "",
+        f"- Size: {gb(report.total_bytes)} ({gib(report.total_bytes)})",
+        f"- Bits per weight, everything stored counted: {plan.bits_per_weight:.3f}",
+        *([] if active is None else [f"- Read per generated token: {gb(active)}"]),
+        "",
+        "| tier | roles | parameters | share | size |",
+        "|---|---|---|---|---|",
+        *rows,
+        "",
+        "```sh",
+        "pip install mlx-lm",
+        'mlx_lm.generate --model PATH_OR_ID --prompt "Hello"',
+        "```",
+        "",
+        "Hashes, versions and the tier of every weight are in `quantkit.json`.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def license_of(folder: Path) -> str | None:
+    """The licence that the source's own card states in its front matter."""
+    try:
+        text = (folder / "README.md").read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return None
+    match = _LICENSE.match(text)
+    return match.group(1) if match else None

@@ -1,0 +1,1 @@
+"""Carrying a plan out: source in, repo out, a block at a time, resumable and atomic."""

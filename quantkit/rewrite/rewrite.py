@@ -1,0 +1,193 @@
+"""Source and plan in, repo out."""
+
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from threading import Event
+
+from quantkit.artifacts import (
+    REPORT_FILE,
+    Plan,
+    Progress,
+    Report,
+    ShardRecord,
+    SourceId,
+    digest,
+    dump_json,
+    load_json,
+    with_hashes,
+    write_atomically,
+)
+from quantkit.errors import InputError, OutputError, SourceError
+from quantkit.rewrite.blocks import unit_blocks
+from quantkit.rewrite.config import companions, edit_config
+from quantkit.rewrite.shards import Shard, ShardWriter, lay_out
+from quantkit.rewrite.staging import Staging, require_usable
+from quantkit.source.checkpoint import INDEX_FILE
+from quantkit.source.source import Source, file_hashes
+
+SHARD_BYTES = 5_000_000_000
+
+
+@dataclass(frozen=True)
+class Written:
+    """What was written, for whoever describes it: the source with its files' hashes, the shards."""
+
+    source: SourceId
+    shards: tuple[ShardRecord, ...]
+
+
+Documents = Callable[[Written], Mapping[str, str]]
+"""Makes the files that describe a repo (name -> text) once its shards are written."""
+
+
+def rewrite(
+    source: Source,
+    plan: Plan,
+    out: Path,
+    documents: Documents,
+    *,
+    shard_bytes: int = SHARD_BYTES,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> None:
+    """Write the repo that `plan` describes to `out`, which appears finished or not at all.
+
+    A killed run is taken up where it was by the next with the same source, plan and shard size;
+    a repo that is there already is left alone. `progress` is called with bytes of
+    `plan.total_bytes`. Raises OutputError (nothing replaced), or SourceError for damaged values
+    (nothing left behind).
+    """
+    folder = source.checkpoint.path("")
+    progress = progress or _silent
+    shards = lay_out(source.inventory, plan, shard_bytes)
+    staging = Staging(out, _depends(source, plan, shard_bytes), force)
+    if is_current(out, source, plan, shards):
+        progress(plan.total_bytes, out.name)
+        staging.discard()
+        return
+    require_usable(out, folder, force)
+    with staging:
+        try:
+            written = _write_shards(source, plan, shards, staging, progress)
+        except SourceError:
+            staging.discard()
+            raise
+        for path in companions(folder):
+            staging.copy(path)
+        texts = {
+            "config.json": dump_json(edit_config(source.checkpoint.config, source.inventory, plan)),
+            INDEX_FILE: dump_json(_index(shards, plan)),
+            **documents(written),
+        }
+        for name, text in texts.items():
+            write_atomically(staging.repo / name, text)
+        staging.commit()
+
+
+def is_current(out: Path, source: Source, plan: Plan, shards: tuple[Shard, ...]) -> bool:
+    """Whether `out` holds just what this rewrite would write: same values in, same tiers, same
+    versions, shards of the recorded size."""
+    if not (out / REPORT_FILE).is_file():
+        return False
+    try:
+        report = Report.from_json(load_json(out / REPORT_FILE), REPORT_FILE)
+    except InputError:
+        return False
+    same_shards = [shard.name for shard in report.shards] == [shard.name for shard in shards]
+    whole = all(_has_size(out / shard.name, shard.size) for shard in report.shards)
+    if not same_shards or not whole or report.plan.choices != plan.choices:
+        return False
+    if report.versions != versions() or report.plan.source.structure != plan.source.structure:
+        return False
+    return report.plan.source.files == with_hashes(plan.source, file_hashes(source)).files
+
+
+def versions() -> dict[str, str]:
+    """The versions on which the bytes of a repo depend."""
+    return {package: version(package) for package in ("quantkit", "mlx", "mlx-lm")}
+
+
+def _has_size(path: Path, size: int) -> bool:
+    return path.is_file() and path.stat().st_size == size
+
+
+def _write_shards(
+    source: Source, plan: Plan, shards: tuple[Shard, ...], staging: Staging, progress: Progress
+) -> Written:
+    missing = [shard for shard in shards if staging.finished(shard) is None]
+    try:
+        staging.require_space(sum(shard.tensor_bytes for shard in missing))
+    except OutputError:
+        if len(missing) == len(shards):
+            staging.discard()
+        raise
+    storage = {weight.name: weight.storage for weight in source.inventory.weights}
+    records = []
+    with _hashing(source) as hashes:
+        for shard in shards:
+            record = staging.finished(shard)
+            if record is None:
+                record = _write_shard(source, shard, storage, staging, progress)
+                staging.add(record)
+            else:
+                progress(shard.tensor_bytes, shard.name)
+            records.append(record)
+        return Written(with_hashes(plan.source, hashes.result()), tuple(records))
+
+
+@contextmanager
+def _hashing(source: Source) -> Iterator["Future[dict[str, str]]"]:
+    """The hashes of the source's shards, computed while they are read anyway."""
+    stopped = Event()
+
+    def go_on(_done: int, name: str) -> None:
+        if stopped.is_set():
+            raise SourceError(f"{name}: hashing was stopped.")
+
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            yield pool.submit(file_hashes, source, go_on)
+        finally:
+            stopped.set()
+
+
+def _write_shard(
+    source: Source, shard: Shard, storage: Mapping[str, str], staging: Staging, progress: Progress
+) -> ShardRecord:
+    with ShardWriter(staging.repo, shard) as writer:
+        for unit in shard.units:
+            for block in unit_blocks(source, unit, storage.get(unit.name)):
+                writer.write(block)
+                progress(block.nbytes, unit.name)
+        return writer.finish()
+
+
+def _index(shards: tuple[Shard, ...], plan: Plan) -> dict[str, object]:
+    names = {
+        spec.name: shard.name for shard in shards for unit in shard.units for spec in unit.tensors
+    }
+    metadata = {"total_size": plan.total_bytes, "total_parameters": plan.parameters}
+    return {"metadata": metadata, "weight_map": dict(sorted(names.items()))}
+
+
+def _depends(source: Source, plan: Plan, shard_bytes: int) -> dict[str, str]:
+    """All that the bytes of the shards depend on, each under a name a person understands."""
+    files = [
+        (file.name, file.size, source.checkpoint.path(file.name).stat().st_mtime_ns)
+        for file in source.checkpoint.files
+    ]
+    return {
+        "source structure": plan.source.structure,
+        "source file": digest(files),
+        "plan": digest([(choice.name, choice.tier) for choice in plan.choices]),
+        "shard size": str(shard_bytes),
+        **{f"version of {package}": number for package, number in versions().items()},
+    }
+
+
+def _silent(_done: int, _name: str) -> None:
+    pass

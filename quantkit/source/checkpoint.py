@@ -1,0 +1,187 @@
+"""A checkpoint: config, index and headers of a source repo, and its bytes on demand."""
+
+import hashlib
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from quantkit.artifacts import Progress, SourceFile, SourceId, digest, load_json
+from quantkit.errors import SourceError
+from quantkit.formats.dtypes import numpy_dtype
+from quantkit.source.headers import StoredTensor, read_header
+
+INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+_BLOB = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A source repo, opened from its headers alone.
+
+    `folder` is None when only the Hub's metadata is at hand: it can be inspected and planned, but
+    not read. Shard file descriptors are opened on the first read and kept.
+    """
+
+    name: str
+    revision: str | None
+    folder: Path | None
+    config: Mapping[str, Any]
+    tensors: Mapping[str, StoredTensor]
+    files: tuple[SourceFile, ...]
+    _descriptors: dict[str, int] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def id(self) -> SourceId:
+        """Name, revision, structure hash (config, and every tensor's name, type, shape), files."""
+        shapes = {name: [t.dtype, *t.shape] for name, t in self.tensors.items()}
+        structure = digest({"config": dict(self.config), "tensors": shapes})
+        return SourceId(self.name, self.revision, structure, self.files)
+
+    def read(self, tensor: StoredTensor, start: int, stop: int) -> np.ndarray:
+        """Elements [start, stop) of `tensor` in row-major order, as a flat array.
+
+        BF16 comes as its bits in uint16. Raises SourceError when the file has shrunk meanwhile.
+        """
+        dtype = numpy_dtype(tensor.dtype)
+        values = np.empty(stop - start, dtype)
+        buffer = memoryview(values).cast("B")
+        offset = tensor.start + start * dtype.itemsize
+        while len(buffer):
+            done = os.preadv(self._descriptor(tensor.file), [buffer], offset)
+            if done == 0:
+                raise SourceError(
+                    f"{tensor.file}: ends inside tensor {tensor.name!r}, though it was whole when "
+                    "opened. Was it replaced meanwhile? Run again."
+                )
+            buffer, offset = buffer[done:], offset + done
+        return values
+
+    def _descriptor(self, file: str) -> int:
+        if file not in self._descriptors:
+            try:
+                self._descriptors[file] = os.open(self.path(file), os.O_RDONLY)
+            except OSError as exc:
+                raise SourceError(f"{file}: cannot be read ({exc.strerror}).") from exc
+        return self._descriptors[file]
+
+    def path(self, file: str) -> Path:
+        """The local path of one of the repo's files. Raises SourceError if not downloaded."""
+        if self.folder is None:
+            raise SourceError(f"{self.name}: only its metadata was fetched; download it first.")
+        return self.folder / file
+
+    def close(self) -> None:
+        """Let go of the shards."""
+        while self._descriptors:
+            os.close(self._descriptors.popitem()[1])
+
+
+def open_folder(folder: Path, name: str | None = None, revision: str | None = None) -> Checkpoint:
+    """The checkpoint in a local folder. Raises SourceError, naming the file at fault."""
+    if not folder.is_dir():
+        raise SourceError(f"{folder}: not a folder.")
+    config = read_config(folder)
+    weight_map = _weight_map(folder)
+    names = sorted(set(weight_map.values())) if weight_map else [SINGLE_FILE]
+    files = tuple(_source_file(folder / file) for file in names)
+    headers = {file.name: read_header(folder / file.name) for file in files}
+    tensors = merge_headers(headers, weight_map)
+    return Checkpoint(name or str(folder), revision, folder, config, tensors, files)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The raw `config.json` of a model folder. Raises SourceError."""
+    if not (folder / "config.json").is_file():
+        raise SourceError(f"{folder}: not a model folder: it has no config.json.")
+    return load_json(folder / "config.json", SourceError)
+
+
+def merge_headers(
+    headers: Mapping[str, Mapping[str, StoredTensor]], weight_map: Mapping[str, str] | None
+) -> dict[str, StoredTensor]:
+    """One table of tensors from all shards, held against the index.
+
+    Raises SourceError for a tensor in two shards, or where index and headers disagree.
+    """
+    tensors: dict[str, StoredTensor] = {}
+    for file, header in headers.items():
+        for name, tensor in header.items():
+            if name in tensors:
+                raise SourceError(
+                    f"tensor {name!r} is stored twice, in {tensors[name].file} and in {file}. "
+                    "Remove the wrong shard."
+                )
+            tensors[name] = tensor
+    for name, file in (weight_map or {}).items():
+        if name not in tensors or tensors[name].file != file:
+            raise SourceError(
+                f"{file}: tensor {name!r} is missing, though {INDEX_FILE} places it there. "
+                "Download the shard and the index again."
+            )
+    if weight_map is not None and (extra := tensors.keys() - weight_map.keys()):
+        name = min(extra)
+        raise SourceError(
+            f"{tensors[name].file}: tensor {name!r} is not in {INDEX_FILE} (one of {len(extra)} "
+            "such). Download the index again."
+        )
+    if not tensors:
+        raise SourceError("the checkpoint holds no tensors.")
+    return tensors
+
+
+def check_weight_map(index: Mapping[str, Any], where: str) -> dict[str, str]:
+    """The `weight_map` of an index, every entry a plain file name. Raises SourceError."""
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise SourceError(f"{where}: has no weight_map. Download it again.")
+    for name, file in weight_map.items():
+        plain = isinstance(file, str) and file not in ("", ".", "..")
+        if not plain or "\\" in file or "\0" in file or PurePosixPath(file).name != file:
+            raise SourceError(
+                f"{where}: places tensor {name!r} in {file!r}, which is no plain file name in "
+                "the model's folder. Do not trust this repo."
+            )
+    return weight_map
+
+
+def _weight_map(folder: Path) -> dict[str, str] | None:
+    if (folder / INDEX_FILE).is_file():
+        return check_weight_map(load_json(folder / INDEX_FILE, SourceError), INDEX_FILE)
+    if (folder / SINGLE_FILE).exists():
+        return None
+    raise SourceError(
+        f"{folder}: not a model folder: it has neither {INDEX_FILE} nor {SINGLE_FILE}."
+    )
+
+
+def _source_file(path: Path) -> SourceFile:
+    try:
+        size = path.stat().st_size
+    except OSError as exc:
+        raise SourceError(
+            f"{path.name}: missing from {path.parent}, though the index names it. "
+            "Download the file again."
+        ) from exc
+    # In the Hub's cache a shard is a symbolic link to a blob named by its sha256.
+    blob = path.resolve().name
+    return SourceFile(path.name, size, blob if _BLOB.fullmatch(blob) else None)
+
+
+def hash_file(path: Path, name: str, progress: Progress | None = None) -> str:
+    """sha256 of a file, in blocks of 8 MB. Raises SourceError when it cannot be read."""
+    sha = hashlib.sha256()
+    try:
+        with open(path, "rb") as file:
+            while block := file.read(8_000_000):
+                sha.update(block)
+                if progress:
+                    progress(len(block), name)
+    except OSError as exc:
+        raise SourceError(f"{name}: cannot be read ({exc.strerror}).") from exc
+    return sha.hexdigest()

@@ -1,0 +1,222 @@
+"""Any architecture mlx-lm knows: names, shapes and values through the model class's own `sanitize`.
+
+Shapes come from running `sanitize` on lazy placeholders that are never evaluated. A tensor that
+`sanitize` hands through untouched is read in rows straight from its shard; one that it computes
+(stacked experts, split or renamed parts) is evaluated whole, one at a time.
+
+For gpt-oss nothing of this is needed; everything else imports mlx here.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from quantkit.backend import mx
+from quantkit.errors import SourceError
+from quantkit.formats.codec import to_numpy
+from quantkit.formats.dtypes import FLOATS
+from quantkit.formats.tiers import parse_tier
+from quantkit.source.checkpoint import Checkpoint
+from quantkit.source.layout import Layout, optional_int
+from quantkit.source.views import ComputedView, View, plain_view
+
+_DTYPES = {
+    "BOOL": mx.bool_,
+    "U8": mx.uint8,
+    "I8": mx.int8,
+    "U16": mx.uint16,
+    "I16": mx.int16,
+    "F16": mx.float16,
+    "BF16": mx.bfloat16,
+    "U32": mx.uint32,
+    "I32": mx.int32,
+    "F32": mx.float32,
+    "U64": mx.uint64,
+    "I64": mx.int64,
+}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+@dataclass
+class _Sanitized:
+    """Lazy values under mlx-lm's names, evaluated and let go one by one."""
+
+    checkpoint: Checkpoint
+    _lazy: dict[str, mx.array] = field(default_factory=dict)
+    _last: tuple[str, np.ndarray] | None = None
+
+    def compute(self, name: str) -> np.ndarray:
+        if self._last is None or self._last[0] != name:
+            self._last = None
+            if name not in self._lazy:
+                self._lazy = self._load()
+            self._last = (name, to_numpy(self._lazy.pop(name)))
+            mx.clear_cache()
+        return self._last[1]
+
+    def _load(self) -> dict[str, mx.array]:
+        stored: dict[str, mx.array] = {}
+        for file in self.checkpoint.files:
+            loaded = mx.load(str(self.checkpoint.path(file.name)))
+            assert isinstance(loaded, dict)
+            stored.update(loaded)
+        return _Model(self.checkpoint).sanitize(stored)
+
+
+class _Model:
+    """The mlx-lm model of a checkpoint, built but never evaluated."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        from mlx_lm.utils import _get_classes
+
+        config = dict(checkpoint.config)
+        try:
+            model_class, args_class = _get_classes(config)
+            self.model = model_class(args_class.from_dict(config))
+        except (KeyError, TypeError, ValueError, AttributeError, ImportError) as exc:
+            raise SourceError(
+                f"config.json: mlx-lm cannot build model_type {config.get('model_type')!r} "
+                f"from it ({exc})."
+            ) from exc
+
+    def sanitize(self, arrays: dict[str, mx.array]) -> dict[str, mx.array]:
+        if not hasattr(self.model, "sanitize"):
+            return arrays
+        try:
+            return dict(self.model.sanitize(arrays))
+        except (KeyError, ValueError, IndexError, TypeError, AttributeError) as exc:
+            raise SourceError(
+                f"mlx-lm's {self.model.model_type} model does not recognise these tensors "
+                f"({type(exc).__name__}: {exc}). Is the checkpoint complete?"
+            ) from exc
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every parameter's shape, in the order of the model."""
+        from mlx.utils import tree_flatten
+
+        return {name: tuple(array.shape) for name, array in tree_flatten(self.model.parameters())}
+
+    def quantizable(self) -> Iterator[tuple[str, Any]]:
+        """(path, module) of every module that mlx-lm could quantize."""
+        predicate = getattr(self.model, "quant_predicate", None)
+        for path, module in self.model.named_modules():
+            if not hasattr(module, "to_quantized") or "weight" not in module:
+                continue
+            if predicate is None or predicate(path, module) is not False:
+                yield path, module
+
+
+def describe(checkpoint: Checkpoint) -> Layout:
+    """Every tensor of a checkpoint under its mlx-lm name.
+
+    Raises SourceError for a model_type mlx-lm does not know, or a checkpoint it would not load.
+    """
+    model = _Model(checkpoint)
+    placeholders = {t.name: _placeholder(t.dtype, t.shape) for t in checkpoint.tensors.values()}
+    stored_name = {id(array): name for name, array in placeholders.items()}
+    arrays = model.sanitize(dict(placeholders))
+    _require_loadable(arrays, model.shapes)
+    values = _Sanitized(checkpoint)
+
+    def view(name: str) -> View:
+        array = arrays[name]
+        if (stored := stored_name.get(id(array))) is not None:
+            return plain_view(checkpoint.tensors[stored])
+        width = array.shape[-1] if array.shape else 1
+        rows = array.size // width if width else 0
+        return ComputedView(name, _NAMES[array.dtype], rows, width, values.compute)
+
+    return _layout(checkpoint, model, arrays, view)
+
+
+def _layout(checkpoint: Checkpoint, model: _Model, arrays: Any, view: Any) -> Layout:
+    config = checkpoint.config
+    modules = {
+        path: module
+        for path, module in model.quantizable()
+        if _NAMES[arrays[f"{path}.weight"].dtype] in FLOATS
+    }
+    numbered = [layer for path in modules if (layer := layer_of(path)) is not None]
+    layers = (
+        optional_int(config, "num_hidden_layers", "n_layers", "n_layer")
+        or max(numbered, default=-1) + 1
+    )
+    kinds = config.get("layer_types") or []
+    layout = Layout(layers)
+    for name, shape in model.shapes.items():
+        path = name.rpartition(".")[0]
+        layer = layer_of(name)
+        role = role_of(path, modules[path]) if path in modules else "other"
+        if path in modules and name == f"{path}.weight":
+            kind = kinds[layer] if layer is not None and layer < len(kinds) else None
+            storage = parse_tier(_NAMES[arrays[name].dtype])
+            layout.add_weight(path, role, layer, kind, shape, storage, view(name))
+        else:
+            layout.add_kept(name, role, layer, shape, view(name))
+    return layout
+
+
+def _placeholder(dtype: str, shape: tuple[int, ...]) -> mx.array:
+    if dtype not in _DTYPES:
+        raise SourceError(
+            f"tensors of type {dtype} are not read: start from a BF16 or F16 checkpoint."
+        )
+    return mx.zeros(shape, _DTYPES[dtype])
+
+
+def _require_loadable(arrays: dict[str, mx.array], shapes: dict[str, tuple[int, ...]]) -> None:
+    missing, unknown = shapes.keys() - arrays.keys(), arrays.keys() - shapes.keys()
+    for names, what in ((missing, "is missing"), (unknown, "is not part of the model")):
+        if names:
+            raise SourceError(
+                f"tensor {min(names)!r} {what} (one of {len(names)} such): "
+                "mlx-lm would not load this checkpoint."
+            )
+    for name, shape in shapes.items():
+        if tuple(arrays[name].shape) != shape:
+            raise SourceError(
+                f"tensor {name!r} has shape {list(arrays[name].shape)}, but config.json implies "
+                f"{list(shape)}."
+            )
+
+
+_LAYER = re.compile(r"(?:^|\.)(\d+)(?=\.|$)")
+_PROJECTIONS = {
+    "q": {"q_proj", "wq", "query", "q_a_proj", "q_b_proj"},
+    "k": {"k_proj", "wk", "key"},
+    "v": {"v_proj", "wv", "value"},
+    "o": {"o_proj", "wo", "out_proj"},
+    "mlp_gate": {"gate_proj", "w1", "gate_up_proj"},
+    "mlp_up": {"up_proj", "w3", "fc1", "c_fc"},
+    "mlp_down": {"down_proj", "w2", "fc2"},
+}
+_ROLE_OF_NAME = {name: role for role, names in _PROJECTIONS.items() for name in names}
+
+
+def layer_of(path: str) -> int | None:
+    """The layer number in a module path, None outside the layers."""
+    match = _LAYER.search(path)
+    return int(match.group(1)) if match else None
+
+
+def role_of(path: str, module: Any) -> str:
+    """The role of a quantizable module, from its class and the last part of its path."""
+    from mlx.nn import Embedding
+    from mlx_lm.models.switch_layers import SwitchLinear
+
+    last = path.rpartition(".")[2]
+    role = _ROLE_OF_NAME.get(last, "other")
+    if isinstance(module, SwitchLinear):
+        return role.replace("mlp_", "expert_") if role.startswith("mlp_") else "other"
+    if isinstance(module, Embedding):
+        return "embedding"
+    if last == "lm_head":
+        return "lm_head"
+    if last in ("router", "gate", "shared_expert_gate") or ".router." in path:
+        return "router"
+    return role

@@ -1,0 +1,117 @@
+"""Checkpoints on the Hugging Face Hub: metadata without a download, and the download."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from quantkit.artifacts import SourceFile, load_json
+from quantkit.errors import HubError, SourceError
+from quantkit.source.checkpoint import Checkpoint, check_weight_map, merge_headers
+from quantkit.source.headers import StoredTensor, check_header
+
+_REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+# Only the top level: gpt-oss repos also hold original/ and metal/, as large again.
+DOWNLOAD = ["*.json", "model*.safetensors", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py"]
+DOWNLOAD += ["LICENSE*", "NOTICE*", "USAGE_POLICY*", "README.md"]
+
+
+def is_repo_id(name: str) -> bool:
+    """Whether `name` reads as user/name."""
+    return _REPO_ID.fullmatch(name) is not None
+
+
+def open_hub(repo: str, revision: str | None) -> Checkpoint:
+    """A Hub repo, from config and safetensors metadata alone (a few hundred kB).
+
+    Raises HubError when the Hub does not answer or has no such repo, SourceError when what it
+    answers is no sound checkpoint.
+    """
+    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub.utils import disable_progress_bars
+
+    disable_progress_bars()
+    api = HfApi()
+    with _clear_errors(repo, revision):
+        info = api.model_info(repo, revision=revision, files_metadata=True)
+        commit = info.sha
+        config = load_json(Path(hf_hub_download(repo, "config.json", revision=commit)), SourceError)
+        metadata = api.get_safetensors_metadata(repo, revision=commit)
+    siblings = {sibling.rfilename: sibling for sibling in info.siblings or ()}
+    if metadata.sharded:
+        check_weight_map({"weight_map": metadata.weight_map}, repo)
+    files = tuple(_file(siblings.get(name), name) for name in sorted(metadata.files_metadata))
+    headers = {
+        file.name: _header(metadata.files_metadata[file.name].tensors, file) for file in files
+    }
+    tensors = merge_headers(headers, metadata.weight_map if metadata.sharded else None)
+    return Checkpoint(repo, commit, None, config, tensors, files)
+
+
+def cached(repo: str, revision: str | None) -> Path | None:
+    """The folder of a repo that was downloaded before, None if it was not."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(repo, revision=revision, local_files_only=True, **_FILES))
+    except LocalEntryNotFoundError:
+        return None
+
+
+def download(repo: str, revision: str | None) -> Path:
+    """Fetch a repo's top-level model files into the Hub's own cache; resumes. Raises HubError."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.utils import enable_progress_bars
+
+    enable_progress_bars()
+    with _clear_errors(repo, revision):
+        return Path(snapshot_download(repo, revision=revision, **_FILES))
+
+
+_FILES: dict[str, Any] = {"allow_patterns": DOWNLOAD, "ignore_patterns": ["*/*"]}
+
+
+def _file(sibling: Any, name: str) -> SourceFile:
+    if sibling is None or sibling.size is None:
+        raise SourceError(f"{name}: named by the index, but the repo does not hold it.")
+    return SourceFile(name, sibling.size, sibling.lfs.sha256 if sibling.lfs else None)
+
+
+def _header(tensors: Any, file: SourceFile) -> dict[str, StoredTensor]:
+    entries = {
+        name: {"dtype": t.dtype, "shape": list(t.shape), "data_offsets": list(t.data_offsets)}
+        for name, t in tensors.items()
+    }
+    # The metadata does not say how long the header is: positions count from the data's beginning.
+    end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+    if end > file.size:
+        raise SourceError(f"{file.name}: tensors end at byte {end} of a file of {file.size}.")
+    return check_header(entries, file.name, 0, end)
+
+
+@contextmanager
+def _clear_errors(repo: str, revision: str | None) -> Iterator[None]:
+    from huggingface_hub import errors
+
+    at = f" at revision {revision}" if revision else ""
+    try:
+        yield
+    except errors.GatedRepoError as exc:
+        raise HubError(f"{repo}: access is gated. Ask for it on its page, then log in.") from exc
+    except errors.RepositoryNotFoundError as exc:
+        raise HubError(
+            f"{repo}: neither a local folder nor a repo on the Hub that you may read. "
+            "Check the name; for a private repo run: hf auth login"
+        ) from exc
+    except (errors.RevisionNotFoundError, errors.EntryNotFoundError) as exc:
+        raise HubError(f"{repo}{at}: not a model repo there, or no such revision.") from exc
+    except (errors.NotASafetensorsRepoError, errors.SafetensorsParsingError) as exc:
+        raise SourceError(f"{repo}: has no readable safetensors at its top level.") from exc
+    except (errors.HTTPError, errors.HFValidationError, OSError) as exc:
+        reason = str(exc).strip().splitlines()[0] if str(exc).strip() else type(exc).__name__
+        raise HubError(
+            f"{repo}: the Hub cannot be reached ({reason}). Check the connection, or give a local "
+            "folder."
+        ) from exc

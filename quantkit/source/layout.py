@@ -1,0 +1,82 @@
+"""What a layout says of a checkpoint: its tensors in mlx-lm's names, and where they lie."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from quantkit.artifacts import KeptTensor, Weight
+from quantkit.errors import SourceError
+from quantkit.formats.dtypes import FLOATS, nbytes
+from quantkit.formats.tiers import Tier, parse_tier
+from quantkit.source.headers import StoredTensor
+from quantkit.source.views import View
+
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
+_EXPERTS_PER_TOKEN = ("num_experts_per_tok", "experts_per_token", "num_experts_per_token")
+
+
+@dataclass
+class Layout:
+    """Weights and kept tensors found so far, and a view for every mlx-lm tensor name."""
+
+    layers: int
+    weights: list[Weight] = field(default_factory=list)
+    kept: list[KeptTensor] = field(default_factory=list)
+    views: dict[str, View] = field(default_factory=dict)
+
+    def add_weight(
+        self,
+        name: str,
+        role: str,
+        layer: int | None,
+        kind: str | None,
+        shape: tuple[int, ...],
+        storage: Tier,
+        *views: View,
+    ) -> None:
+        """A weight whose tensors (weight, and scales where packed) are `views`, in that order."""
+        specs = storage.tensors(name, shape, "BF16")
+        stored = sum(spec.nbytes for spec in specs)
+        self.weights.append(Weight(name, role, layer, kind, shape, storage.name, stored))
+        self.views.update(zip((spec.name for spec in specs), views, strict=True))
+
+    def add_kept(
+        self, name: str, role: str, layer: int | None, shape: tuple[int, ...], view: View
+    ) -> None:
+        """A tensor stored as it is."""
+        stored = nbytes(view.dtype, shape)
+        self.kept.append(KeptTensor(name, role, layer, view.dtype, shape, stored))
+        self.views[name] = view
+
+
+def config_int(config: Mapping[str, Any], *keys: str) -> int:
+    """The first of `keys` that the config has, a positive integer. Raises SourceError."""
+    value = optional_int(config, *keys)
+    if value is None:
+        raise SourceError(f"config.json: {keys[0]!r} is missing or no positive integer.")
+    return value
+
+
+def optional_int(config: Mapping[str, Any], *keys: str) -> int | None:
+    """The first of `keys` that is a positive integer, else None."""
+    for key in keys:
+        value = config.get(key)
+        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+            return value
+    return None
+
+
+def experts_of(config: Mapping[str, Any]) -> tuple[int | None, int | None]:
+    """(experts per layer, experts per token), None where the config does not say."""
+    text = config.get("text_config")
+    scope = {**config, **text} if isinstance(text, dict) else config
+    return optional_int(scope, *_EXPERTS), optional_int(scope, *_EXPERTS_PER_TOKEN)
+
+
+def float_storage(tensor: StoredTensor) -> Tier:
+    """The tier of a float tensor. Raises SourceError for any other element type."""
+    if tensor.dtype not in FLOATS:
+        raise SourceError(
+            f"{tensor.file}: tensor {tensor.name!r} is {tensor.dtype}; expected BF16, F16 or F32."
+        )
+    return parse_tier(tensor.dtype)

@@ -1,0 +1,119 @@
+"""A source: a checkpoint, its inventory, and the values behind every mlx-lm tensor name."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from quantkit.artifacts import Inventory, Progress
+from quantkit.errors import HubError, SourceError
+from quantkit.formats.dtypes import numpy_dtype
+from quantkit.source import gpt_oss, hub
+from quantkit.source.checkpoint import Checkpoint, hash_file, open_folder
+from quantkit.source.layout import Layout, experts_of
+from quantkit.source.views import View
+
+_BLOCK_BYTES = 8_000_000
+
+
+@dataclass(frozen=True)
+class Source:
+    """What later stages read: the inventory, and the rows of any tensor it lists."""
+
+    checkpoint: Checkpoint
+    inventory: Inventory
+    views: Mapping[str, View]
+
+    def blocks(self, name: str) -> Iterator[tuple[int, int]]:
+        """Row ranges that cover tensor `name`, each of about 8 MB as stored."""
+        view = self.views[name]
+        step_bytes = max(1, view.step * view.width * numpy_dtype(view.dtype).itemsize)
+        rows = max(1, _BLOCK_BYTES // step_bytes) * view.step
+        for start in range(0, view.rows, rows):
+            yield start, min(start + rows, view.rows)
+
+    def read(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Rows [start, stop) of a tensor, as its numpy carrier (rows, width)."""
+        return self.views[name].read(self.checkpoint, start, stop)
+
+    def dtype(self, name: str) -> str:
+        """The element type of a tensor as `read` carries it."""
+        return self.views[name].dtype
+
+
+def open_source(name: str, revision: str | None = None) -> Source:
+    """Open a local folder or a Hub id, from headers alone.
+
+    Raises SourceError or HubError.
+    """
+    folder = Path(name).expanduser()
+    if folder.exists():
+        return _source(open_folder(folder, name))
+    if not hub.is_repo_id(name):
+        raise SourceError(f"{name}: no such folder, and not a Hub id (user/name).")
+    try:
+        return _source(hub.open_hub(name, revision))
+    except HubError:
+        if (cached := hub.cached(name, revision)) is None:
+            raise
+        return _source(open_folder(cached, name, cached.name))
+
+
+def with_values(source: Source) -> Source:
+    """`source` with its files at hand: a Hub repo known by metadata only is downloaded."""
+    checkpoint = source.checkpoint
+    if checkpoint.folder is not None:
+        return source
+    folder = hub.download(checkpoint.name, checkpoint.revision)
+    return _source(open_folder(folder, checkpoint.name, checkpoint.revision))
+
+
+def file_hashes(source: Source, progress: Progress | None = None) -> dict[str, str]:
+    """sha256 of every shard; those the Hub already told are not computed again."""
+    hashes = {}
+    for file in source.checkpoint.files:
+        hashes[file.name] = file.sha256 or hash_file(
+            source.checkpoint.path(file.name), file.name, progress
+        )
+    return hashes
+
+
+def _source(checkpoint: Checkpoint) -> Source:
+    _require_unquantized(checkpoint)
+    layout = _describe(checkpoint)
+    experts, per_token = experts_of(checkpoint.config)
+    inventory = Inventory(
+        source=checkpoint.id,
+        model_type=str(checkpoint.config["model_type"]),
+        layers=layout.layers,
+        experts=experts,
+        experts_per_token=per_token,
+        weights=tuple(layout.weights),
+        kept=tuple(layout.kept),
+    )
+    return Source(checkpoint, inventory, layout.views)
+
+
+def _describe(checkpoint: Checkpoint) -> Layout:
+    model_type = checkpoint.config.get("model_type")
+    if not isinstance(model_type, str) or not model_type:
+        raise SourceError("config.json: has no model_type.")
+    if model_type == gpt_oss.MODEL_TYPE:
+        return gpt_oss.describe(checkpoint)
+    from quantkit.source import generic  # imports mlx and mlx-lm
+
+    return generic.describe(checkpoint)
+
+
+def _require_unquantized(checkpoint: Checkpoint) -> None:
+    config = checkpoint.config
+    if "quantization" in config:
+        raise SourceError(
+            f"{checkpoint.name}: already quantized by mlx. Start from the published checkpoint."
+        )
+    method = (config.get("quantization_config") or {}).get("quant_method")
+    if method and not (method == "mxfp4" and config.get("model_type") == gpt_oss.MODEL_TYPE):
+        raise SourceError(
+            f"{checkpoint.name}: already quantized ({method}). Start from its BF16 checkpoint."
+        )

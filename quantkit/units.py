@@ -1,0 +1,65 @@
+"""Bytes and bits per weight, as people write and read them."""
+
+import re
+
+from quantkit.errors import InputError
+
+_UNITS = {
+    "": 1,
+    "B": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+    "TIB": 2**40,
+}
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
+
+
+def parse_bytes(text: str) -> int:
+    """A size such as `5GB` (10^9), `48GiB` (2^30), `300 MB` or plain bytes.
+
+    Raises InputError for a negative or unreadable size or an unknown unit.
+    """
+    match = _SIZE.fullmatch(text)
+    if match is None:
+        raise InputError(f"size {text!r} is not a number and a unit. Write it like 5GB or 48GiB.")
+    number, unit = match.groups()
+    if unit.upper() not in _UNITS:
+        raise InputError(f"size {text!r}: unknown unit {unit!r}. Use MB, GB, MiB or GiB.")
+    return int(float(number) * _UNITS[unit.upper()])
+
+
+def bits_per_weight(stored_bytes: int, parameters: int) -> float:
+    """All stored bits over the parameters of the source."""
+    return 8 * stored_bytes / parameters if parameters else 0.0
+
+
+def gb(stored_bytes: int) -> str:
+    """Decimal gigabytes, the unit of published cards."""
+    return f"{stored_bytes / 10**9:.2f} GB"
+
+
+def gib(stored_bytes: int) -> str:
+    """Binary gigabytes, the unit in which memory is sold."""
+    return f"{stored_bytes / 2**30:.2f} GiB"
+
+
+def size(stored_bytes: int) -> str:
+    """The size in the decimal unit that suits it, for tables and progress."""
+    for unit in ("GB", "MB", "kB"):
+        scale = {"GB": 10**9, "MB": 10**6, "kB": 10**3}[unit]
+        if stored_bytes >= scale:
+            return f"{stored_bytes / scale:.2f} {unit}"
+    return f"{stored_bytes} B"
+
+
+def count(parameters: int) -> str:
+    """A parameter count as `20.91B`, `134.5M` or `12.3k`."""
+    for scale, unit in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
+        if parameters >= scale:
+            return f"{parameters / scale:.2f}{unit}"
+    return str(parameters)
