@@ -34,6 +34,13 @@ ROLE_GROUPS: dict[str, tuple[str, ...]] = {
 }
 
 
+def group_roles(roles: tuple[str, ...]) -> list[str]:
+    """`roles` for a person, a group's name in place of all of its members: expert, attention."""
+    named = [name for name in ROLE_GROUPS if name != "*" and set(ROLE_GROUPS[name]) <= set(roles)]
+    grouped = {role: name for name in named for role in ROLE_GROUPS[name]}
+    return list(dict.fromkeys(grouped.get(role, role) for role in roles))
+
+
 @dataclass(frozen=True)
 class SourceFile:
     """One shard of a source; `sha256` is None until it is known (the Hub publishes it)."""

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from quantkit.artifacts import Inventory, Plan, Progress, Report
+from quantkit.artifacts import Inventory, Plan, Progress, Report, group_roles
 from quantkit.units import bits_per_weight, count, gb, gib, size
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def print_inventory(inventory: Inventory) -> None:
     groups: dict[tuple[str, str], list[Any]] = {}
     for weight in inventory.weights:
         groups.setdefault((weight.role, weight.storage), []).append(weight)
-    table = _table("role", "held in", "#weights", "#parameters", "#bytes", "shapes")
+    table = _table("role", "held in", "#weights", "#params", "#bytes", "shapes")
     for (role, storage), weights in groups.items():
         shapes = sorted({"x".join(map(str, w.shape)) for w in weights})
         table.add_row(
@@ -119,11 +119,11 @@ def progress(total: int, what: str) -> Iterator[Progress]:
 
 
 def _tier_table(plan: Plan) -> "Table":
-    table = _table("tier", "roles", "#weights", "#parameters", "#share", "#bytes", "#bits/weight")
+    table = _table("tier", "roles", "#weights", "#params", "#share", "#bytes", "#bpw")
     for row in plan.tiers():
         table.add_row(
             row.tier,
-            ", ".join(row.roles),
+            ", ".join(group_roles(row.roles)),
             str(row.weights) if row.tier != plan.kept.tier else "",
             count(row.parameters),
             f"{row.parameters_percent:.2f}%",
@@ -147,7 +147,11 @@ def _table(*columns: str) -> "Table":
 
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     for column in columns:
-        table.add_column(column.lstrip("#"), justify="right" if column[0] == "#" else "left")
+        number = column[0] == "#"
+        wraps = column in ("roles", "shapes")
+        table.add_column(
+            column.lstrip("#"), justify="right" if number else "left", no_wrap=not wraps
+        )
     return table
 
 

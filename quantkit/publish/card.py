@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from quantkit.artifacts import Report
+from quantkit.artifacts import Report, group_roles
 from quantkit.units import count, gb, gib, size
 
 _LICENSE = re.compile(r"\A---\n(?:.*\n)*?license:[ \t]*(\S+)[ \t]*\n(?:.*\n)*?---\n")
@@ -23,7 +23,7 @@ def card(report: Report, base_model: str | None, license_id: str | None) -> str:
     front += ["tags:", "- mlx", "- quantkit", f"- {plan.model_type}"]
     title = (base_model or Path(plan.source.name).resolve().name).rpartition("/")[2]
     rows = [
-        f"| {row.tier} | {', '.join(row.roles)} | {count(row.parameters)} "
+        f"| {row.tier} | {', '.join(group_roles(row.roles))} | {count(row.parameters)} "
         f"| {row.parameters_percent:.2f}% | {size(row.bytes)} |"
         for row in plan.tiers()
     ]

@@ -8,10 +8,12 @@ little-endian uint32 is mlx's own packing. Fine-tunes hold plain `gate_up_proj` 
 This is the only place that spells gpt-oss names.
 """
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from quantkit.errors import SourceError
-from quantkit.formats.tiers import MXFP4
+from quantkit.formats.tiers import MXFP4, TensorSpec
 from quantkit.source.checkpoint import Checkpoint
 from quantkit.source.headers import StoredTensor
 from quantkit.source.layout import Layout, config_int, float_storage
@@ -35,6 +37,17 @@ class _Shape:
     heads: int
     kinds: tuple[str, ...]
 
+    @property
+    def projections(self) -> dict[str, tuple[int, int]]:
+        """Attention's (out, in) by role."""
+        kv = (self.keys, self.hidden)
+        return {
+            "q": (self.queries, self.hidden),
+            "k": kv,
+            "v": kv,
+            "o": (self.hidden, self.queries),
+        }
+
 
 def describe(checkpoint: Checkpoint) -> Layout:
     """Every tensor of a gpt-oss checkpoint under its mlx-lm name.
@@ -42,7 +55,7 @@ def describe(checkpoint: Checkpoint) -> Layout:
     Raises SourceError for a tensor that is missing, unknown, or of another type or shape than the
     config implies.
     """
-    shape = _shape(checkpoint)
+    shape = _shape(checkpoint.config)
     reader = _Reader(checkpoint, Layout(shape.layers))
     reader.matrix("model.embed_tokens", "embedding", None, None, (shape.vocabulary, shape.hidden))
     for layer in range(shape.layers):
@@ -53,8 +66,7 @@ def describe(checkpoint: Checkpoint) -> Layout:
     return reader.layout
 
 
-def _shape(checkpoint: Checkpoint) -> _Shape:
-    config = checkpoint.config
+def _shape(config: Mapping[str, Any]) -> _Shape:
     layers = config_int(config, "num_hidden_layers")
     head = config_int(config, "head_dim")
     kinds = config.get("layer_types") or ["sliding_attention", "full_attention"] * (layers // 2)
@@ -77,13 +89,7 @@ def _shape(checkpoint: Checkpoint) -> _Shape:
 def _describe_layer(reader: "_Reader", s: _Shape, layer: int) -> None:
     at, kind = f"model.layers.{layer}", s.kinds[layer]
     reader.kept(f"{at}.input_layernorm.weight", "other", layer, (s.hidden,))
-    projections = {
-        "q": (s.queries, s.hidden),
-        "k": (s.keys, s.hidden),
-        "v": (s.keys, s.hidden),
-        "o": (s.hidden, s.queries),
-    }
-    for role, shape in projections.items():
+    for role, shape in s.projections.items():
         name = f"{at}.self_attn.{role}_proj"
         reader.matrix(name, role, layer, kind, shape)
         reader.kept(f"{name}.bias", role, layer, shape[:1])
@@ -96,6 +102,38 @@ def _describe_layer(reader: "_Reader", s: _Shape, layer: int) -> None:
     reader.experts(f"{experts}.gate_up_proj", ("gate_proj", "up_proj"), layer, kind, up)
     down = (s.experts, s.hidden, s.intermediate)
     reader.experts(f"{experts}.down_proj", ("down_proj",), layer, kind, down)
+
+
+def stored_tensors(config: Mapping[str, Any], packed: bool = True) -> Iterator[TensorSpec]:
+    """Every tensor of a checkpoint with this config, in stored names, types and shapes.
+
+    `packed` as published (MXFP4 experts), else as BF16 fine-tunes write them.
+    """
+    s = _shape(config)
+    yield TensorSpec("model.embed_tokens.weight", "BF16", (s.vocabulary, s.hidden))
+    for layer in range(s.layers):
+        at = f"model.layers.{layer}"
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            yield TensorSpec(f"{at}.{norm}.weight", "BF16", (s.hidden,))
+        matrices = {f"self_attn.{role}_proj": shape for role, shape in s.projections.items()}
+        for name, shape in {**matrices, "mlp.router": (s.experts, s.hidden)}.items():
+            yield TensorSpec(f"{at}.{name}.weight", "BF16", shape)
+            yield TensorSpec(f"{at}.{name}.bias", "BF16", shape[:1])
+        yield TensorSpec(f"{at}.self_attn.sinks", "BF16", (s.heads,))
+        for name, n_out, n_in in (
+            ("gate_up_proj", 2 * s.intermediate, s.hidden),
+            ("down_proj", s.hidden, s.intermediate),
+        ):
+            stored = f"{at}.mlp.experts.{name}"
+            if packed:
+                groups = (s.experts, n_out, n_in // _BLOCK)
+                yield TensorSpec(f"{stored}_blocks", "U8", (*groups, _BLOCK // 2))
+                yield TensorSpec(f"{stored}_scales", "U8", groups)
+            else:
+                yield TensorSpec(stored, "BF16", (s.experts, n_in, n_out))
+            yield TensorSpec(f"{stored}_bias", "BF16", (s.experts, n_out))
+    yield TensorSpec("model.norm.weight", "BF16", (s.hidden,))
+    yield TensorSpec("lm_head.weight", "BF16", (s.vocabulary, s.hidden))
 
 
 class _Reader:

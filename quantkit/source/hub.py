@@ -8,7 +8,12 @@ from typing import Any
 
 from quantkit.artifacts import SourceFile, load_json
 from quantkit.errors import HubError, SourceError
-from quantkit.source.checkpoint import Checkpoint, check_weight_map, merge_headers
+from quantkit.source.checkpoint import (
+    Checkpoint,
+    check_weight_map,
+    merge_headers,
+    open_folder,
+)
 from quantkit.source.headers import StoredTensor, check_header
 
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -34,9 +39,11 @@ def open_hub(repo: str, revision: str | None) -> Checkpoint:
     disable_progress_bars()
     api = HfApi()
     with _clear_errors(repo, revision):
-        info = api.model_info(repo, revision=revision, files_metadata=True)
-        commit = info.sha
-        config = load_json(Path(hf_hub_download(repo, "config.json", revision=commit)), SourceError)
+        # By the name asked for, which the cache remembers; the commit names its folder there.
+        config_file = Path(hf_hub_download(repo, "config.json", revision=revision))
+        commit = config_file.parent.name
+        info = api.model_info(repo, revision=commit, files_metadata=True)
+        config = load_json(config_file, SourceError)
         metadata = api.get_safetensors_metadata(repo, revision=commit)
     siblings = {sibling.rfilename: sibling for sibling in info.siblings or ()}
     if metadata.sharded:
@@ -49,14 +56,15 @@ def open_hub(repo: str, revision: str | None) -> Checkpoint:
     return Checkpoint(repo, commit, None, config, tensors, files)
 
 
-def cached(repo: str, revision: str | None) -> Path | None:
-    """The folder of a repo that was downloaded before, None if it was not."""
+def open_cached(repo: str, revision: str | None) -> Checkpoint | None:
+    """A repo that was downloaded whole before, None if it was not."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(repo, revision=revision, local_files_only=True, **_FILES))
-    except LocalEntryNotFoundError:
+        folder = snapshot_download(repo, revision=revision, local_files_only=True, **_FILES)
+        return open_folder(Path(folder), repo, Path(folder).name)
+    except (LocalEntryNotFoundError, SourceError):
         return None
 
 

@@ -55,9 +55,9 @@ def open_source(name: str, revision: str | None = None) -> Source:
     try:
         return _source(hub.open_hub(name, revision))
     except HubError:
-        if (cached := hub.cached(name, revision)) is None:
+        if (cached := hub.open_cached(name, revision)) is None:
             raise
-        return _source(open_folder(cached, name, cached.name))
+        return _source(cached)
 
 
 def with_values(source: Source) -> Source:

@@ -1,0 +1,144 @@
+import json
+import subprocess
+import sys
+
+import pytest
+
+from quantkit.cli.main import app
+from tests import tiny
+
+COMMANDS = sorted(command.callback.__name__ for command in app.registered_commands)
+
+
+def test_every_command_teaches(cli):
+    help_text = cli("--help").output
+    for command in COMMANDS:
+        assert command in help_text
+        result = cli(command, "--help")
+        assert result.exit_code == 0
+        assert len(result.output.splitlines()) > 8
+
+
+def test_readme_knows_every_command():
+    readme = (tiny.Path(__file__).parents[2] / "README.md").read_text()
+    assert all(f"quantkit {command}" in readme for command in COMMANDS)
+
+
+def test_inspect(cli, checkpoint):
+    shown = cli("inspect", checkpoint)
+    assert shown.exit_code == 0
+    assert "gpt_oss, 4 layers, 4 experts of which 2 per token" in shown.stdout
+    value = json.loads(cli("inspect", checkpoint, "--json").stdout)
+    assert value["total_bytes"] == sum(
+        item["bytes"] for item in (*value["weights"], *value["kept"])
+    )
+    assert {"name", "role", "layer", "tier", "parameters", "bytes"} <= value["weights"][0].keys()
+
+
+def test_plan(cli, checkpoint, tmp_path):
+    shown = cli("plan", checkpoint, "--recipe", "mxfp4-q8")
+    assert shown.exit_code == 0
+    assert "native (mxfp4)" in shown.stdout
+    value = json.loads(cli("plan", checkpoint, "-r", "mxfp4-q8", "--json").stdout)
+    assert value["total_bytes"] > sum(weight["bytes"] for weight in value["weights"])
+    assert value["bits_per_weight"] == 8 * value["total_bytes"] / value["parameters"]
+    assert {"name", "role", "layer", "tier", "parameters", "bytes"} <= value["weights"][0].keys()
+
+
+def test_plan_edited_by_hand_then_quantized(cli, checkpoint, tmp_path):
+    plan = tmp_path / "plan.json"
+    assert cli("plan", checkpoint, "-r", "uniform-4", "-o", plan).exit_code == 0
+    value = json.loads(plan.read_text())
+    value["weights"][-1]["tier"] = "q6g32"
+    plan.write_text(json.dumps(value))
+    done = cli("quantize", checkpoint, "--plan", plan, "-o", tmp_path / "out", "--json")
+    assert done.exit_code == 0, done.output
+    report = json.loads(done.stdout)
+    assert report["weights"][-1]["tier"] == "q6g32"
+    assert report["total_bytes"] > value["total_bytes"]
+
+
+def test_quantize_report_verify(cli, checkpoint, tmp_path):
+    out = tmp_path / "out"
+    done = cli("quantize", checkpoint, "-r", "mxfp4-q8", "-o", out, "--shard-size", "100kB")
+    assert done.exit_code == 0, done.output
+    assert "bits per weight" in done.stdout
+    value = json.loads(cli("report", out, "--json").stdout)
+    assert value == json.loads((out / "quantkit.json").read_text())
+    assert len(value["shards"]) > 1
+    assert cli("report", out).stdout == done.stdout
+    checked = cli("verify", out)
+    assert checked.exit_code == 0, checked.output
+    assert checked.stdout.count("ok  ") == 7
+    (out / "config.json").write_text("{}")
+    broken = cli("verify", out, "--no-load", "--json")
+    assert broken.exit_code == 1
+    value = json.loads(broken.stdout)
+    assert value["ok"] is False
+    assert next(c for c in value["checks"] if c["name"] == "config")["ok"] is False
+
+
+BAD = {
+    "no way to choose": (["quantize", "SRC", "-o", "OUT"], "say how to choose tiers"),
+    "two ways": (
+        ["quantize", "SRC", "-o", "OUT", "-r", "uniform-4", "-p", "x"],
+        "just one of them",
+    ),
+    "no such recipe": (["quantize", "SRC", "-o", "OUT", "-r", "best"], "there is no recipe 'best'"),
+    "no such plan": (
+        ["quantize", "SRC", "-o", "OUT", "-p", "nope.json"],
+        "nope.json: no such file",
+    ),
+    "no such source": (["inspect", "nowhere/at/all"], "no such folder"),
+    "bad size": (
+        ["quantize", "SRC", "-o", "OUT", "-r", "uniform-4", "--shard-size", "5 potatoes"],
+        "unknown unit 'potatoes'",
+    ),
+    "negative size": (
+        ["quantize", "SRC", "-o", "OUT", "-r", "uniform-4", "--shard-size", "-5GB"],
+        "size '-5GB' is not a number and a unit",
+    ),
+    "not ours": (["report", "SRC"], "has no quantkit.json: not a repo that quantkit wrote"),
+    "no repo": (["verify", "nowhere"], "nowhere: not a folder"),
+    "not a model": (["inspect", "."], "not a model folder: it has no config.json"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_and_exit_2(cli, checkpoint, tmp_path, monkeypatch, case):
+    monkeypatch.chdir(tmp_path)
+    arguments, message = BAD[case]
+    result = cli(*[{"SRC": checkpoint, "OUT": tmp_path / "out"}.get(a, a) for a in arguments])
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1, result.stderr
+    assert message in result.stderr
+    assert result.stdout == ""
+    assert not list(tmp_path.iterdir())
+
+
+NO_MLX = """
+import sys
+from quantkit.cli.main import app
+try:
+    app(sys.argv[1:])
+except SystemExit as exit:
+    assert not exit.code, exit.code
+heavy = {"mlx", "mlx_lm", "transformers", "datasets", "huggingface_hub", "torch"} & set(sys.modules)
+assert not heavy, heavy
+"""
+
+
+@pytest.mark.parametrize("command", ["--help", "inspect", "plan", "report"])
+def test_starts_without_mlx(cli, checkpoint, tmp_path, command):
+    out = tmp_path / "out"
+    cli("quantize", checkpoint, "-r", "mxfp4-q8", "-o", out)
+    arguments = {
+        "--help": [],
+        "inspect": [checkpoint],
+        "plan": [checkpoint, "-r", "uniform-3"],
+        "report": [out],
+    }[command]
+    run = [sys.executable, "-c", NO_MLX, command, *map(str, arguments)]
+    done = subprocess.run(run, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

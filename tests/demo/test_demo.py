@@ -1,0 +1,113 @@
+"""The demo model: a gpt-oss that speaks."""
+
+import json
+
+import numpy as np
+import pytest
+
+from quantkit.allocate.recipe import load_recipe, plan_by_recipe
+from quantkit.backend import mx
+from quantkit.demo.build import build, demo_checkpoint
+from quantkit.demo.smollm2 import SmolLM2, gguf_path
+from quantkit.errors import SourceError
+from quantkit.judge.verify import verify
+from quantkit.publish.report import read_report
+from quantkit.source.source import file_hashes, open_source
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return demo_checkpoint()
+
+
+@pytest.fixture(scope="module")
+def quantized(tmp_path_factory, demo):
+    """The demo model as `quantkit demo` leaves it, and what the command printed."""
+    from typer.testing import CliRunner
+
+    from quantkit.cli.main import app
+
+    out = tmp_path_factory.mktemp("demo") / "out"
+    return out, CliRunner().invoke(app, ["demo", "-o", str(out)])
+
+
+def test_the_demo_ends_with_its_report_and_answer(quantized):
+    _, result = quantized
+    assert result.exit_code == 0, result.output
+    assert "bits per weight   5.7" in result.stdout
+    question, _, answer = result.stdout.partition("> What is the capital of France?")
+    assert question
+    assert "Paris" in answer
+
+
+def test_the_quantized_demo_verifies(quantized):
+    out, _ = quantized
+    checks = list(verify(out, read_report(out), load=False))
+    assert not any(check.ok is False for check in checks), checks
+
+
+def test_every_tensor_is_what_mlx_lm_convert_writes(tmp_path, demo, quantized):
+    from mlx_lm import convert
+
+    convert(str(demo), str(tmp_path / "theirs"), quantize=True, q_bits=8, q_group_size=64)
+    theirs = {k: v for p in (tmp_path / "theirs").glob("*.safetensors") for k, v in mx.load(str(p)).items()}  # fmt: skip
+    ours = {k: v for p in quantized[0].glob("*.safetensors") for k, v in mx.load(str(p)).items()}
+    assert ours.keys() == theirs.keys()
+    for name, expected in theirs.items():
+        assert ours[name].dtype == expected.dtype
+        assert mx.array_equal(ours[name], expected), name
+
+
+def test_it_is_a_published_layout(demo):
+    source = open_source(str(demo))
+    assert source.inventory.model_type == "gpt_oss"
+    assert len(source.checkpoint.files) == 2
+    assert {w.storage for w in source.inventory.weights if w.role.startswith("expert")} == {"mxfp4"}
+    assert json.loads((demo / "config.json").read_text())["quantization_config"]["quant_method"] == "mxfp4"  # fmt: skip
+
+
+def test_building_is_deterministic(tmp_path, demo):
+    (tmp_path / "again").mkdir()
+    build(SmolLM2.open(gguf_path()), tmp_path / "again")
+    again, first = open_source(str(tmp_path / "again")), open_source(str(demo))
+    assert file_hashes(again) == file_hashes(first)
+    for name in ("config.json", "tokenizer.json", "chat_template.jinja"):
+        assert (tmp_path / "again" / name).read_bytes() == (demo / name).read_bytes()
+
+
+def test_upcycling_keeps_the_function(demo):
+    """A layer's experts compute the dense feed-forward, up to the rounding to MXFP4."""
+    from mlx_lm.utils import load_model
+
+    model = SmolLM2.open(gguf_path())
+    gate, up, down = (
+        mx.array(model.weight(f"blk.3.ffn_{n}.weight")) for n in ("gate", "up", "down")
+    )
+    x = mx.random.normal((1, 8, gate.shape[1]), key=mx.random.key(0))
+    g = x @ gate.T
+    dense = (g * mx.sigmoid(g) * (x @ up.T)) @ down.T
+    upcycled, _ = load_model(demo, lazy=True)
+    mixture = upcycled.model.layers[3].mlp(x)
+    error = mx.square(mixture - dense).sum() / mx.square(dense).sum()
+    assert error.item() < 0.05  # three roundings of 0.012 each, and the noise; a wrong map gives 1
+
+
+def test_rotary_rows(demo):
+    """Pairs side by side become halves: row 2i of a head goes to i, row 2i + 1 to half + i."""
+    model = SmolLM2.open(gguf_path())
+    stored, rotated = model.weight("blk.0.attn_k.weight"), model.rotary("blk.0.attn_k.weight", 3)
+    assert np.array_equal(rotated[64 + 5], stored[64 + 10])
+    assert np.array_equal(rotated[64 + 32 + 5], stored[64 + 11])
+
+
+def test_without_the_package(monkeypatch):
+    monkeypatch.setattr("quantkit.demo.smollm2.PACKAGE", "llm-nonesuch")
+    with pytest.raises(SourceError, match="needs the package llm-nonesuch: run `make env`"):
+        gguf_path()
+
+
+@pytest.mark.parametrize("recipe", ["moringlabs-3.6bit", "mxfp4-q4", "uniform-4"])
+def test_recipes_fit_the_demo(demo, recipe):
+    inventory = open_source(str(demo)).inventory
+    plan = plan_by_recipe(inventory, load_recipe(recipe))
+    assert plan.total_bytes < inventory.total_bytes

@@ -1,0 +1,191 @@
+"""Architectures that only mlx-lm knows."""
+
+import json
+
+import numpy as np
+import pytest
+
+from quantkit.allocate.recipe import load_recipe, parse_recipe, plan_by_recipe
+from quantkit.backend import mx
+from quantkit.cli.rewriting import write_repo
+from quantkit.errors import SourceError
+from quantkit.formats.tiers import TensorSpec
+from quantkit.judge.verify import verify
+from quantkit.source.source import open_source
+from tests import tiny
+
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "rms_norm_eps": 1e-5,
+    "vocab_size": 64,
+    "rope_theta": 10000,
+    "tie_word_embeddings": True,
+    "eos_token_id": 1,
+}
+MOE = {
+    **LLAMA,
+    "model_type": "qwen3_moe",
+    "head_dim": 32,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [0],
+    "moe_intermediate_size": 64,
+    "norm_topk_prob": True,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": False,
+}
+
+
+def specs(config, dtype="BF16"):
+    """The tensors of a Hugging Face checkpoint of `config`: llama, with qwen3's experts."""
+    hidden, inter = config["hidden_size"], config["intermediate_size"]
+    keys = 32 * config["num_key_value_heads"]
+    shapes = {"model.embed_tokens.weight": (config["vocab_size"], hidden)}
+    for layer in range(config["num_hidden_layers"]):
+        at = f"model.layers.{layer}"
+        shapes |= {f"{at}.{n}_layernorm.weight": (hidden,) for n in ("input", "post_attention")}
+        for name, rows in {"q": 64, "k": keys, "v": keys, "o": hidden}.items():
+            shapes[f"{at}.self_attn.{name}_proj.weight"] = (rows, hidden)
+        if config["model_type"] == "qwen3_moe":
+            shapes |= {f"{at}.self_attn.{n}_norm.weight": (32,) for n in ("q", "k")}
+        stacks = [(f"{at}.mlp", inter)]
+        if layer not in config.get("mlp_only_layers", range(99)):
+            shapes[f"{at}.mlp.gate.weight"] = (config["num_experts"], hidden)
+            width = config["moe_intermediate_size"]
+            stacks = [(f"{at}.mlp.experts.{e}", width) for e in range(config["num_experts"])]
+        for stack, width in stacks:
+            shapes |= {f"{stack}.{n}_proj.weight": (width, hidden) for n in ("gate", "up")}
+            shapes[f"{stack}.down_proj.weight"] = (hidden, width)
+    shapes["model.norm.weight"] = (hidden,)
+    if not config["tie_word_embeddings"]:
+        shapes["lm_head.weight"] = (config["vocab_size"], hidden)
+    return [TensorSpec(name, dtype, shape) for name, shape in shapes.items()]
+
+
+def write(folder, config, dtype="BF16"):
+    rng = np.random.default_rng(0)
+    tensors = [(spec, tiny.random_values(spec, rng)) for spec in specs(config, dtype)]
+    return tiny.write_checkpoint(folder, config, tensors)
+
+
+def tensors(repo):
+    return {k: v for path in repo.glob("model*.safetensors") for k, v in mx.load(str(path)).items()}
+
+
+def test_dense_inventory(tmp_path):
+    inventory = open_source(str(write(tmp_path / "src", LLAMA))).inventory
+    roles = {w.name: w.role for w in inventory.weights if not w.layer}
+    assert roles == {
+        "model.embed_tokens": "embedding",
+        "model.layers.0.self_attn.q_proj": "q",
+        "model.layers.0.self_attn.k_proj": "k",
+        "model.layers.0.self_attn.v_proj": "v",
+        "model.layers.0.self_attn.o_proj": "o",
+        "model.layers.0.mlp.gate_proj": "mlp_gate",
+        "model.layers.0.mlp.up_proj": "mlp_up",
+        "model.layers.0.mlp.down_proj": "mlp_down",
+    }
+    assert inventory.tied
+    assert inventory.parameters == sum(np.prod(spec.shape) for spec in specs(LLAMA))
+
+
+def test_a_tied_embedding_is_read_whole_for_every_token(tmp_path):
+    inventory = open_source(str(write(tmp_path / "src", LLAMA))).inventory
+    plan = plan_by_recipe(inventory, load_recipe("mxfp4-q8"))
+    assert plan.active_bytes == plan.total_bytes
+
+
+def test_moe_inventory(tmp_path):
+    inventory = open_source(str(write(tmp_path / "src", MOE))).inventory
+    weights = {w.name: w for w in inventory.weights}
+    up = weights["model.layers.1.mlp.switch_mlp.up_proj"]
+    assert (up.role, up.layer, up.shape, up.storage) == ("expert_up", 1, (4, 64, 64), "bf16")
+    assert weights["model.layers.1.mlp.gate"].role == "router"
+    assert weights["model.layers.0.mlp.up_proj"].role == "mlp_up"
+    assert (inventory.experts, inventory.experts_per_token) == (4, 2)
+    assert inventory.parameters == sum(np.prod(spec.shape) for spec in specs(MOE))
+    plan = plan_by_recipe(inventory, load_recipe("mxfp4-q8"))
+    choice = next(c for c in plan.choices if c.name == up.name)
+    assert choice.active_bytes * 2 == choice.bytes
+
+
+@pytest.mark.parametrize("config", [LLAMA, MOE], ids=["dense", "moe"])
+@pytest.mark.parametrize("dtype", ["BF16", "F16"])
+def test_the_main_job(tmp_path, config, dtype):
+    from mlx_lm import convert
+
+    folder = write(tmp_path / "src", config, dtype)
+    source = open_source(str(folder))
+    recipe = parse_recipe("q8", {"rules": [{"tier": "q8g64"}]})
+    plan = plan_by_recipe(source.inventory, recipe)
+    report = write_repo(source, plan, tmp_path / "out", shard_bytes=100_000)
+    checks = list(verify(tmp_path / "out", report))
+    assert all(check.ok for check in checks), checks
+
+    convert(str(folder), str(tmp_path / "theirs"), quantize=True, q_bits=8, q_group_size=64)
+    ours, theirs = tensors(tmp_path / "out"), tensors(tmp_path / "theirs")
+    assert ours.keys() == theirs.keys()
+    assert all(mx.array_equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_untouched_stacks_are_the_stored_experts(tmp_path):
+    source = open_source(str(write(tmp_path / "src", MOE)))
+    plan = plan_by_recipe(source.inventory, parse_recipe("n", {"rules": [{"tier": "native"}]}))
+    assert plan.total_bytes == source.inventory.total_bytes
+    write_repo(source, plan, tmp_path / "out")
+    ours = tensors(tmp_path / "out")["model.layers.1.mlp.switch_mlp.down_proj.weight"]
+    stored = tensors(tmp_path / "src")
+    for expert in range(4):
+        one = stored[f"model.layers.1.mlp.experts.{expert}.down_proj.weight"]
+        assert mx.array_equal(ours[expert], one)
+    assert "quantization" not in json.loads((tmp_path / "out" / "config.json").read_text())
+
+
+def edited(folder, **values):
+    (folder / "config.json").write_text(json.dumps({**LLAMA, **values}))
+    return str(folder)
+
+
+def test_unknown_model_type(tmp_path):
+    folder = write(tmp_path / "src", LLAMA)
+    with pytest.raises(
+        SourceError, match="mlx-lm cannot build model_type 'nonesuch'.*not supported"
+    ):
+        open_source(edited(folder, model_type="nonesuch"))
+
+
+def test_config_that_mlx_lm_refuses(tmp_path):
+    folder = write(tmp_path / "src", LLAMA)
+    config = {k: v for k, v in LLAMA.items() if k != "hidden_size"}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SourceError, match=r"cannot build model_type 'llama'.*hidden_size"):
+        open_source(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_hidden_layers": 3}, r"'model.layers.2\S+ is missing \(one of 9 such\)"),
+        ({"num_hidden_layers": 1}, r"'model.layers.1\S+ is not part of the model"),
+        ({"intermediate_size": 96}, r"has shape \[128, 64\], but config.json implies \[96, 64\]"),
+    ],
+)
+def test_checkpoint_that_mlx_lm_would_not_load(tmp_path, change, message):
+    folder = write(tmp_path / "src", LLAMA)
+    with pytest.raises(SourceError, match=message):
+        open_source(edited(folder, **change))
+
+
+def test_types_that_are_not_read(tmp_path):
+    values = [
+        (TensorSpec(s.name, "F8_E4M3", s.shape), np.zeros(s.shape, np.uint8)) for s in specs(LLAMA)
+    ]
+    folder = tiny.write_checkpoint(tmp_path / "src", LLAMA, values)
+    with pytest.raises(SourceError, match="tensors of type F8_E4M3 are not read"):
+        open_source(str(folder))

@@ -1,0 +1,47 @@
+"""The dependency rule: a room imports only rooms above it, and stages never each other."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import quantkit
+
+ROOT = Path(quantkit.__file__).parent
+# In the order the data walks through them; a line may import the lines above it.
+ROOMS = [
+    {"errors"}, {"units"}, {"places"}, {"artifacts"}, {"backend"}, {"formats"}, {"source"},
+    {"demo"}, {"model"}, {"profile", "allocate", "rewrite", "judge", "publish"}, {"cli"},
+]  # fmt: skip
+LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
+FILES = sorted(path for path in ROOT.rglob("*.py") if path.parent != ROOT or path.stem in LEVEL)
+
+
+def room_of(path):
+    return path.relative_to(ROOT).with_suffix("").parts[0]
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_go_up(path):
+    room = room_of(path)
+    for module in imports(path):
+        if module.startswith("quantkit."):
+            other = module.split(".")[1]
+            assert other == room or LEVEL[other] < LEVEL[room], f"{room} imports {other}"
+        if module.split(".")[0] in ("typer", "rich"):
+            assert room == "cli", f"only cli knows {module}"
+        if module == "mlx.core":
+            assert room == "backend", "mlx comes from quantkit.backend"
+
+
+def test_files_stay_small():
+    for path in FILES:
+        assert len(path.read_text().splitlines()) <= 450, path

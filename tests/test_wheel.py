@@ -1,0 +1,34 @@
+"""An installed wheel is whole."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+LOOK = """
+import quantkit
+from quantkit.allocate.recipe import load_recipe, recipe_names
+from quantkit.places import data_folder
+print(quantkit.__file__)
+print(len([load_recipe(name) for name in recipe_names()]))
+print((data_folder("evals") / "bench" / "README.md").exists())
+"""
+
+
+def test_recipes_and_evals_travel(tmp_path):
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    build = ["wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", tmp_path, ROOT]
+    subprocess.run([*pip, *build], check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("quantkit-*.whl")
+    install = ["install", "--no-deps", "--target", tmp_path / "site", wheel]
+    subprocess.run([*pip, *install], check=True, capture_output=True)
+    look = [
+        sys.executable,
+        "-c",
+        f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r})\n{LOOK}",
+    ]
+    done = subprocess.run(look, cwd=tmp_path, capture_output=True, text=True, check=True)
+    where, recipes, evals = done.stdout.split()
+    assert where.startswith(str(tmp_path))
+    assert recipes == "6"
+    assert evals == "True"
