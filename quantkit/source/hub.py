@@ -39,10 +39,10 @@ def open_hub(repo: str, revision: str | None) -> Checkpoint:
     disable_progress_bars()
     api = HfApi()
     with _clear_errors(repo, revision):
-        # By the name asked for, which the cache remembers; the commit names its folder there.
+        info = api.model_info(repo, revision=revision, files_metadata=True)
+        commit = info.sha
+        # By the name asked for: so the cache learns which commit that is.
         config_file = Path(hf_hub_download(repo, "config.json", revision=revision))
-        commit = config_file.parent.name
-        info = api.model_info(repo, revision=commit, files_metadata=True)
         config = load_json(config_file, SourceError)
         metadata = api.get_safetensors_metadata(repo, revision=commit)
     siblings = {sibling.rfilename: sibling for sibling in info.siblings or ()}
@@ -113,7 +113,7 @@ def _clear_errors(repo: str, revision: str | None) -> Iterator[None]:
             f"{repo}: neither a local folder nor a repo on the Hub that you may read. "
             "Check the name; for a private repo run: hf auth login"
         ) from exc
-    except (errors.RevisionNotFoundError, errors.EntryNotFoundError) as exc:
+    except (errors.RevisionNotFoundError, errors.RemoteEntryNotFoundError) as exc:
         raise HubError(f"{repo}{at}: not a model repo there, or no such revision.") from exc
     except (errors.NotASafetensorsRepoError, errors.SafetensorsParsingError) as exc:
         raise SourceError(f"{repo}: has no readable safetensors at its top level.") from exc
