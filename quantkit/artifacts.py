@@ -284,10 +284,10 @@ class Plan:
                 source=_source_id(data["source"]),
                 model_type=data["model_type"],
                 origin=data["origin"],
-                choices=tuple(Choice(**choice) for choice in data["weights"]),
-                kept=Choice(**data["kept"]),
+                choices=tuple(_choice(choice) for choice in data["weights"]),
+                kept=_choice(data["kept"]),
             )
-        except (KeyError, TypeError) as exc:
+        except (KeyError, TypeError, AttributeError) as exc:
             raise PlanError(f"{where}: not a complete plan ({exc}). Make it anew.") from exc
 
 
@@ -339,9 +339,9 @@ class Report:
         require_kind(data, "report", where)
         try:
             plan = {**data["plan"], "weights": data["weights"], "source": data["source"]}
-            shards = tuple(ShardRecord(**shard) for shard in data["shards"])
+            shards = tuple(_shard(shard) for shard in data["shards"])
             versions = dict(data["versions"])
-        except (KeyError, TypeError) as exc:
+        except (KeyError, TypeError, ValueError) as exc:
             raise PlanError(f"{where}: not a complete report ({exc}).") from exc
         return cls(Plan.from_json(plan, where), shards, versions)
 
@@ -361,6 +361,24 @@ def require_kind(data: Mapping[str, Any], kind: str, where: str) -> None:
             f"{where}: {kind} of version {data.get('version')!r}, this quantkit reads "
             f"{FORMAT_VERSION}. Make it anew with this version."
         )
+
+
+def _choice(data: Mapping[str, Any]) -> Choice:
+    choice = Choice(**data)
+    texts = (choice.name, choice.role, choice.tier, choice.storage)
+    numbers = (choice.parameters, choice.bytes, choice.active_bytes or 0, choice.layer or 0)
+    if not all(isinstance(text, str) for text in texts):
+        raise TypeError(f"weight {choice.name!r}: a name, role or tier is no text")
+    if not all(isinstance(number, int) for number in numbers):
+        raise TypeError(f"weight {choice.name!r}: a count is no whole number")
+    return choice
+
+
+def _shard(data: Mapping[str, Any]) -> ShardRecord:
+    shard = ShardRecord(**data)
+    if Path(shard.name).name != shard.name or not isinstance(shard.size, int):
+        raise TypeError(f"shard {shard.name!r} is not described rightly")
+    return shard
 
 
 def _source_id(data: Mapping[str, Any]) -> SourceId:

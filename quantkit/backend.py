@@ -6,7 +6,9 @@ import `mx` from here, never from mlx itself.
 """
 
 import ctypes
+import os
 import sys
+from functools import lru_cache
 from itertools import cycle
 
 _OPENBLAS = "libopenblas.so.0"
@@ -55,11 +57,12 @@ def streams() -> "cycle[mx.Stream]":
 
     Each CPU stream is one thread of mlx's; a GPU keeps itself busy from a single stream.
     """
-    if not on_cpu():
-        return cycle([mx.default_stream(mx.default_device())])
-    import os
+    return cycle(_cpu_streams() if on_cpu() else [mx.default_stream(mx.default_device())])
 
-    return cycle([mx.new_stream(mx.cpu) for _ in range(min(4, os.cpu_count() or 1))])
+
+@lru_cache(maxsize=1)
+def _cpu_streams() -> list[mx.Stream]:
+    return [mx.new_stream(mx.cpu) for _ in range(min(4, os.cpu_count() or 1))]
 
 
 __all__ = ["mx", "on_cpu", "speed_hint", "streams"]

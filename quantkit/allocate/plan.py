@@ -33,6 +33,8 @@ def read_plan(data: Mapping[str, Any], inventory: Inventory, where: str) -> Plan
         origin = str(data.get("origin", "plan"))
     except (KeyError, TypeError, AttributeError) as exc:
         raise PlanError(f"{where}: not a complete plan ({exc} is missing or malformed).") from exc
+    if len(tiers) != len(data["weights"]):
+        raise PlanError(f"{where}: names a weight twice.")
     if structure != inventory.source.structure:
         raise PlanError(
             f"{where}: made for another checkpoint ({data['source'].get('name')}), "

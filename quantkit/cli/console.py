@@ -18,9 +18,10 @@ def error(message: str) -> None:
     print(f"error: {message}", file=sys.stderr)
 
 
-def note(message: str) -> None:
-    """A line on stderr that is no result."""
-    print(message, file=sys.stderr)
+def note(message: str | None) -> None:
+    """A line on stderr that is no result; nothing for None."""
+    if message is not None:
+        print(f"note: {message}", file=sys.stderr)
 
 
 def print_json(value: Any) -> None:

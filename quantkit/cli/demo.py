@@ -25,19 +25,22 @@ def demo(
     The model is SmolLM2-135M-Instruct upcycled to 8 experts in MXFP4, in gpt-oss's published
     layout; it is built once (15 s) and kept in the cache.
     """
+    from quantkit.backend import speed_hint
     from quantkit.cli.choose import choose_plan
-    from quantkit.cli.rewriting import write_repo
     from quantkit.demo.build import demo_checkpoint
     from quantkit.judge.answer import answer
+    from quantkit.pipeline import quantize
     from quantkit.places import cache_folder
     from quantkit.source.source import open_source
 
+    console.note(speed_hint())
     with console.progress(0, "Building the demo model") as progress:
         checkpoint = demo_checkpoint(lambda done, of: progress(0, f"layer {done} of {of}"))
     source = open_source(str(checkpoint))
     plan = choose_plan(source.inventory, recipe, None)
     out = output or cache_folder() / f"demo-{Path(recipe).stem}"
-    report = write_repo(source, plan, out, force=output is None)
+    with console.progress(plan.total_bytes, f"Writing {out.name}") as progress:
+        report = quantize(source, plan, out, force=output is None, progress=progress)
     console.print_report(report, str(out))
     print(f"\n> {question}")
     for piece in answer(out, question):

@@ -18,6 +18,7 @@ def plan(
             "--output", "-o", help="Save the plan as JSON, to read, edit and quantize by."
         ),
     ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the file.")] = False,
     revision: Revision = None,
     json: Json = False,
 ) -> None:
@@ -32,8 +33,11 @@ def plan(
     """
     from quantkit.artifacts import dump_json, write_atomically
     from quantkit.cli.choose import choose_plan
+    from quantkit.errors import OutputError
     from quantkit.source.source import open_source
 
+    if output is not None and output.exists() and not force:
+        raise OutputError(f"{output}: exists. Choose another file, or replace it with --force.")
     chosen = choose_plan(open_source(src, revision).inventory, recipe, None)
     if output is not None:
         write_atomically(output, dump_json(chosen.to_json()))

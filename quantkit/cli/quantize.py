@@ -35,15 +35,20 @@ def quantize(
 
     `quantkit quantize openai/gpt-oss-20b -r mxfp4-q8 -o gpt-oss-20b-q8`
     """
+    from quantkit.backend import speed_hint
     from quantkit.cli.choose import choose_plan
-    from quantkit.cli.rewriting import write_repo
+    from quantkit.pipeline import quantize as write_repo
     from quantkit.source.source import open_source
     from quantkit.units import parse_bytes
 
     shard_bytes = parse_bytes(shard_size)
     source = open_source(src, revision)
     chosen = choose_plan(source.inventory, recipe, plan)
-    report = write_repo(source, chosen, output, shard_bytes=shard_bytes, force=force)
+    console.note(speed_hint())
+    with console.progress(chosen.total_bytes, f"Writing {output.name}") as progress:
+        report = write_repo(
+            source, chosen, output, shard_bytes=shard_bytes, force=force, progress=progress
+        )
     if json:
         console.print_json(report.to_json())
     else:

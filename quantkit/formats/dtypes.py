@@ -41,6 +41,11 @@ def nbytes(dtype: str, shape: tuple[int, ...]) -> int:
     return numpy_dtype(dtype).itemsize * math.prod(shape)
 
 
+def nan_scales(scales: np.ndarray, mode: str) -> int:
+    """How many one-byte scales are NaN: E4M3 in nvfp4 (127, 255), else E8M0 (255)."""
+    return int(np.count_nonzero((scales | 0x80 if mode == "nvfp4" else scales) == 0xFF))
+
+
 def nonfinite(values: np.ndarray, dtype: str) -> int:
     """How many of `values` (carriers of a float `dtype`) are NaN or infinite."""
     if dtype == "BF16":

@@ -1,15 +1,14 @@
 """Whether a repo is what its plan says, and what stock mlx-lm needs."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from quantkit.artifacts import Choice, Progress, Report, load_json
 from quantkit.errors import SourceError
-from quantkit.formats.dtypes import nonfinite
+from quantkit.formats.dtypes import nan_scales, nonfinite
 from quantkit.formats.tiers import TIERS, Tier
 from quantkit.source.checkpoint import INDEX_FILE, Checkpoint, hash_file, open_folder
 from quantkit.source.headers import StoredTensor
@@ -165,9 +164,10 @@ def _check_finite(checkpoint: Checkpoint) -> str:
     for tensor in checkpoint.tensors.values():
         if not tensor.name.endswith((".scales", ".biases")):
             continue
-        values = checkpoint.read(tensor, 0, int(np.prod(tensor.shape)))
-        if tensor.dtype == "U8":  # E8M0, or E4M3 in nvfp4: there 127 and 255 are NaN
-            bad = int(np.count_nonzero(values == 255))
+        values = checkpoint.read(tensor, 0, math.prod(tensor.shape))
+        entry = checkpoint.config.get("quantization", {}).get(tensor.name.removesuffix(".scales"))
+        if tensor.dtype == "U8":
+            bad = nan_scales(values, entry["mode"] if entry else "")
         else:
             bad = nonfinite(values, tensor.dtype)
         if bad:

@@ -14,7 +14,7 @@ from quantkit.backend import mx, streams
 from quantkit.errors import SourceError
 from quantkit.formats import mxfp4
 from quantkit.formats.codec import decode_mxfp4, encode, to_mx, to_numpy
-from quantkit.formats.dtypes import nonfinite
+from quantkit.formats.dtypes import nan_scales, nonfinite
 from quantkit.formats.tiers import MXFP4, Tier, parse_tier
 from quantkit.rewrite.shards import Unit
 from quantkit.source.source import Source
@@ -100,7 +100,7 @@ def _nonfinite_error(source: Source, name: str, storage: Tier) -> SourceError:
 
 
 def _require_finite_scales(name: str, scales: np.ndarray) -> None:
-    if bad := int(np.count_nonzero(scales == 255)):
+    if bad := nan_scales(scales, MXFP4.mode):
         raise SourceError(
             f"{name}: {bad} MXFP4 scales are NaN. The checkpoint is damaged: download it again."
         )

@@ -21,11 +21,12 @@ from quantkit.artifacts import (
     with_hashes,
     write_atomically,
 )
+from quantkit.backend import on_cpu
 from quantkit.errors import InputError, OutputError, SourceError
 from quantkit.rewrite.blocks import unit_blocks
 from quantkit.rewrite.config import companions, edit_config
 from quantkit.rewrite.shards import Shard, ShardWriter, lay_out
-from quantkit.rewrite.staging import Staging, require_usable
+from quantkit.rewrite.staging import Staging, require_apart, require_free
 from quantkit.source.checkpoint import INDEX_FILE
 from quantkit.source.source import Source, file_hashes
 
@@ -63,13 +64,15 @@ def rewrite(
     """
     folder = source.checkpoint.path("")
     progress = progress or _silent
+    out = out.absolute()
+    require_apart(out, folder)
     shards = lay_out(source.inventory, plan, shard_bytes)
     staging = Staging(out, _depends(source, plan, shard_bytes), force)
     if is_current(out, source, plan, shards):
         progress(plan.total_bytes, out.name)
         staging.discard()
         return
-    require_usable(out, folder, force)
+    require_free(out, force)
     with staging:
         try:
             written = _write_shards(source, plan, shards, staging, progress)
@@ -176,17 +179,22 @@ def _index(shards: tuple[Shard, ...], plan: Plan) -> dict[str, object]:
 
 def _depends(source: Source, plan: Plan, shard_bytes: int) -> dict[str, str]:
     """All that the bytes of the shards depend on, each under a name a person understands."""
-    files = [
-        (file.name, file.size, source.checkpoint.path(file.name).stat().st_mtime_ns)
+    files = {
+        f"source file {file.name}": f"{file.size} bytes, modified at {_modified(source, file.name)}"
         for file in source.checkpoint.files
-    ]
+    }
     return {
         "source structure": plan.source.structure,
-        "source file": digest(files),
+        **files,
         "plan": digest([(choice.name, choice.tier) for choice in plan.choices]),
         "shard size": str(shard_bytes),
+        "device": "cpu" if on_cpu() else "gpu",
         **{f"version of {package}": number for package, number in versions().items()},
     }
+
+
+def _modified(source: Source, file: str) -> int:
+    return source.checkpoint.path(file).stat().st_mtime_ns
 
 
 def _silent(_done: int, _name: str) -> None:

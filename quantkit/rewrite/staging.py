@@ -13,7 +13,7 @@ with the same inputs goes on.
 import fcntl
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -42,7 +42,7 @@ class Staging:
 
     def __enter__(self) -> "Staging":
         """Raises OutputError if it is in use, or holds an unfinished rewrite from other inputs."""
-        if self.folder.exists() and not (self.folder / "lock").exists():
+        if self.folder.exists() and not self._is_ours():
             raise OutputError(
                 f"{self.folder}: exists and was not made by quantkit. Move it away: "
                 "it stands where the unfinished output must go."
@@ -70,6 +70,11 @@ class Staging:
     ) -> None:
         self._unlock()
 
+    def _is_ours(self) -> bool:
+        if (self.folder / "lock").exists():
+            return True
+        return self.folder.is_dir() and not any(self.folder.iterdir())
+
     def _unlock(self) -> None:
         if self._lock is not None:
             os.close(self._lock)
@@ -80,12 +85,11 @@ class Staging:
             self._replaced.replace(self.out)  # killed between the two renames of `commit`
         state = self.folder / "state.json"
         if state.exists():
-            saved = load_json(state, OutputError)
-            before = saved.get("depends", {})
+            before, records = _read_state(state)
             changed = [key for key in self._depends if before.get(key) != self._depends[key]]
             if not changed:
-                records = [ShardRecord(**record) for record in saved["shards"]]
                 self._records = {r.name: r for r in records if self._is_whole(r)}
+                _clear(self.repo, keep=self._records.keys())
                 return
             if not self._force:
                 raise OutputError(
@@ -144,23 +148,50 @@ class Staging:
 
     def discard(self) -> None:
         """Remove the staging folder and all in it, and the parents made for it if empty."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        if self._is_ours():
+            _clear(self.folder, keep={"lock"})
+            # The lock last: it is what tells that the folder is ours.
+            (self.folder / "lock").unlink(missing_ok=True)
+            with suppress(OSError):
+                self.folder.rmdir()
         with suppress(OSError):
             for path in self._made:
                 path.rmdir()
 
 
-def require_usable(out: Path, source: Path, force: bool) -> None:
-    """Raises OutputError unless a repo may be put at `out`.
+def _read_state(path: Path) -> tuple[dict[str, str], list[ShardRecord]]:
+    saved = load_json(path, OutputError)
+    try:
+        return dict(saved["depends"]), [ShardRecord(**record) for record in saved["shards"]]
+    except (KeyError, TypeError, ValueError) as exc:
+        raise OutputError(f"{path}: damaged ({exc}). Remove its folder and run again.") from exc
 
-    Never over the source or a folder that contains it or the working directory, whatever `force`.
-    """
+
+def _clear(folder: Path, keep: Collection[str]) -> None:
+    """Remove what is in `folder`, if it is there, but for the names to `keep`."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if path.name in keep:
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def require_apart(out: Path, source: Path) -> None:
+    """Raises OutputError if `out` is, holds, or lies in the source, or holds the working or home
+    directory: nothing may be put there, whatever is forced."""
     target = out.resolve()
     for kept in (source.resolve(), Path.cwd(), Path.home()):
         if target == kept or target in kept.parents:
             raise OutputError(f"{out}: is or contains {kept}, which must stay. Choose another.")
     if source.resolve() in target.parents:
         raise OutputError(f"{out}: lies inside the source {source}. Choose another.")
+
+
+def require_free(out: Path, force: bool) -> None:
+    """Raises OutputError unless `out` is missing, an empty folder, or a folder that `force` says
+    to replace."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     if out.is_dir() and force:

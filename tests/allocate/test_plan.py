@@ -51,6 +51,9 @@ BAD = {
     "old version": (edit("version", 0), PlanError, "plan of version 0, this quantkit reads 1"),
     "no weights": (lambda d: d.pop("weights"), PlanError, "not a complete plan"),
     "weight lost": (lambda d: d["weights"].pop(), PlanError, "'lm_head' has no tier"),
+    "weight twice": (
+        lambda d: d["weights"].append(d["weights"][0]), PlanError, "names a weight twice",
+    ),
     "weight invented": (
         lambda d: d["weights"].append({**d["weights"][0], "name": "x"}), PlanError, "'x' is unknown",
     ),

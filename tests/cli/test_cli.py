@@ -78,6 +78,17 @@ def test_quantize_report_verify(cli, checkpoint, tmp_path):
     assert next(c for c in value["checks"] if c["name"] == "config")["ok"] is False
 
 
+def test_a_plan_is_not_overwritten(cli, checkpoint, tmp_path):
+    plan = tmp_path / "plan.json"
+    plan.write_text("edited for hours")
+    refused = cli("plan", checkpoint, "-r", "uniform-4", "-o", plan)
+    assert refused.exit_code == 2
+    assert f"{plan}: exists" in refused.stderr
+    assert plan.read_text() == "edited for hours"
+    assert cli("plan", checkpoint, "-r", "uniform-4", "-o", plan, "--force").exit_code == 0
+    assert json.loads(plan.read_text())["kind"] == "plan"
+
+
 BAD = {
     "no way to choose": (["quantize", "SRC", "-o", "OUT"], "say how to choose tiers"),
     "two ways": (

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from quantkit.allocate.recipe import load_recipe, plan_by_recipe
-from quantkit.cli.rewriting import write_repo
 from quantkit.judge.verify import verify
+from quantkit.pipeline import quantize as write_repo
 from quantkit.publish.report import read_report
 from quantkit.source.headers import read_header
 from quantkit.source.source import open_source

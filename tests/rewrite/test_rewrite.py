@@ -2,6 +2,7 @@ import hashlib
 import json
 import shutil
 from collections import namedtuple
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,9 +11,9 @@ import safetensors
 from quantkit.allocate.plan import make_plan
 from quantkit.allocate.recipe import load_recipe, plan_by_recipe, recipe_names
 from quantkit.backend import mx
-from quantkit.cli.rewriting import write_repo
 from quantkit.errors import OutputError, SourceError
 from quantkit.formats.tiers import MXFP4, NATIVE, TIERS, parse_tier
+from quantkit.pipeline import quantize as write_repo
 from quantkit.source.source import open_source
 from tests import tiny
 
@@ -260,6 +261,23 @@ def test_a_file_in_the_way(tmp_path, checkpoint):
     with pytest.raises(OutputError, match="out: is a file"):
         quantize(checkpoint, tmp_path / "out", force=True)
     assert (tmp_path / "out").read_text() == "mine"
+
+
+def test_a_partial_folder_of_others_survives_a_repo_that_is_done(tmp_path, checkpoint):
+    quantize(checkpoint, tmp_path / "out")
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "notes").write_text("mine")
+    quantize(checkpoint, tmp_path / "out")
+    assert (tmp_path / "out.partial" / "notes").read_text() == "mine"
+
+
+@pytest.mark.parametrize("out", [".", "..", "/"])
+def test_the_working_folder_cannot_be_overwritten(tmp_path, checkpoint, monkeypatch, out):
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    with pytest.raises(OutputError, match="must stay"):
+        quantize(checkpoint, Path(out), force=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["work"]
 
 
 def test_a_partial_folder_that_is_not_ours(tmp_path, checkpoint):

@@ -7,10 +7,10 @@ import pytest
 
 from quantkit.allocate.recipe import load_recipe, parse_recipe, plan_by_recipe
 from quantkit.backend import mx
-from quantkit.cli.rewriting import write_repo
 from quantkit.errors import SourceError
 from quantkit.formats.tiers import TensorSpec
 from quantkit.judge.verify import verify
+from quantkit.pipeline import quantize as write_repo
 from quantkit.source.source import open_source
 from tests import tiny
 
