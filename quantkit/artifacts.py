@@ -231,6 +231,11 @@ class Plan:
         return None if None in active else sum(b for b in active if b is not None)
 
     @property
+    def tiers_sha256(self) -> str:
+        """What tells an edited plan from the one that was made."""
+        return digest([(choice.name, choice.tier) for choice in self.choices])
+
+    @property
     def _all(self) -> tuple[Choice, ...]:
         return (*self.choices, self.kept)
 
@@ -266,6 +271,7 @@ class Plan:
             "source": asdict(self.source),
             "model_type": self.model_type,
             "origin": self.origin,
+            "tiers_sha256": self.tiers_sha256,
             "parameters": self.parameters,
             "total_bytes": self.total_bytes,
             "bits_per_weight": self.bits_per_weight,
@@ -303,10 +309,14 @@ class ShardRecord:
 
 @dataclass(frozen=True)
 class Report:
-    """What a repo holds and how it came to be; `quantkit.json` inside the repo."""
+    """What a repo holds and how it came to be; `quantkit.json` inside the repo.
+
+    `files` are those beside the shards that mlx-lm reads: config, index, tokenizer and the like.
+    """
 
     plan: Plan
     shards: tuple[ShardRecord, ...]
+    files: tuple[SourceFile, ...]
     versions: Mapping[str, str]
 
     @property
@@ -329,6 +339,7 @@ class Report:
             "weights": plan["weights"],
             "source": plan["source"],
             "shards": [asdict(shard) for shard in self.shards],
+            "files": [asdict(file) for file in self.files],
             "versions": dict(self.versions),
             "plan": {key: plan[key] for key in plan if key not in ("tiers", "weights", "source")},
         }
@@ -340,10 +351,11 @@ class Report:
         try:
             plan = {**data["plan"], "weights": data["weights"], "source": data["source"]}
             shards = tuple(_shard(shard) for shard in data["shards"])
+            files = tuple(_file(file) for file in data["files"])
             versions = dict(data["versions"])
         except (KeyError, TypeError, ValueError) as exc:
             raise PlanError(f"{where}: not a complete report ({exc}).") from exc
-        return cls(Plan.from_json(plan, where), shards, versions)
+        return cls(Plan.from_json(plan, where), shards, files, versions)
 
 
 def with_hashes(source: SourceId, hashes: Mapping[str, str]) -> SourceId:
@@ -381,8 +393,15 @@ def _shard(data: Mapping[str, Any]) -> ShardRecord:
     return shard
 
 
+def _file(data: Mapping[str, Any]) -> SourceFile:
+    file = SourceFile(**data)
+    if Path(file.name).name != file.name or not isinstance(file.size, int):
+        raise TypeError(f"file {file.name!r} is not described rightly")
+    return file
+
+
 def _source_id(data: Mapping[str, Any]) -> SourceId:
-    files = tuple(SourceFile(**file) for file in data["files"])
+    files = tuple(_file(file) for file in data["files"])
     return SourceId(data["name"], data["revision"], data["structure"], files)
 
 

@@ -1,10 +1,11 @@
 """The stages put together: a source and a plan in, a repo with its report and card out."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from quantkit.artifacts import REPORT_FILE, Plan, Progress, Report
 from quantkit.publish.card import card, license_of
-from quantkit.publish.report import make_report, read_report, report_text
+from quantkit.publish.report import read_report, report_text
 from quantkit.rewrite.rewrite import SHARD_BYTES, Written, rewrite, versions
 from quantkit.source.hub import is_repo_id
 from quantkit.source.source import Source, with_values
@@ -29,7 +30,8 @@ def quantize(
     license_id = license_of(source.checkpoint.path(""))
 
     def documents(written: Written) -> dict[str, str]:
-        report = make_report(plan, written.source, written.shards, versions())
+        made = replace(plan, source=written.source)
+        report = Report(made, written.shards, written.files, versions())
         return {REPORT_FILE: report_text(report), "README.md": card(report, base_model, license_id)}
 
     rewrite(source, plan, out, documents, shard_bytes=shard_bytes, force=force, progress=progress)

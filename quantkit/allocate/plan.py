@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from quantkit.artifacts import Choice, Inventory, KeptTensor, Plan, Weight, require_kind
+from quantkit.artifacts import Choice, Inventory, KeptTensor, Plan, Weight, digest, require_kind
 from quantkit.errors import PlanError
 from quantkit.formats.tiers import Tier, canonical, float_dtype, parse_tier, resolve
 
@@ -30,7 +30,10 @@ def read_plan(data: Mapping[str, Any], inventory: Inventory, where: str) -> Plan
     try:
         structure = data["source"]["structure"]
         tiers = {weight["name"]: parse_tier(weight["tier"]) for weight in data["weights"]}
-        origin = str(data.get("origin", "plan"))
+        origin, kept = str(data.get("origin", "plan")), data.get("kept", {})
+        edited = digest([(w["name"], w["tier"]) for w in data["weights"]]) != data["tiers_sha256"]
+        if kept.get("tier", KEPT_LABEL) != KEPT_LABEL:
+            raise PlanError(f"{where}: norms, biases and sinks are kept as they are; no tier fits.")
     except (KeyError, TypeError, AttributeError) as exc:
         raise PlanError(f"{where}: not a complete plan ({exc} is missing or malformed).") from exc
     if len(tiers) != len(data["weights"]):
@@ -40,6 +43,8 @@ def read_plan(data: Mapping[str, Any], inventory: Inventory, where: str) -> Plan
             f"{where}: made for another checkpoint ({data['source'].get('name')}), "
             f"not for {inventory.source.name}. Plan anew."
         )
+    if edited and not origin.startswith("edited"):
+        origin = f"edited from {origin}"
     return make_plan(inventory, tiers, origin)
 
 
@@ -91,6 +96,6 @@ def _require_same_weights(inventory: Inventory, tiers: Mapping[str, Tier]) -> No
     ):
         if wrong:
             raise PlanError(
-                f"plan: weight {min(wrong)!r} {what} (one of {len(wrong)} such). "
-                f"It does not belong to {inventory.source.name}."
+                f"plan: weight {min(wrong)!r} {what} (one of {len(wrong)} such): "
+                f"not a plan for {inventory.source.name}."
             )

@@ -119,11 +119,11 @@ def plan_by_recipe(inventory: Inventory, recipe: Recipe) -> Plan:
     tiers = {}
     unmatched = []
     for weight in inventory.weights:
-        rule = next((r for r in recipe.rules if r.matches(weight, inventory.layers)), None)
-        if rule is None:
+        number = _deciding_rule(inventory, recipe, weight)
+        if number is None:
             unmatched.append(weight)
         else:
-            tiers[weight.name] = rule.tier
+            tiers[weight.name] = recipe.rules[number].tier
     if not tiers:
         raise RecipeError(f"recipe {recipe.name}: no rule matches any weight of this checkpoint.")
     if unmatched:
@@ -133,6 +133,17 @@ def plan_by_recipe(inventory: Inventory, recipe: Recipe) -> Plan:
             f'{len(unmatched)} such). End it with a rule for everything: tier = "native".'
         )
     return make_plan(inventory, tiers, f"recipe {recipe.name}")
+
+
+def idle_rules(inventory: Inventory, recipe: Recipe) -> list[int]:
+    """The numbers, from 1, of rules that decide no weight: often a misspelt name."""
+    deciding = {_deciding_rule(inventory, recipe, weight) for weight in inventory.weights}
+    return [number + 1 for number in range(len(recipe.rules)) if number not in deciding]
+
+
+def _deciding_rule(inventory: Inventory, recipe: Recipe, weight: Weight) -> int | None:
+    matching = (i for i, r in enumerate(recipe.rules) if r.matches(weight, inventory.layers))
+    return next(matching, None)
 
 
 def _parse_rule(where: str, rule: Any) -> Rule:

@@ -3,8 +3,9 @@
 from pathlib import Path
 
 from quantkit.allocate.plan import read_plan
-from quantkit.allocate.recipe import load_recipe, plan_by_recipe, recipe_names
+from quantkit.allocate.recipe import idle_rules, load_recipe, plan_by_recipe, recipe_names
 from quantkit.artifacts import Inventory, Plan, load_json
+from quantkit.cli import console
 from quantkit.errors import InputError, PlanError
 
 
@@ -16,4 +17,9 @@ def choose_plan(inventory: Inventory, recipe: str | None, plan_file: Path | None
     if plan_file is not None:
         return read_plan(load_json(plan_file, PlanError), inventory, str(plan_file))
     assert recipe is not None
-    return plan_by_recipe(inventory, load_recipe(recipe))
+    loaded = load_recipe(recipe)
+    plan = plan_by_recipe(inventory, loaded)
+    if recipe not in recipe_names():  # those that ship are made for many models
+        for number in idle_rules(inventory, loaded):
+            console.note(f"recipe {loaded.name}: rule {number} decides no weight")
+    return plan

@@ -1,6 +1,7 @@
 """What a person sees: tables, progress, errors."""
 
 import json
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -8,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from quantkit.artifacts import Inventory, Plan, Progress, Report, group_roles
 from quantkit.units import bits_per_weight, count, gb, gib, size
+
+_MOST_FILES = 8
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -76,12 +79,12 @@ def print_report(report: Report, where: str) -> None:
     plan = report.plan
     _show(_tier_table(plan), f"{where}: {plan.origin}, from {plan.source.name}")
     _totals(report.total_bytes, plan.parameters, plan.active_bytes)
-    print(f"shards            {len(report.shards)}")
-    for shard in report.shards:
-        print(f"  {shard.name}  {size(shard.size)}  sha256 {shard.sha256}")
-    print("source")
-    for file in plan.source.files:
-        print(f"  {file.name}  {size(file.size)}  sha256 {file.sha256}")
+    for title, files in (("shards", report.shards), ("source", plan.source.files)):
+        print(f"{title:<18}{len(files)} (size with header, sha256; whole in --json)")
+        for file in files[:_MOST_FILES]:
+            print(f"  {file.name}  {size(file.size)}  {(file.sha256 or '')[:16]}")
+        if len(files) > _MOST_FILES:
+            print(f"  and {len(files) - _MOST_FILES} more")
     print("versions          " + ", ".join(f"{k} {v}" for k, v in report.versions.items()))
 
 
@@ -92,31 +95,35 @@ def print_checks(checks: Sequence[Any]) -> None:
         print(f"{marks[check.ok]}  {check.name}: {check.detail}")
 
 
+def print_verdict(checks: Sequence[Any], where: str) -> None:
+    """The last line of a verification."""
+    made = [check for check in checks if check.ok is not None]
+    good = sum(check.ok for check in made)
+    print(f"{where}: {good} of {len(made)} checks passed")
+
+
 @contextmanager
 def progress(total: int, what: str) -> Iterator[Progress]:
-    """A progress bar on stderr over `total` bytes, with speed and ETA; only on a terminal."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
+    """A progress bar on stderr over `total` bytes, with ETA; only on a terminal, gone at the end.
 
-    columns = (
-        TextColumn(what),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("[dim]{task.description}"),
-    )
+    With a total of 0 only the names of what is being done are shown.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    counted = (BarColumn(bar_width=16), DownloadColumn(), TimeRemainingColumn())
+    columns = (TextColumn(what), *(counted if total else ()), TextColumn("[dim]{task.description}"))
     screen = Console(stderr=True)
-    with Progress(*columns, console=screen, disable=not screen.is_terminal) as bar:
-        task = bar.add_task("", total=total)
-        yield lambda done, name: bar.update(task, advance=done, description=name)
+    bar = Progress(*columns, console=screen, disable=not screen.is_terminal, transient=True)
+    with bar:
+        task = bar.add_task("", total=total or None)
+        yield lambda done, name: bar.update(task, advance=done, description=_short(name))
+
+
+def _short(name: str) -> str:
+    """`layer 5 v_proj` for `model.layers.5.self_attn.v_proj`."""
+    layer = re.search(r"\.(\d+)\.", name)
+    return f"layer {layer[1]} {name.removesuffix('.weight').rpartition('.')[2]}" if layer else name
 
 
 def _tier_table(plan: Plan) -> "Table":
@@ -136,7 +143,8 @@ def _tier_table(plan: Plan) -> "Table":
 
 def _totals(total: int, parameters: int, active: int | None) -> None:
     print(f"total             {total:,} bytes = {gb(total)} = {gib(total)}")
-    print(f"bits per weight   {bits_per_weight(total, parameters):.3f} over {count(parameters)}")
+    bits = bits_per_weight(total, parameters)
+    print(f"bits per weight   {bits:.3f} over {count(parameters)} parameters")
     if active is not None:
         print(f"read per token    {gb(active)}")
 
@@ -146,7 +154,7 @@ def _table(*columns: str) -> "Table":
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for column in columns:
         number = column[0] == "#"
         wraps = column in ("roles", "shapes")
@@ -160,4 +168,5 @@ def _show(table: "Table", title: str) -> None:
     from rich.console import Console
 
     print(title)
-    Console(soft_wrap=False).print(table)
+    Console().print(table)
+    print()

@@ -34,7 +34,7 @@ def demo(
     from quantkit.source.source import open_source
 
     console.note(speed_hint())
-    with console.progress(0, "Building the demo model") as progress:
+    with console.progress(0, "Building the demo model,") as progress:
         checkpoint = demo_checkpoint(lambda done, of: progress(0, f"layer {done} of {of}"))
     source = open_source(str(checkpoint))
     plan = choose_plan(source.inventory, recipe, None)
@@ -42,7 +42,7 @@ def demo(
     with console.progress(plan.total_bytes, f"Writing {out.name}") as progress:
         report = quantize(source, plan, out, force=output is None, progress=progress)
     console.print_report(report, str(out))
-    print(f"\n> {question}")
+    print(f"\n> {question}", flush=True)
     for piece in answer(out, question):
         print(piece, end="", flush=True)
     print()

@@ -1,10 +1,11 @@
 """The `quantkit` command: its subcommands, and the one place where errors become messages."""
 
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
+from quantkit import __version__
 from quantkit.cli import console
 from quantkit.cli.demo import demo
 from quantkit.cli.inspect import inspect
@@ -31,6 +32,7 @@ class _Commands(TyperGroup):
 app = typer.Typer(
     cls=_Commands,
     no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
     add_completion=False,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
@@ -47,6 +49,23 @@ app = typer.Typer(
     `quantkit verify gpt-oss-20b-q8`
     """,
 )
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"quantkit {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version.", callback=_print_version)
+    ] = False,
+) -> None:
+    pass
+
+
 for command in (inspect, plan, quantize, report, verify, demo):
     app.command()(command)
 

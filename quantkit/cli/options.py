@@ -24,4 +24,7 @@ RecipeName = Annotated[
         "uniform-4, uniform-3), or a .toml file of your own.",
     ),
 ]
+PlanFile = Annotated[
+    Path | None, typer.Option("--plan", "-p", help="A plan that `quantkit plan -o` saved.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from quantkit.cli import console
-from quantkit.cli.options import Json, RecipeName, Revision, Src
+from quantkit.cli.options import Json, PlanFile, RecipeName, Revision, Src
 
 
 def plan(
@@ -19,6 +19,7 @@ def plan(
         ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the file.")] = False,
+    plan: PlanFile = None,
     revision: Revision = None,
     json: Json = False,
 ) -> None:
@@ -28,7 +29,8 @@ def plan(
 
     `quantkit plan openai/gpt-oss-120b --recipe moringlabs-3.6bit`
 
-    `quantkit plan SRC -r mxfp4-q8 -o plan.json`, then edit a tier in plan.json, then
+    `quantkit plan SRC -r mxfp4-q8 -o plan.json`, then edit a `tier` in plan.json, then
+    `quantkit plan SRC --plan plan.json` to count anew, and
     `quantkit quantize SRC --plan plan.json -o OUT`
     """
     from quantkit.artifacts import dump_json, write_atomically
@@ -38,7 +40,7 @@ def plan(
 
     if output is not None and output.exists() and not force:
         raise OutputError(f"{output}: exists. Choose another file, or replace it with --force.")
-    chosen = choose_plan(open_source(src, revision).inventory, recipe, None)
+    chosen = choose_plan(open_source(src, revision).inventory, recipe, plan)
     if output is not None:
         write_atomically(output, dump_json(chosen.to_json()))
     if json:

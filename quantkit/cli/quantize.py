@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from quantkit.cli import console
-from quantkit.cli.options import Json, RecipeName, Revision, Src
+from quantkit.cli.options import Json, PlanFile, RecipeName, Revision, Src
 
 
 def quantize(
@@ -15,9 +15,7 @@ def quantize(
         Path, typer.Option("--output", "-o", metavar="OUT", help="The folder to write.")
     ],
     recipe: RecipeName = None,
-    plan: Annotated[
-        Path | None, typer.Option("--plan", "-p", help="A plan that `quantkit plan -o` saved.")
-    ] = None,
+    plan: PlanFile = None,
     shard_size: Annotated[
         str, typer.Option(help="Largest shard, such as 5GB or 4GiB (tensors; headers aside).")
     ] = "5GB",
@@ -35,6 +33,7 @@ def quantize(
 
     `quantkit quantize openai/gpt-oss-20b -r mxfp4-q8 -o gpt-oss-20b-q8`
     """
+    from quantkit.artifacts import REPORT_FILE
     from quantkit.backend import speed_hint
     from quantkit.cli.choose import choose_plan
     from quantkit.pipeline import quantize as write_repo
@@ -45,11 +44,18 @@ def quantize(
     source = open_source(src, revision)
     chosen = choose_plan(source.inventory, recipe, plan)
     console.note(speed_hint())
+    was_there = (output / REPORT_FILE).exists() and not force
+    if output.with_name(f"{output.name}.partial").exists():
+        console.note(f"{output}.partial is there from a run that did not finish; going on from it")
     with console.progress(chosen.total_bytes, f"Writing {output.name}") as progress:
         report = write_repo(
             source, chosen, output, shard_bytes=shard_bytes, force=force, progress=progress
         )
     if json:
         console.print_json(report.to_json())
+        return
+    console.print_report(report, str(output))
+    if was_there:
+        print("It was complete already; nothing was written.")
     else:
-        console.print_report(report, str(output))
+        print(f"Written. Check it with: quantkit verify {output}")

@@ -25,9 +25,9 @@ def verify(
     from quantkit.publish.report import read_report
 
     found = read_report(out)
-    total = sum(shard.size for shard in found.shards)
+    total = sum(s.size for s in found.shards) + sum(f.size for f in found.files)
     checks = []
-    with console.progress(total, "Hashing") as progress:
+    with console.progress(total, "Verifying") as progress:
         for check in run_checks(out, found, load=load, progress=progress):
             checks.append(check)
             if not json:
@@ -35,5 +35,7 @@ def verify(
     failed = any(check.ok is False for check in checks)
     if json:
         console.print_json({"ok": not failed, "checks": [asdict(check) for check in checks]})
+    else:
+        console.print_verdict(checks, str(out))
     if failed:
         raise typer.Exit(1)

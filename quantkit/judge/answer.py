@@ -15,3 +15,5 @@ def answer(repo: Path, question: str, max_tokens: int = 64) -> Iterator[str]:
     prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
     for step in mlx_lm.stream_generate(model, tokenizer, prompt, max_tokens=max_tokens):
         yield step.text
+        if step.finish_reason == "length":
+            yield f" [cut after {max_tokens} tokens]"

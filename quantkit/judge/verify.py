@@ -1,12 +1,12 @@
 """Whether a repo is what its plan says, and what stock mlx-lm needs."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quantkit.artifacts import Choice, Progress, Report, load_json
+from quantkit.artifacts import Choice, Progress, Report, ShardRecord, SourceFile, load_json
 from quantkit.errors import SourceError
 from quantkit.formats.dtypes import nan_scales, nonfinite
 from quantkit.formats.tiers import TIERS, Tier
@@ -152,11 +152,17 @@ def _parts(choice: Choice) -> tuple[str, ...]:
 
 
 def _check_hashes(repo: Path, report: Report, progress: Progress | None) -> str:
-    for shard in report.shards:
-        found = hash_file(repo / shard.name, shard.name, progress)
-        if found != shard.sha256:
-            raise _WrongError(f"{shard.name}: sha256 {found}, written was {shard.sha256}.")
-    return f"{len(report.shards)} sha256 sums"
+    """Of the shards, and of every other file that mlx-lm reads; the card may be edited."""
+    expected = {**_sums(report.files), **_sums(report.shards)}
+    for name, sha256 in expected.items():
+        found = hash_file(repo / name, name, progress)
+        if found != sha256:
+            raise _WrongError(f"{name}: sha256 {found}, written was {sha256}.")
+    return f"{len(expected)} files"
+
+
+def _sums(files: Iterable[SourceFile | ShardRecord]) -> dict[str, str | None]:
+    return {file.name: file.sha256 for file in files}
 
 
 def _check_finite(checkpoint: Checkpoint) -> str:
@@ -185,15 +191,19 @@ def _check_mlx_lm(repo: Path) -> Iterator[Check]:
     try:
         model, tokenizer = mlx_lm.load(str(repo))
     except _LOAD_ERRORS as exc:
-        yield Check(name, False, f"{type(exc).__name__}: {exc}")
+        yield Check(name, False, _first_line(exc))
         return
     yield Check(name, True, f"mlx-lm {mlx_lm.__version__}, strict")
     try:
         prompt = tokenizer.encode("The") or [0]
         produced = list(mlx_lm.stream_generate(model, tokenizer, prompt, max_tokens=4))
-        finite = all(bool(mx.all(mx.isfinite(step.logprobs.max()))) for step in produced)
+        finite = not any(mx.any(mx.isnan(step.logprobs)).item() for step in produced)
     except _LOAD_ERRORS as exc:
-        yield Check("generates", False, f"{type(exc).__name__}: {exc}")
+        yield Check("generates", False, _first_line(exc))
         return
     detail = f"{len(produced)} tokens" if finite else "log-probabilities are NaN"
     yield Check("generates", finite and bool(produced), detail)
+
+
+def _first_line(exc: Exception) -> str:
+    return f"{type(exc).__name__}: {(str(exc).strip() or 'no message').splitlines()[0]}"

@@ -1,25 +1,14 @@
 """The report inside a repo (`quantkit.json`), and reading it back."""
 
-from dataclasses import replace
 from pathlib import Path
 
 from quantkit.artifacts import (
     REPORT_FILE,
-    Plan,
     Report,
-    ShardRecord,
-    SourceId,
     dump_json,
     load_json,
 )
 from quantkit.errors import OutputError
-
-
-def make_report(
-    plan: Plan, source: SourceId, shards: tuple[ShardRecord, ...], versions: dict[str, str]
-) -> Report:
-    """The report of a written repo; `source` carries the hashes of its files."""
-    return Report(replace(plan, source=source), shards, versions)
 
 
 def report_text(report: Report) -> str:

@@ -14,9 +14,8 @@ from quantkit.artifacts import (
     Progress,
     Report,
     ShardRecord,
+    SourceFile,
     SourceId,
-    digest,
-    dump_json,
     load_json,
     with_hashes,
     write_atomically,
@@ -27,7 +26,7 @@ from quantkit.rewrite.blocks import unit_blocks
 from quantkit.rewrite.config import companions, edit_config
 from quantkit.rewrite.shards import Shard, ShardWriter, lay_out
 from quantkit.rewrite.staging import Staging, require_apart, require_free
-from quantkit.source.checkpoint import INDEX_FILE
+from quantkit.source.checkpoint import INDEX_FILE, hash_file
 from quantkit.source.source import Source, file_hashes
 
 SHARD_BYTES = 5_000_000_000
@@ -35,10 +34,12 @@ SHARD_BYTES = 5_000_000_000
 
 @dataclass(frozen=True)
 class Written:
-    """What was written, for whoever describes it: the source with its files' hashes, the shards."""
+    """What was written, for whoever describes it: the source with its files' hashes, the shards,
+    and the other files that mlx-lm reads."""
 
     source: SourceId
     shards: tuple[ShardRecord, ...]
+    files: tuple[SourceFile, ...]
 
 
 Documents = Callable[[Written], Mapping[str, str]]
@@ -75,18 +76,16 @@ def rewrite(
     require_free(out, force)
     with staging:
         try:
-            written = _write_shards(source, plan, shards, staging, progress)
+            read, records = _write_shards(source, plan, shards, staging, progress)
         except SourceError:
             staging.discard()
             raise
-        for path in companions(folder):
-            staging.copy(path)
-        texts = {
-            "config.json": dump_json(edit_config(source.checkpoint.config, source.inventory, plan)),
-            INDEX_FILE: dump_json(_index(shards, plan)),
-            **documents(written),
-        }
-        for name, text in texts.items():
+        staging.write("config.json", edit_config(source.checkpoint.config, source.inventory, plan))
+        staging.write(INDEX_FILE, _index(shards, plan))
+        copied = [staging.copy(path) for path in companions(folder)]
+        names = sorted(["config.json", INDEX_FILE, *copied])
+        files = tuple(_file_record(staging.repo / name) for name in names)
+        for name, text in documents(Written(read, records, files)).items():
             write_atomically(staging.repo / name, text)
         staging.commit()
 
@@ -120,7 +119,8 @@ def _has_size(path: Path, size: int) -> bool:
 
 def _write_shards(
     source: Source, plan: Plan, shards: tuple[Shard, ...], staging: Staging, progress: Progress
-) -> Written:
+) -> tuple[SourceId, tuple[ShardRecord, ...]]:
+    """Gives the source with the hashes of its files, and the records of the shards."""
     missing = [shard for shard in shards if staging.finished(shard) is None]
     try:
         staging.require_space(sum(shard.tensor_bytes for shard in missing))
@@ -139,7 +139,7 @@ def _write_shards(
             else:
                 progress(shard.tensor_bytes, shard.name)
             records.append(record)
-        return Written(with_hashes(plan.source, hashes.result()), tuple(records))
+        return with_hashes(plan.source, hashes.result()), tuple(records)
 
 
 @contextmanager
@@ -169,6 +169,10 @@ def _write_shard(
         return writer.finish()
 
 
+def _file_record(path: Path) -> SourceFile:
+    return SourceFile(path.name, path.stat().st_size, hash_file(path, path.name))
+
+
 def _index(shards: tuple[Shard, ...], plan: Plan) -> dict[str, object]:
     names = {
         spec.name: shard.name for shard in shards for unit in shard.units for spec in unit.tensors
@@ -186,7 +190,7 @@ def _depends(source: Source, plan: Plan, shard_bytes: int) -> dict[str, str]:
     return {
         "source structure": plan.source.structure,
         **files,
-        "plan": digest([(choice.name, choice.tier) for choice in plan.choices]),
+        "plan": plan.tiers_sha256,
         "shard size": str(shard_bytes),
         "device": "cpu" if on_cpu() else "gpu",
         **{f"version of {package}": number for package, number in versions().items()},

@@ -18,6 +18,7 @@ from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from quantkit.artifacts import REPORT_FILE, ShardRecord, dump_json, load_json, write_atomically
 from quantkit.errors import OutputError
@@ -127,8 +128,12 @@ class Staging:
                 "needed. Make room, or choose another output folder."
             )
 
-    def copy(self, path: Path) -> None:
-        """Put a copy of a file into the repo."""
+    def write(self, name: str, value: dict[str, Any]) -> None:
+        """Put a JSON file into the repo."""
+        write_atomically(self.repo / name, dump_json(value))
+
+    def copy(self, path: Path) -> str:
+        """Put a copy of a file into the repo; gives its name."""
         target = self.repo / path.name
         try:
             shutil.copyfile(path, target)
@@ -136,6 +141,7 @@ class Staging:
                 os.fsync(file.fileno())
         except OSError as exc:
             raise OutputError(f"{path.name}: cannot be copied ({exc.strerror}).") from exc
+        return path.name
 
     def commit(self) -> None:
         """Give the finished repo its name, in place of what `--force` allows to be replaced."""

@@ -34,6 +34,9 @@ def test_an_edited_plan_is_counted_anew(inventory, saved):
     entry["tier"] = "q4g64"
     plan = read_plan(saved, inventory, "plan.json")
     assert plan.total_bytes == before - 64 * 128 * 4 // 8
+    assert plan.origin == "edited from recipe mxfp4-q8"
+    again = json.loads(json.dumps(plan.to_json()))
+    assert read_plan(again, inventory, "plan.json").origin == plan.origin
 
 
 def test_a_plan_of_another_checkpoint(tmp_path, saved):
@@ -51,6 +54,9 @@ BAD = {
     "old version": (edit("version", 0), PlanError, "plan of version 0, this quantkit reads 1"),
     "no weights": (lambda d: d.pop("weights"), PlanError, "not a complete plan"),
     "weight lost": (lambda d: d["weights"].pop(), PlanError, "'lm_head' has no tier"),
+    "norms in a tier": (
+        lambda d: d["kept"].update(tier="q8g64"), PlanError, "kept as they are",
+    ),
     "weight twice": (
         lambda d: d["weights"].append(d["weights"][0]), PlanError, "names a weight twice",
     ),

@@ -54,6 +54,9 @@ def test_plan_edited_by_hand_then_quantized(cli, checkpoint, tmp_path):
     done = cli("quantize", checkpoint, "--plan", plan, "-o", tmp_path / "out", "--json")
     assert done.exit_code == 0, done.output
     report = json.loads(done.stdout)
+    counted = json.loads(cli("plan", checkpoint, "--plan", plan, "--json").stdout)
+    assert counted["total_bytes"] == report["total_bytes"]
+    assert counted["origin"] == report["plan"]["origin"] == "edited from recipe uniform-4"
     assert report["weights"][-1]["tier"] == "q6g32"
     assert report["total_bytes"] > value["total_bytes"]
 
@@ -66,16 +69,33 @@ def test_quantize_report_verify(cli, checkpoint, tmp_path):
     value = json.loads(cli("report", out, "--json").stdout)
     assert value == json.loads((out / "quantkit.json").read_text())
     assert len(value["shards"]) > 1
-    assert cli("report", out).stdout == done.stdout
+    assert done.stdout.startswith(cli("report", out).stdout)
+    assert f"Written. Check it with: quantkit verify {out}" in done.stdout
+    again = cli("quantize", checkpoint, "-r", "mxfp4-q8", "-o", out, "--shard-size", "100kB")
+    assert "It was complete already" in again.stdout
     checked = cli("verify", out)
     assert checked.exit_code == 0, checked.output
     assert checked.stdout.count("ok  ") == 7
+    assert checked.stdout.endswith("7 of 7 checks passed\n")
     (out / "config.json").write_text("{}")
     broken = cli("verify", out, "--no-load", "--json")
     assert broken.exit_code == 1
     value = json.loads(broken.stdout)
     assert value["ok"] is False
     assert next(c for c in value["checks"] if c["name"] == "config")["ok"] is False
+
+
+def test_version(cli):
+    assert cli("--version").stdout == "quantkit 0.1.0\n"
+
+
+def test_a_rule_that_decides_nothing_is_named(cli, checkpoint, tmp_path):
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text("[[rules]]\nnames = ['lm_hea']\ntier = 'q8g64'\n[[rules]]\ntier = 'q4g64'\n")
+    planned = cli("plan", checkpoint, "-r", recipe)
+    assert planned.exit_code == 0
+    assert planned.stderr == "note: recipe mine: rule 1 decides no weight\n"
+    assert cli("plan", checkpoint, "-r", "moringlabs-3.6bit").stderr == ""
 
 
 def test_a_plan_is_not_overwritten(cli, checkpoint, tmp_path):

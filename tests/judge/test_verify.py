@@ -125,6 +125,15 @@ WRONG = {
     ),
     "NaN scale": (poke("up_proj.scales", 0x7FC0, np.uint16), "finite scales", "up_proj.scales: 1 of"),
     "infinite bias": (poke("up_proj.biases", 0x7F80, np.uint16), "finite scales", "biases: 1 of"),
+    "other tokenizer": (
+        lambda r: (r / "tokenizer.json").write_text("{}"), "hashes", "tokenizer.json: sha256",
+    ),
+    "lost tokenizer": (
+        lambda r: (r / "tokenizer.json").unlink(), "hashes", "tokenizer.json: cannot be read",
+    ),
+    "other config": (
+        config(lambda d: d.update(num_experts_per_tok=1)), "hashes", "config.json: sha256",
+    ),
     "flipped bit": (poke("up_proj.weight", 1, np.uint32), "hashes", "sha256"),
 }  # fmt: skip
 
@@ -147,4 +156,6 @@ def test_another_plan_is_found(repo):
 
 def test_what_mlx_lm_cannot_load_is_found(repo):
     (repo / "tokenizer.json").unlink()
-    assert "stock mlx-lm loads it" in failures(repo)
+    detail = failures(repo)["stock mlx-lm loads it"]
+    assert "tokenizer" in detail
+    assert "\n" not in detail

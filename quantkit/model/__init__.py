@@ -1,0 +1,1 @@
+"""Running any mlx-lm model a layer at a time."""

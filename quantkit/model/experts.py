@@ -1,0 +1,52 @@
+"""Experts on the CPU: one plain product per expert instead of mlx's gathered ones.
+
+`gather_mm` and `gather_qmm` are slow on the CPU; a float32 matmul goes through BLAS.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from quantkit.backend import mx
+
+
+def plain_switch_linear(module: Any) -> Any:
+    """A stand-in for mlx-lm's SwitchLinear with the same parameters, for float32 weights."""
+    from mlx.nn import Module
+
+    class PlainSwitchLinear(Module):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = module.weight
+            if "bias" in module:
+                self.bias = module.bias
+
+        def __call__(
+            self, x: mx.array, indices: mx.array, sorted_indices: bool = False
+        ) -> mx.array:
+            """x (..., 1, in) and indices (...) give (..., 1, out), as SwitchLinear does."""
+            y = _sorted_product if sorted_indices else _gathered_product
+            out = y(x, indices, self.weight)
+            if "bias" in self:
+                out = out + mx.expand_dims(self.bias[indices], -2)
+            return out
+
+    return PlainSwitchLinear()
+
+
+def _sorted_product(x: mx.array, indices: mx.array, weight: mx.array) -> mx.array:
+    """x (n, 1, in), its rows in the order of their experts `indices` (n)."""
+    counts = np.bincount(np.array(indices), minlength=weight.shape[0])
+    parts = mx.split(x[:, 0], np.cumsum(counts)[:-1].tolist())
+    used = [part @ weight[e].T for e, part in enumerate(parts) if counts[e]]
+    return mx.expand_dims(mx.concatenate(used), -2)
+
+
+def _gathered_product(x: mx.array, indices: mx.array, weight: mx.array) -> mx.array:
+    """Few rows: x (..., 1 or k, 1, in) against the experts `indices` (..., k)."""
+    width = x.shape[-1]
+    rows = mx.broadcast_to(x, (*indices.shape, 1, width)).reshape(-1, 1, width)
+    flat = indices.reshape(-1)
+    order = mx.argsort(flat)
+    out = _sorted_product(rows[order], flat[order], weight)[mx.argsort(order)]
+    return out.reshape(*indices.shape, 1, weight.shape[1])
