@@ -4,16 +4,15 @@ Frozen, printable, and saved as versioned JSON. Tiers appear by name, so that no
 know what a tier is.
 """
 
-import hashlib
-import json
 import math
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from quantkit.errors import InputError, OutputError, PlanError
+from quantkit.errors import PlanError
+from quantkit.jsonfile import digest
+from quantkit.roles import EXPERT_ROLES, ROLES
 from quantkit.units import bits_per_weight
 
 FORMAT_VERSION = 1
@@ -21,24 +20,6 @@ REPORT_FILE = "quantkit.json"
 
 Progress = Callable[[int, str], None]
 """Called with the bytes just done and the name of what is being done."""
-
-EXPERT_ROLES = ("expert_gate", "expert_up", "expert_down")
-ATTENTION_ROLES = ("q", "k", "v", "o")
-MLP_ROLES = ("mlp_gate", "mlp_up", "mlp_down")
-ROLES = ("embedding", *ATTENTION_ROLES, "router", *EXPERT_ROLES, *MLP_ROLES, "other", "lm_head")
-ROLE_GROUPS: dict[str, tuple[str, ...]] = {
-    "attention": ATTENTION_ROLES,
-    "expert": EXPERT_ROLES,
-    "mlp": MLP_ROLES,
-    "*": ROLES,
-}
-
-
-def group_roles(roles: tuple[str, ...]) -> list[str]:
-    """`roles` for a person, a group's name in place of all of its members: expert, attention."""
-    named = [name for name in ROLE_GROUPS if name != "*" and set(ROLE_GROUPS[name]) <= set(roles)]
-    grouped = {role: name for name in named for role in ROLE_GROUPS[name]}
-    return list(dict.fromkeys(grouped.get(role, role) for role in roles))
 
 
 @dataclass(frozen=True)
@@ -167,7 +148,7 @@ class Choice:
     """The tier chosen for one weight, with what that costs.
 
     `active_bytes` are those read per generated token, None where the config does not say.
-    `storage` names the tier that `native` stands for.
+    `storage` names the physical tier, which `tier` is too unless it is `native`.
     """
 
     name: str
@@ -259,7 +240,7 @@ class Plan:
             roles=tuple(role for role in (*ROLES, self.kept.role) if role in present),
             weights=len(choices),
             parameters=parameters,
-            parameters_percent=100 * parameters / self.parameters,
+            parameters_percent=100 * parameters / max(1, self.parameters),
             bytes=stored,
             bits_per_weight=bits_per_weight(stored, parameters),
         )
@@ -321,7 +302,7 @@ class Report:
 
     @property
     def total_bytes(self) -> int:
-        """Tensor bytes on disk, counted from what was written."""
+        """Tensor bytes on disk: what was written, headers aside."""
         return sum(shard.tensor_bytes for shard in self.shards)
 
     def to_json(self) -> dict[str, Any]:
@@ -388,7 +369,8 @@ def _choice(data: Mapping[str, Any]) -> Choice:
 
 def _shard(data: Mapping[str, Any]) -> ShardRecord:
     shard = ShardRecord(**data)
-    if Path(shard.name).name != shard.name or not isinstance(shard.size, int):
+    whole = isinstance(shard.size, int) and isinstance(shard.tensor_bytes, int)
+    if Path(shard.name).name != shard.name or not whole:
         raise TypeError(f"shard {shard.name!r} is not described rightly")
     return shard
 
@@ -403,43 +385,3 @@ def _file(data: Mapping[str, Any]) -> SourceFile:
 def _source_id(data: Mapping[str, Any]) -> SourceId:
     files = tuple(_file(file) for file in data["files"])
     return SourceId(data["name"], data["revision"], data["structure"], files)
-
-
-def digest(value: Any) -> str:
-    """sha256 of a JSON value in canonical form (sorted keys, no spaces)."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def dump_json(value: Any) -> str:
-    """JSON as quantkit writes it: indented, in the order given, newline at the end."""
-    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-
-
-def load_json(path: Path, error: type[InputError] = InputError) -> dict[str, Any]:
-    """The object in a JSON file. Raises `error` when it is missing or not a JSON object."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as exc:
-        raise error(f"{path}: no such file.") from exc
-    except (OSError, UnicodeDecodeError) as exc:
-        raise error(f"{path}: cannot be read ({exc}).") from exc
-    except (ValueError, RecursionError) as exc:
-        raise error(f"{path}: not valid JSON ({exc}).") from exc
-    if not isinstance(value, dict):
-        raise error(f"{path}: expected a JSON object, found {type(value).__name__}.")
-    return value
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write `text` to `path` so that a reader sees all of it or none, even after a power cut."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as exc:
-        temporary.unlink(missing_ok=True)
-        raise OutputError(f"{path}: cannot be written ({exc.strerror}).") from exc

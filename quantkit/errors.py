@@ -3,7 +3,9 @@
     QuantkitError
     ├── InputError          what was asked for cannot be done as asked     exit code 2
     │   ├── SourceError     a checkpoint that is missing, damaged or not understood
-    │   ├── HubError        the Hub does not answer, or has no such repo
+    │   │   └── DamagedError    its headers are fine, its values are not
+    │   ├── HubError        the Hub has no such repo, or none that may be read
+    │   │   └── HubUnreachableError
     │   ├── TierError       no such tier, or it does not fit a shape
     │   ├── RecipeError     a recipe that cannot be read or does not cover a checkpoint
     │   ├── PlanError       a plan that does not belong to a checkpoint
@@ -30,8 +32,16 @@ class SourceError(InputError):
     """A checkpoint that is missing, damaged or not understood."""
 
 
+class DamagedError(SourceError):
+    """Values that cannot be right: NaN, infinite, or not of the published hash."""
+
+
 class HubError(InputError):
-    """The Hugging Face Hub does not answer, or has no such repo."""
+    """The Hugging Face Hub has no such repo, or none that may be read."""
+
+
+class HubUnreachableError(HubError):
+    """The Hugging Face Hub does not answer."""
 
 
 class TierError(InputError):

@@ -7,6 +7,7 @@ from quantkit.artifacts import REPORT_FILE, Plan, Progress, Report
 from quantkit.publish.card import card, license_of
 from quantkit.publish.report import read_report, report_text
 from quantkit.rewrite.rewrite import SHARD_BYTES, Written, rewrite, versions
+from quantkit.rewrite.staging import require_apart, require_free
 from quantkit.source.hub import is_repo_id
 from quantkit.source.source import Source, with_values
 
@@ -24,6 +25,9 @@ def quantize(
 
     A source on the Hub is downloaded first. Raises what `rewrite` raises, and HubError.
     """
+    require_apart(out.absolute(), source.checkpoint.folder)
+    if source.checkpoint.folder is None and not (out / REPORT_FILE).exists():
+        require_free(out, force)  # before anything is downloaded
     source = with_values(source)
     name = source.checkpoint.name
     base_model = name if is_repo_id(name) and not Path(name).exists() else None

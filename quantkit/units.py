@@ -1,6 +1,7 @@
 """Bytes and bits per weight, as people write and read them."""
 
 import re
+from fractions import Fraction
 
 from quantkit.errors import InputError
 
@@ -30,7 +31,7 @@ def parse_bytes(text: str) -> int:
     number, unit = match.groups()
     if unit.upper() not in _UNITS:
         raise InputError(f"size {text!r}: unknown unit {unit!r}. Use MB, GB, MiB or GiB.")
-    return int(float(number) * _UNITS[unit.upper()])
+    return int(Fraction(number) * _UNITS[unit.upper()])
 
 
 def bits_per_weight(stored_bytes: int, parameters: int) -> float:

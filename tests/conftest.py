@@ -27,6 +27,23 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
+def refused(cli: Cli, tmp_path: Path) -> Callable[[Path], str]:
+    """Quantize a bad source: the one line it is refused with, exit code 2, and nothing left."""
+
+    def run(source: Path) -> str:
+        before = sorted(tmp_path.rglob("*"))
+        result = cli("quantize", source, "-r", "mxfp4-q8", "-o", tmp_path / "quants" / "out")
+        assert result.exit_code == 2, result.output
+        assert result.stdout == ""
+        assert result.stderr.startswith("error: ")
+        assert result.stderr.count("\n") == 1, result.stderr
+        assert sorted(tmp_path.rglob("*")) == before
+        return result.stderr
+
+    return run
+
+
+@pytest.fixture
 def cli() -> Cli:
     """Run a quantkit command in this process."""
     from quantkit.cli.main import app

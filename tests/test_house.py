@@ -10,7 +10,7 @@ import quantkit
 ROOT = Path(quantkit.__file__).parent
 # In the order the data walks through them; a line may import the lines above it.
 ROOMS = [
-    {"errors"}, {"units"}, {"places"}, {"artifacts"}, {"backend"}, {"formats"}, {"source"},
+    {"errors"}, {"units"}, {"places"}, {"jsonfile"}, {"roles"}, {"artifacts"}, {"backend"}, {"formats"}, {"source"},
     {"demo"}, {"model"}, {"profile", "allocate", "rewrite", "judge", "publish"}, {"pipeline"}, {"cli"},
 ]  # fmt: skip
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
@@ -42,6 +42,14 @@ def test_imports_go_up(path):
             assert room == "backend", "mlx comes from quantkit.backend"
 
 
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_the_fast_blas_comes_before_mlx_lm(path):
+    """Whoever imports mlx-lm has imported quantkit.backend at its top."""
+    if any(module.split(".")[0] == "mlx_lm" for module in imports(path)):
+        top = [n.module for n in ast.parse(path.read_text()).body if isinstance(n, ast.ImportFrom)]
+        assert "quantkit.backend" in top
+
+
 def test_files_stay_small():
     for path in FILES:
-        assert len(path.read_text().splitlines()) <= 450, path
+        assert len(path.read_text().splitlines()) <= 400, path

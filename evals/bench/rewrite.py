@@ -69,11 +69,17 @@ def jobs(source: Path, out: Path) -> dict[str, list[str]]:
     }
 
 
-def run(command: list[str]) -> tuple[float, float]:
-    """(wall seconds until the bytes are on disk, peak resident GB) of a command."""
+def drop_page_cache() -> bool:
+    """Make the next command read from the disk; False where the machine does not let us."""
     os.sync()
     with contextlib.suppress(OSError):
-        Path("/proc/sys/vm/drop_caches").write_text("3")
+        return Path("/proc/sys/vm/drop_caches").write_text("3") > 0
+    return False
+
+
+def run(command: list[str]) -> tuple[float, float]:
+    """(wall seconds until the bytes are on disk, peak resident GB) of a command."""
+    drop_page_cache()
     start = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
@@ -90,7 +96,8 @@ def table(measured: dict[str, list[tuple[float, float]]]) -> str:
     base = measured["`mlx_lm.convert -q --q-bits 8`"]
     median: Callable[..., float] = statistics.median
     lines = [
-        f"{machine()}; {len(base)} rounds, medians; wall time until the bytes are on disk.",
+        f"{machine()}; {len(base)} rounds, medians; wall time until the bytes are on "
+        f"disk; page cache {'cold' if drop_page_cache() else 'warm'}.",
         "",
         "| command | wall | over mlx_lm.convert | peak memory |",
         "|---|---|---|---|",

@@ -3,9 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
-from quantkit.artifacts import Choice, Inventory, KeptTensor, Plan, Weight, digest, require_kind
-from quantkit.errors import PlanError
+from quantkit.artifacts import Choice, Inventory, KeptTensor, Plan, Weight, require_kind
+from quantkit.errors import PlanError, TierError
 from quantkit.formats.tiers import Tier, canonical, float_dtype, parse_tier, resolve
+from quantkit.jsonfile import digest
 
 KEPT_LABEL = "kept"
 
@@ -29,7 +30,7 @@ def read_plan(data: Mapping[str, Any], inventory: Inventory, where: str) -> Plan
     require_kind(data, "plan", where)
     try:
         structure = data["source"]["structure"]
-        tiers = {weight["name"]: parse_tier(weight["tier"]) for weight in data["weights"]}
+        tiers = {w["name"]: _parse_tier(where, w["name"], w["tier"]) for w in data["weights"]}
         origin, kept = str(data.get("origin", "plan")), data.get("kept", {})
         edited = digest([(w["name"], w["tier"]) for w in data["weights"]]) != data["tiers_sha256"]
         if kept.get("tier", KEPT_LABEL) != KEPT_LABEL:
@@ -46,6 +47,13 @@ def read_plan(data: Mapping[str, Any], inventory: Inventory, where: str) -> Plan
     if edited and not origin.startswith("edited"):
         origin = f"edited from {origin}"
     return make_plan(inventory, tiers, origin)
+
+
+def _parse_tier(where: str, weight: str, name: str) -> Tier:
+    try:
+        return parse_tier(name)
+    except TierError as exc:
+        raise TierError(f"{where}: {weight}: {exc}") from exc
 
 
 def _choice(inventory: Inventory, weight: Weight, tier: Tier) -> Choice:

@@ -4,9 +4,10 @@ from pathlib import Path
 
 from quantkit.allocate.plan import read_plan
 from quantkit.allocate.recipe import idle_rules, load_recipe, plan_by_recipe, recipe_names
-from quantkit.artifacts import Inventory, Plan, load_json
+from quantkit.artifacts import Inventory, Plan
 from quantkit.cli import console
 from quantkit.errors import InputError, PlanError
+from quantkit.jsonfile import load_json
 
 
 def choose_plan(inventory: Inventory, recipe: str | None, plan_file: Path | None) -> Plan:

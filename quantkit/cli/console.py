@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from quantkit.artifacts import Inventory, Plan, Progress, Report, group_roles
+from quantkit.artifacts import Inventory, Plan, Progress, Report
+from quantkit.roles import group_roles
 from quantkit.units import bits_per_weight, count, gb, gib, size
 
 _MOST_FILES = 8
@@ -114,7 +115,14 @@ def progress(total: int, what: str) -> Iterator[Progress]:
     counted = (BarColumn(bar_width=16), DownloadColumn(), TimeRemainingColumn())
     columns = (TextColumn(what), *(counted if total else ()), TextColumn("[dim]{task.description}"))
     screen = Console(stderr=True)
-    bar = Progress(*columns, console=screen, disable=not screen.is_terminal, transient=True)
+    bar = Progress(
+        *columns,
+        console=screen,
+        disable=not screen.is_terminal,
+        transient=True,
+        redirect_stdout=False,
+        redirect_stderr=False,
+    )
     with bar:
         task = bar.add_task("", total=total or None)
         yield lambda done, name: bar.update(task, advance=done, description=_short(name))

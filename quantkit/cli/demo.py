@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from quantkit.cli import console
+from quantkit.cli.options import Json
 
 
 def demo(
@@ -19,11 +20,12 @@ def demo(
     question: Annotated[
         str, typer.Option("--question", "-q", help="What the quantized model is asked.")
     ] = "What is the capital of France?",
+    json: Json = False,
 ) -> None:
     """Build a small gpt-oss, quantize it, print the report, and let the result answer.
 
     The model is SmolLM2-135M-Instruct upcycled to 8 experts in MXFP4, in gpt-oss's published
-    layout; it is built once (15 s) and kept in the cache.
+    layout; it is built once (15 s) and kept in the cache ($QUANTKIT_CACHE, else ~/.cache/quantkit).
     """
     from quantkit.backend import speed_hint
     from quantkit.cli.choose import choose_plan
@@ -41,6 +43,10 @@ def demo(
     out = output or cache_folder() / f"demo-{Path(recipe).stem}"
     with console.progress(plan.total_bytes, f"Writing {out.name}") as progress:
         report = quantize(source, plan, out, force=output is None, progress=progress)
+    if json:
+        said = "".join(answer(out, question))
+        console.print_json({"report": report.to_json(), "question": question, "answer": said})
+        return
     console.print_report(report, str(out))
     print(f"\n> {question}", flush=True)
     for piece in answer(out, question):

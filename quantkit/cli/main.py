@@ -1,5 +1,7 @@
 """The `quantkit` command: its subcommands, and the one place where errors become messages."""
 
+import os
+import sys
 from typing import Annotated, Any
 
 import typer
@@ -24,6 +26,12 @@ class _Commands(TyperGroup):
         except QuantkitError as exc:
             console.error(str(exc))
             raise typer.Exit(exc.exit_code) from exc
+        except BrokenPipeError as exc:  # `| head` has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(1) from exc
+        except OSError as exc:
+            console.error(f"{exc.filename or 'the disk'}: {exc.strerror or exc}.")
+            raise typer.Exit(2) from exc
         except KeyboardInterrupt as exc:
             console.error("interrupted. Run the same command again to go on.")
             raise typer.Exit(130) from exc

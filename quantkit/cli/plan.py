@@ -33,9 +33,9 @@ def plan(
     `quantkit plan SRC --plan plan.json` to count anew, and
     `quantkit quantize SRC --plan plan.json -o OUT`
     """
-    from quantkit.artifacts import dump_json, write_atomically
     from quantkit.cli.choose import choose_plan
     from quantkit.errors import OutputError
+    from quantkit.jsonfile import dump_json, write_atomically
     from quantkit.source.source import open_source
 
     if output is not None and output.exists() and not force:

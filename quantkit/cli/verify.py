@@ -21,12 +21,15 @@ def verify(
 
     Exit code 1 if a check fails. `--no-load` checks all but the loading, on any machine.
     """
+    from quantkit.backend import speed_hint
     from quantkit.judge.verify import verify as run_checks
     from quantkit.publish.report import read_report
 
     found = read_report(out)
     total = sum(s.size for s in found.shards) + sum(f.size for f in found.files)
     checks = []
+    if load:
+        console.note(speed_hint())
     with console.progress(total, "Verifying") as progress:
         for check in run_checks(out, found, load=load, progress=progress):
             checks.append(check)

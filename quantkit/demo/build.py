@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 
-from quantkit.artifacts import dump_json
 from quantkit.backend import mx
 from quantkit.demo import upcycle
 from quantkit.demo.smollm2 import SmolLM2, gguf_path
@@ -15,6 +14,7 @@ from quantkit.demo.tokenizer import write_tokenizer
 from quantkit.formats.codec import to_numpy
 from quantkit.formats.files import write_file
 from quantkit.formats.tiers import TensorSpec
+from quantkit.jsonfile import dump_json
 from quantkit.places import cache_folder
 from quantkit.source.checkpoint import INDEX_FILE
 

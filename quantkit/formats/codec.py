@@ -16,8 +16,12 @@ def to_mx(carrier: np.ndarray, dtype: str) -> mx.array:
 
 
 def to_numpy(array: mx.array) -> np.ndarray:
-    """An mlx array as its numpy carrier: BF16 as uint16, all else as itself."""
-    return np.array(array.view(mx.uint16) if array.dtype == mx.bfloat16 else array)
+    """An mlx array as its numpy carrier, in row-major order: BF16 as uint16, all else as itself.
+
+    Shares the array's memory where that is laid out so.
+    """
+    bits = array.view(mx.uint16) if array.dtype == mx.bfloat16 else array
+    return np.ascontiguousarray(np.asarray(bits)).reshape(array.shape)
 
 
 def encode(weight: mx.array, tier: Tier) -> tuple[mx.array, ...]:

@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quantkit.artifacts import Choice, Progress, Report, ShardRecord, SourceFile, load_json
+from quantkit.artifacts import Choice, Progress, Report, ShardRecord, SourceFile
+from quantkit.backend import mx
 from quantkit.errors import SourceError
-from quantkit.formats.dtypes import nan_scales, nonfinite
+from quantkit.formats.dtypes import FLOATS, nan_scales, nonfinite
 from quantkit.formats.tiers import TIERS, Tier
+from quantkit.jsonfile import load_json
 from quantkit.source.checkpoint import INDEX_FILE, Checkpoint, hash_file, open_folder
 from quantkit.source.headers import StoredTensor
 
@@ -23,6 +25,7 @@ _LOAD_ERRORS = (
     TypeError,
     ValueError,
 )
+_BLOCK = 1 << 22  # elements looked at in one go
 _TOP_LEVEL = ("group_size", "bits", "mode")
 
 
@@ -56,7 +59,7 @@ def verify(
     yield _check("config", lambda: _check_config(checkpoint))
     yield _check("bytes as planned", lambda: _check_bytes(checkpoint, report))
     yield _check("hashes", lambda: _check_hashes(repo, report, progress))
-    yield _check("finite scales", lambda: _check_finite(checkpoint))
+    yield _check("finite values", lambda: _check_finite(checkpoint))
     checkpoint.close()
     if load:
         yield from _check_mlx_lm(repo)
@@ -88,7 +91,7 @@ def _check_index(repo: Path, checkpoint: Checkpoint) -> str:
 
 def _check_config(checkpoint: Checkpoint) -> str:
     config = checkpoint.config
-    quantization = config.get("quantization", {})
+    quantization = _quantization(checkpoint)
     if config.get("quantization_config", quantization) != quantization:
         raise _WrongError("config.json: quantization_config differs from quantization.")
     scaled = {name[: -len(".scales")] for name in checkpoint.tensors if name.endswith(".scales")}
@@ -104,6 +107,13 @@ def _check_config(checkpoint: Checkpoint) -> str:
     for name, entry in entries.items():
         _check_module(name, _tier_of(name, entry), checkpoint.tensors)
     return f"{len(entries)} quantized modules"
+
+
+def _quantization(checkpoint: Checkpoint) -> dict[str, Any]:
+    value = checkpoint.config.get("quantization", {})
+    if not isinstance(value, dict):
+        raise _WrongError("config.json: quantization is no object.")
+    return value
 
 
 def _tier_of(name: str, entry: Any) -> Tier:
@@ -136,12 +146,16 @@ def _check_bytes(checkpoint: Checkpoint, report: Report) -> str:
     plan = report.plan
     left = {name: tensor.nbytes for name, tensor in checkpoint.tensors.items()}
     for choice in plan.choices:
+        if choice.storage not in TIERS:
+            raise _WrongError(f"{choice.name}: quantkit.json names no tier {choice.storage!r}.")
+        if (held := _parameters(checkpoint.tensors, choice)) != choice.parameters:
+            raise _WrongError(f"{choice.name} holds {held} weights, planned {choice.parameters}.")
         found = sum(left.pop(f"{choice.name}.{part}", 0) for part in _parts(choice))
         if found != choice.bytes:
             raise _WrongError(f"{choice.name} takes {found} bytes, planned were {choice.bytes}.")
     if (kept := sum(left.values())) != plan.kept.bytes:
         raise _WrongError(f"norms and biases take {kept} bytes, planned were {plan.kept.bytes}.")
-    return f"{plan.total_bytes} bytes"
+    return f"{plan.total_bytes:,} bytes"
 
 
 def _parts(choice: Choice) -> tuple[str, ...]:
@@ -151,9 +165,18 @@ def _parts(choice: Choice) -> tuple[str, ...]:
     return ("weight", "scales", "biases") if tier.mode == "affine" else ("weight", "scales")
 
 
+def _parameters(tensors: Mapping[str, StoredTensor], choice: Choice) -> int:
+    tier = TIERS[choice.storage]
+    tensor = tensors.get(f"{choice.name}.{'scales' if tier.quantized else 'weight'}")
+    return math.prod(tensor.shape) * max(1, tier.group_size) if tensor else 0
+
+
 def _check_hashes(repo: Path, report: Report, progress: Progress | None) -> str:
     """Of the shards, and of every other file that mlx-lm reads; the card may be edited."""
     expected = {**_sums(report.files), **_sums(report.shards)}
+    shards = {path.name for path in repo.glob("model*.safetensors")}
+    if unknown := shards ^ {shard.name for shard in report.shards}:
+        raise _WrongError(f"{min(unknown)}: in the folder or in quantkit.json, but not in both.")
     for name, sha256 in expected.items():
         found = hash_file(repo / name, name, progress)
         if found != sha256:
@@ -168,24 +191,30 @@ def _sums(files: Iterable[SourceFile | ShardRecord]) -> dict[str, str | None]:
 def _check_finite(checkpoint: Checkpoint) -> str:
     looked = 0
     for tensor in checkpoint.tensors.values():
-        if not tensor.name.endswith((".scales", ".biases")):
+        scales = tensor.name.endswith(".scales")
+        if tensor.dtype not in FLOATS and not scales:
             continue
-        values = checkpoint.read(tensor, 0, math.prod(tensor.shape))
-        entry = checkpoint.config.get("quantization", {}).get(tensor.name.removesuffix(".scales"))
-        if tensor.dtype == "U8":
-            bad = nan_scales(values, entry["mode"] if entry else "")
-        else:
-            bad = nonfinite(values, tensor.dtype)
+        size = math.prod(tensor.shape)
+        bad = sum(
+            _bad_values(checkpoint, tensor, start, min(start + _BLOCK, size))
+            for start in range(0, size, _BLOCK)
+        )
         if bad:
-            raise _WrongError(f"{tensor.name}: {bad} of {values.size} values are NaN or infinite.")
-        looked += values.size
-    return f"{looked} values"
+            raise _WrongError(f"{tensor.name}: {bad} of {size} values are NaN or infinite.")
+        looked += size
+    return f"{looked:,} values"
+
+
+def _bad_values(checkpoint: Checkpoint, tensor: StoredTensor, start: int, stop: int) -> int:
+    values = checkpoint.read(tensor, start, stop)
+    if tensor.dtype in FLOATS:
+        return nonfinite(values, tensor.dtype)
+    entry = _quantization(checkpoint).get(tensor.name.removesuffix(".scales"))
+    return nan_scales(values, str(entry.get("mode")) if isinstance(entry, dict) else "")
 
 
 def _check_mlx_lm(repo: Path) -> Iterator[Check]:
     import mlx_lm
-
-    from quantkit.backend import mx
 
     name = "stock mlx-lm loads it"
     try:

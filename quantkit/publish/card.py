@@ -3,10 +3,12 @@
 import re
 from pathlib import Path
 
-from quantkit.artifacts import Report, group_roles
+from quantkit.artifacts import Report
+from quantkit.roles import group_roles
 from quantkit.units import count, gb, gib, size
 
-_LICENSE = re.compile(r"\A---\n(?:.*\n)*?license:[ \t]*(\S+)[ \t]*\n(?:.*\n)*?---\n")
+_FRONT_MATTER = re.compile(r"\A---\n(.*?\n)---\n", re.DOTALL)
+_LICENSE = re.compile(r"^license:[ \t]*[\"']?([\w.+-]+)", re.MULTILINE)
 
 
 def card(report: Report, base_model: str | None, license_id: str | None) -> str:
@@ -62,5 +64,6 @@ def license_of(folder: Path) -> str | None:
         text = (folder / "README.md").read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
         return None
-    match = _LICENSE.match(text)
+    front = _FRONT_MATTER.match(text)
+    match = _LICENSE.search(front.group(1)) if front else None
     return match.group(1) if match else None

@@ -2,13 +2,9 @@
 
 from pathlib import Path
 
-from quantkit.artifacts import (
-    REPORT_FILE,
-    Report,
-    dump_json,
-    load_json,
-)
+from quantkit.artifacts import REPORT_FILE, Report
 from quantkit.errors import OutputError
+from quantkit.jsonfile import dump_json, load_json
 
 
 def report_text(report: Report) -> str:

@@ -1,20 +1,21 @@
 """The bytes of a unit, block by block: read, decode, encode.
 
 At most a few blocks are in memory at a time, whatever the tensor's size; scales and biases, which
-follow the integers in the file, are held until those are out (one sixteenth of the weight in
-affine g64).
+follow the integers in the file, are held until those are out (at g64, a 32nd of the weight in
+BF16).
 """
 
 from collections import deque
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 
 from quantkit.backend import mx, streams
-from quantkit.errors import SourceError
+from quantkit.errors import DamagedError, TierError
 from quantkit.formats import mxfp4
 from quantkit.formats.codec import decode_mxfp4, encode, to_mx, to_numpy
-from quantkit.formats.dtypes import nan_scales, nonfinite
+from quantkit.formats.dtypes import FLOATS, nan_scales, nonfinite
 from quantkit.formats.tiers import MXFP4, Tier, parse_tier
 from quantkit.rewrite.shards import Unit
 from quantkit.source.source import Source
@@ -26,7 +27,7 @@ def unit_blocks(source: Source, unit: Unit, storage: str | None) -> Iterator[np.
     """The bytes of `unit`, in the order of its tensors.
 
     `storage` names the tier the source holds the weight in; None for a kept tensor. Raises
-    SourceError, naming the tensor and the count, if a weight to be encoded, or an MXFP4 scale, is
+    DamagedError, naming the tensor and the count, if a weight to be encoded, or an MXFP4 scale, is
     NaN or infinite.
     """
     if unit.tier is not None and storage is not None:
@@ -46,13 +47,18 @@ def _encoded(source: Source, unit: Unit, tier: Tier, storage: Tier) -> Iterator[
 
     def oldest() -> np.ndarray:
         first, *others = (to_numpy(array) for array in pending.popleft())
+        for spec, values in zip(unit.tensors, (first, *others), strict=True):
+            _require_in_range(unit.name, tier, spec.dtype, values)
         rest.append(tuple(others))
         return first
 
     lanes = streams()
-    for values in _float_blocks(source, unit.name, storage):
+    for start, stop in source.blocks(f"{unit.name}.weight"):
+        packed = _read(source, unit.name, storage, start, stop)
+        if _nonfinite(packed):
+            raise _nonfinite_error(source, unit.name, storage)
         with mx.stream(next(lanes)):
-            encoded = encode(values, tier)
+            encoded = encode(_decode(packed), tier)
         mx.async_eval(*encoded)  # type: ignore[no-untyped-call]
         pending.append(encoded)
         if len(pending) == _AHEAD:
@@ -64,43 +70,53 @@ def _encoded(source: Source, unit: Unit, tier: Tier, storage: Tier) -> Iterator[
     mx.clear_cache()
 
 
-def _float_blocks(source: Source, name: str, storage: Tier) -> Iterator[mx.array]:
-    """The weight's values, a range of rows at a time, all finite."""
-    weight = f"{name}.weight"
-    dtype = source.dtype(weight)
-    for start, stop in source.blocks(weight):
-        carrier = source.read(weight, start, stop)
-        if storage == MXFP4:
-            scales = source.read(f"{name}.scales", start, stop)
-            bad = mxfp4.nonfinite(carrier, scales)
-            values = None if bad else decode_mxfp4(carrier, scales)
-        else:
-            bad = nonfinite(carrier, dtype)
-            values = None if bad else to_mx(carrier, dtype)
-        if values is None:
-            raise _nonfinite_error(source, name, storage)
-        yield values
+@dataclass(frozen=True)
+class _Rows:
+    """Some rows of a weight as stored: MXFP4 with their `scales`, else floats of type `dtype`."""
+
+    values: np.ndarray
+    scales: np.ndarray | None
+    dtype: str
 
 
-def _nonfinite_error(source: Source, name: str, storage: Tier) -> SourceError:
+def _read(source: Source, name: str, storage: Tier, start: int, stop: int) -> _Rows:
     weight = f"{name}.weight"
+    scales = source.read(f"{name}.scales", start, stop) if storage == MXFP4 else None
+    return _Rows(source.read(weight, start, stop), scales, source.dtype(weight))
+
+
+def _decode(rows: _Rows) -> mx.array:
+    if rows.scales is not None:
+        return decode_mxfp4(rows.values, rows.scales)
+    return to_mx(rows.values, rows.dtype)
+
+
+def _nonfinite(rows: _Rows) -> int:
+    if rows.scales is not None:
+        return mxfp4.nonfinite(rows.values, rows.scales)
+    return nonfinite(rows.values, rows.dtype)
+
+
+def _nonfinite_error(source: Source, name: str, storage: Tier) -> DamagedError:
     bad = total = 0
-    for start, stop in source.blocks(weight):
-        carrier = source.read(weight, start, stop)
-        if storage == MXFP4:
-            bad += mxfp4.nonfinite(carrier, source.read(f"{name}.scales", start, stop))
-            total += 8 * carrier.size
-        else:
-            bad += nonfinite(carrier, source.dtype(weight))
-            total += carrier.size
-    return SourceError(
+    for start, stop in source.blocks(f"{name}.weight"):
+        rows = _read(source, name, storage, start, stop)
+        bad += _nonfinite(rows)
+        total += rows.values.size * (1 if rows.scales is None else 8)
+    return DamagedError(
         f"{name}: {bad} of {total} values are NaN or infinite and cannot be quantized. "
         "The checkpoint is damaged: download it again."
     )
 
 
+def _require_in_range(name: str, tier: Tier, dtype: str, values: np.ndarray) -> None:
+    """Raises TierError where finite values became infinite: too large for F16, say."""
+    if dtype in FLOATS and (bad := nonfinite(values, dtype)):
+        raise TierError(f"{name}: {bad} values are too large for tier {tier} ({dtype}).")
+
+
 def _require_finite_scales(name: str, scales: np.ndarray) -> None:
     if bad := nan_scales(scales, MXFP4.mode):
-        raise SourceError(
+        raise DamagedError(
             f"{name}: {bad} MXFP4 scales are NaN. The checkpoint is damaged: download it again."
         )

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from quantkit.artifacts import Inventory, Plan
-from quantkit.formats.tiers import Tier, parse_tier, resolve
+from quantkit.errors import SourceError
+from quantkit.formats.tiers import Tier, parse_tier
 
 _COMPANIONS = (
     *("*.json", "*.jinja", "*.txt", "*.jsonl", "*.model", "*.tiktoken", "*.py"),
     *("LICENSE*", "NOTICE*", "USAGE_POLICY*"),
 )
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _NOT_COPIED = ("config.json", "*.index.json", "quantkit.json", "hf_quant_config.json", ".*")
 
 
@@ -23,7 +25,6 @@ def edit_config(config: Mapping[str, Any], inventory: Inventory, plan: Plan) -> 
     top level, required, repeats the tier that holds most weights.
     """
     edited = {key: value for key, value in config.items() if key != "quantization_config"}
-    restore_rope(edited)
     tiers = _quantized(inventory, plan)
     if tiers:
         held: Counter[Tier] = Counter()
@@ -40,30 +41,33 @@ def edit_config(config: Mapping[str, Any], inventory: Inventory, plan: Plan) -> 
 def _quantized(inventory: Inventory, plan: Plan) -> dict[str, Tier]:
     tiers = {}
     for weight, choice in zip(inventory.weights, plan.choices, strict=True):
-        tier = resolve(parse_tier(choice.tier), parse_tier(weight.storage))
+        tier = parse_tier(choice.storage)
         if tier.quantized:
             tiers[weight.name] = tier
     return tiers
 
 
-def restore_rope(config: dict[str, Any]) -> None:
-    """Give back `rope_theta` and `rope_scaling`, which transformers 5 folds into
-    `rope_parameters`: mlx-lm models that do not read the new key would silently lose YaRN."""
-    rope = config.get("rope_parameters")
-    if not isinstance(rope, dict) or "rope_theta" not in rope:
-        return
-    config.setdefault("rope_theta", rope["rope_theta"])
-    scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
-    if scaling.get("rope_type", "default") != "default":
-        config.setdefault("rope_scaling", scaling)
-
-
 def companions(folder: Path) -> list[Path]:
-    """Files of the source that belong in the repo: tokenizer, templates, generation, licence."""
-    return sorted(
+    """Files of the source that belong in the repo: tokenizer, templates, generation, licence.
+
+    Raises SourceError when one is a broken link, or there is no tokenizer: mlx-lm would load
+    neither.
+    """
+    found = sorted(
         path
         for path in folder.iterdir()
-        if path.is_file()
-        and any(fnmatchcase(path.name, pattern) for pattern in _COMPANIONS)
+        if any(fnmatchcase(path.name, pattern) for pattern in _COMPANIONS)
         and not any(fnmatchcase(path.name, pattern) for pattern in _NOT_COPIED)
+        and not path.is_dir()
     )
+    for path in found:
+        if not path.is_file():
+            raise SourceError(f"{path.name}: a broken link, or no plain file, in {folder}.")
+    if not {path.name for path in found}.intersection(_TOKENIZERS) and not any(
+        path.suffix == ".tiktoken" for path in found
+    ):
+        raise SourceError(
+            f"{folder}: holds no tokenizer ({', '.join(_TOKENIZERS)}), without which mlx-lm does "
+            "not load a model. Copy it from the base model."
+        )
+    return found

@@ -16,12 +16,11 @@ from quantkit.artifacts import (
     ShardRecord,
     SourceFile,
     SourceId,
-    load_json,
     with_hashes,
-    write_atomically,
 )
 from quantkit.backend import on_cpu
-from quantkit.errors import InputError, OutputError, SourceError
+from quantkit.errors import DamagedError, InputError, OutputError, SourceError, TierError
+from quantkit.jsonfile import load_json, write_atomically
 from quantkit.rewrite.blocks import unit_blocks
 from quantkit.rewrite.config import companions, edit_config
 from quantkit.rewrite.shards import Shard, ShardWriter, lay_out
@@ -59,30 +58,31 @@ def rewrite(
     """Write the repo that `plan` describes to `out`, which appears finished or not at all.
 
     A killed run is taken up where it was by the next with the same source, plan and shard size;
-    a repo that is there already is left alone. `progress` is called with bytes of
-    `plan.total_bytes`. Raises OutputError (nothing replaced), or SourceError for damaged values
-    (nothing left behind).
+    a repo that is there already, whole, is left alone unless `force`. `progress` is called with
+    bytes of `plan.total_bytes`. Raises OutputError (nothing replaced), DamagedError (nothing left
+    behind) or SourceError.
     """
     folder = source.checkpoint.path("")
     progress = progress or _silent
     out = out.absolute()
     require_apart(out, folder)
+    beside = companions(folder)
     shards = lay_out(source.inventory, plan, shard_bytes)
     staging = Staging(out, _depends(source, plan, shard_bytes), force)
-    if is_current(out, source, plan, shards):
+    if not force and is_current(out, source, plan, shards):
         progress(plan.total_bytes, out.name)
-        staging.discard()
+        staging.tidy()
         return
     require_free(out, force)
     with staging:
         try:
             read, records = _write_shards(source, plan, shards, staging, progress)
-        except SourceError:
+        except (DamagedError, TierError):
             staging.discard()
             raise
         staging.write("config.json", edit_config(source.checkpoint.config, source.inventory, plan))
         staging.write(INDEX_FILE, _index(shards, plan))
-        copied = [staging.copy(path) for path in companions(folder)]
+        copied = [staging.copy(path) for path in beside]
         names = sorted(["config.json", INDEX_FILE, *copied])
         files = tuple(_file_record(staging.repo / name) for name in names)
         for name, text in documents(Written(read, records, files)).items():
@@ -91,19 +91,24 @@ def rewrite(
 
 
 def is_current(out: Path, source: Source, plan: Plan, shards: tuple[Shard, ...]) -> bool:
-    """Whether `out` holds just what this rewrite would write: same values in, same tiers, same
-    versions, shards of the recorded size."""
+    """Whether `out` holds, unharmed, just what this rewrite would write: from the same values, in
+    the same tiers and shards, by the same versions. Reads both source and repo to know."""
     if not (out / REPORT_FILE).is_file():
         return False
     try:
         report = Report.from_json(load_json(out / REPORT_FILE), REPORT_FILE)
     except InputError:
         return False
-    same_shards = [shard.name for shard in report.shards] == [shard.name for shard in shards]
-    whole = all(_has_size(out / shard.name, shard.size) for shard in report.shards)
-    if not same_shards or not whole or report.plan.choices != plan.choices:
+    same_shards = [(s.name, s.tensor_bytes) for s in report.shards] == [
+        (shard.name, shard.tensor_bytes) for shard in shards
+    ]
+    if not same_shards or report.plan.choices != plan.choices or report.versions != versions():
         return False
-    if report.versions != versions() or report.plan.source.structure != plan.source.structure:
+    if report.plan.source.structure != plan.source.structure:
+        return False
+    expected = {file.name: file.sha256 for file in report.files}
+    expected |= {shard.name: shard.sha256 for shard in report.shards}
+    if not all(_has_hash(out / name, sha256) for name, sha256 in expected.items()):
         return False
     return report.plan.source.files == with_hashes(plan.source, file_hashes(source)).files
 
@@ -113,8 +118,8 @@ def versions() -> dict[str, str]:
     return {package: version(package) for package in ("quantkit", "mlx", "mlx-lm")}
 
 
-def _has_size(path: Path, size: int) -> bool:
-    return path.is_file() and path.stat().st_size == size
+def _has_hash(path: Path, sha256: str | None) -> bool:
+    return path.is_file() and hash_file(path, path.name) == sha256
 
 
 def _write_shards(
@@ -184,7 +189,7 @@ def _index(shards: tuple[Shard, ...], plan: Plan) -> dict[str, object]:
 def _depends(source: Source, plan: Plan, shard_bytes: int) -> dict[str, str]:
     """All that the bytes of the shards depend on, each under a name a person understands."""
     files = {
-        f"source file {file.name}": f"{file.size} bytes, modified at {_modified(source, file.name)}"
+        f"source file {file.name}": source.checkpoint.fingerprint(file)
         for file in source.checkpoint.files
     }
     return {
@@ -195,10 +200,6 @@ def _depends(source: Source, plan: Plan, shard_bytes: int) -> dict[str, str]:
         "device": "cpu" if on_cpu() else "gpu",
         **{f"version of {package}": number for package, number in versions().items()},
     }
-
-
-def _modified(source: Source, file: str) -> int:
-    return source.checkpoint.path(file).stat().st_mtime_ns
 
 
 def _silent(_done: int, _name: str) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 from quantkit.artifacts import Inventory, Plan, ShardRecord
 from quantkit.errors import OutputError
 from quantkit.formats.files import header_bytes
-from quantkit.formats.tiers import TensorSpec, Tier, float_dtype, parse_tier, resolve
+from quantkit.formats.tiers import TensorSpec, Tier, float_dtype, parse_tier
 
 _QUEUE = 8  # blocks on their way to the disk
 
@@ -83,7 +83,7 @@ def _units(inventory: Inventory, plan: Plan) -> list[Unit]:
     placed: list[tuple[int, Unit]] = []
     for weight, choice in zip(inventory.weights, plan.choices, strict=True):
         storage = parse_tier(weight.storage)
-        physical = resolve(parse_tier(choice.tier), storage)
+        physical = parse_tier(choice.storage)
         specs = physical.tensors(weight.name, weight.shape, float_dtype(storage))
         tier = None if physical == storage else physical
         placed.append((_place(weight.layer, weight.role), Unit(weight.name, specs, tier)))
@@ -112,7 +112,7 @@ class ShardWriter:
         self._queue: queue.Queue[np.ndarray | bytes | None] = queue.Queue(_QUEUE)
         self._sha = hashlib.sha256()
         self._size = 0
-        self._error: OSError | None = None
+        self._error: Exception | None = None
         self._thread = threading.Thread(target=self._run, name=f"write {shard.name}")
 
     def __enter__(self) -> "ShardWriter":
@@ -138,32 +138,35 @@ class ShardWriter:
         self._queue.put(None)
         self._thread.join()
         self._check()
-        expected = len(self._shard.header) + self._shard.tensor_bytes
-        assert self._size == expected, f"{self._shard.name}: {self._size} bytes, not {expected}"
-        self._temporary.replace(self._path)
-        sync_folder(self._path.parent)
-        return ShardRecord(
-            self._shard.name, self._size, self._shard.tensor_bytes, self._sha.hexdigest()
-        )
+        tensor_bytes = self._size - len(self._shard.header)
+        assert tensor_bytes == self._shard.tensor_bytes, f"{self._shard.name}: {self._size} bytes"
+        try:
+            self._temporary.replace(self._path)
+            sync_folder(self._path.parent)
+        except OSError as exc:
+            raise OutputError(f"{self._path}: cannot be renamed ({exc.strerror}).") from exc
+        return ShardRecord(self._shard.name, self._size, tensor_bytes, self._sha.hexdigest())
 
     def _check(self) -> None:
-        if self._error is not None:
+        if isinstance(self._error, OSError):
             raise OutputError(
                 f"{self._path}: cannot be written ({self._error.strerror}). What was finished is "
                 "kept: make room and run again."
             ) from self._error
+        if self._error is not None:
+            raise self._error
 
     def _run(self) -> None:
         try:
             with open(self._temporary, "wb", buffering=0) as file:
                 for block in self._blocks():
-                    view = memoryview(block).cast("B")
+                    view = memoryview(block).cast("B") if len(block) else memoryview(b"")
                     self._sha.update(view)
                     self._size += len(view)
                     while len(view):
                         view = view[file.write(view) :]
                 os.fsync(file.fileno())
-        except OSError as exc:
+        except Exception as exc:  # noqa: BLE001  (handed to the thread that writes)
             self._error = exc
             for _ in self._blocks():  # whoever writes must not wait for ever
                 pass

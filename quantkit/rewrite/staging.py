@@ -4,6 +4,7 @@ Beside OUT stands OUT.partial with
 
     state.json   what the rewrite depends on, and the shards that are complete
     repo/        the repo so far
+    replaced/    what stood at OUT, for the moment between two renames
     lock         held by the process at work
 
 Only a finished repo is renamed to OUT; a killed run leaves OUT.partial, from which the next one
@@ -13,15 +14,16 @@ with the same inputs goes on.
 import fcntl
 import os
 import shutil
-from collections.abc import Collection, Mapping
-from contextlib import suppress
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from quantkit.artifacts import REPORT_FILE, ShardRecord, dump_json, load_json, write_atomically
+from quantkit.artifacts import REPORT_FILE, ShardRecord
 from quantkit.errors import OutputError
+from quantkit.jsonfile import dump_json, load_json, write_atomically
 from quantkit.rewrite.shards import Shard, sync_folder
 
 _SPARE = 64_000_000  # bytes left free for config, tokenizer, report
@@ -35,6 +37,7 @@ class Staging:
         self.folder = out.with_name(f"{out.name}.partial")
         self.repo = self.folder / "repo"
         self._replaced = self.folder / "replaced"
+        self._state = self.folder / "state.json"
         self._depends = dict(depends)
         self._force = force
         self._records: dict[str, ShardRecord] = {}
@@ -43,27 +46,21 @@ class Staging:
 
     def __enter__(self) -> "Staging":
         """Raises OutputError if it is in use, or holds an unfinished rewrite from other inputs."""
-        if self.folder.exists() and not self._is_ours():
-            raise OutputError(
-                f"{self.folder}: exists and was not made by quantkit. Move it away: "
-                "it stands where the unfinished output must go."
-            )
-        try:
+        with _clear_errors(self.folder):
+            if self.folder.exists() and not self._is_ours():
+                raise OutputError(
+                    f"{self.folder}: exists and was not made by quantkit. Move it away: "
+                    "it stands where the unfinished output must go."
+                )
             self._made = [path for path in self.folder.parents if not path.exists()]
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT)
-        except OSError as exc:
-            raise OutputError(f"{self.folder}: cannot be made ({exc.strerror}).") from exc
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as exc:
-            self._unlock()
-            raise OutputError(f"{self.folder}: another quantkit is writing there now.") from exc
-        try:
-            self._resume_or_start()
-        except OutputError:
-            self._unlock()
-            raise
+            if not self._take_lock():
+                raise OutputError(f"{self.folder}: another quantkit is writing there now.")
+            try:
+                self._resume_or_start()
+            except (OSError, OutputError):
+                self._unlock()
+                raise
         return self
 
     def __exit__(
@@ -71,10 +68,34 @@ class Staging:
     ) -> None:
         self._unlock()
 
+    def tidy(self) -> None:
+        """Remove what is left of this very rewrite, killed after its repo had taken its name."""
+        with _clear_errors(self.folder):
+            if not self._is_ours() or not self._take_lock():
+                return
+            try:
+                if not self._state.exists() or not self._changed_inputs():
+                    self.discard()
+            finally:
+                self._unlock()
+
     def _is_ours(self) -> bool:
         if (self.folder / "lock").exists():
             return True
         return self.folder.is_dir() and not any(self.folder.iterdir())
+
+    def _take_lock(self) -> bool:
+        path = self.folder / "lock"
+        self._lock = os.open(path, os.O_RDWR | os.O_CREAT)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Whoever held it may just have removed it: then this is no lock any more.
+            if os.path.samestat(os.fstat(self._lock), path.stat()):
+                return True
+        except OSError:
+            pass
+        self._unlock()
+        return False
 
     def _unlock(self) -> None:
         if self._lock is not None:
@@ -82,13 +103,16 @@ class Staging:
             self._lock = None
 
     def _resume_or_start(self) -> None:
-        if self._replaced.exists() and not self.out.exists():
-            self._replaced.replace(self.out)  # killed between the two renames of `commit`
-        state = self.folder / "state.json"
-        if state.exists():
-            before, records = _read_state(state)
-            changed = [key for key in self._depends if before.get(key) != self._depends[key]]
+        if self._replaced.exists():  # killed around the two renames of `commit`
+            if self.out.exists():
+                _remove(self._replaced)
+            else:
+                self._replaced.replace(self.out)
+        if self._state.exists():
+            changed = self._changed_inputs()
             if not changed:
+                self.repo.mkdir(exist_ok=True)
+                _, records = _read_state(self._state)
                 self._records = {r.name: r for r in records if self._is_whole(r)}
                 _clear(self.repo, keep=self._records.keys())
                 return
@@ -97,9 +121,13 @@ class Staging:
                     f"{self.folder}: holds an unfinished rewrite with another {changed[0]}. "
                     "Run with the same inputs to go on, or with --force to start over."
                 )
-        shutil.rmtree(self.repo, ignore_errors=True)
+        _remove(self.repo)
         self.repo.mkdir()
         self._save()
+
+    def _changed_inputs(self) -> list[str]:
+        before, _ = _read_state(self._state)
+        return [key for key in self._depends if before.get(key) != self._depends[key]]
 
     def _is_whole(self, record: ShardRecord) -> bool:
         path = self.repo / record.name
@@ -107,8 +135,7 @@ class Staging:
 
     def _save(self) -> None:
         shards = [asdict(record) for record in self._records.values()]
-        state = {"depends": self._depends, "shards": shards}
-        write_atomically(self.folder / "state.json", dump_json(state))
+        write_atomically(self._state, dump_json({"depends": self._depends, "shards": shards}))
 
     def finished(self, shard: Shard) -> ShardRecord | None:
         """The record of a shard that an earlier run completed."""
@@ -135,34 +162,76 @@ class Staging:
     def copy(self, path: Path) -> str:
         """Put a copy of a file into the repo; gives its name."""
         target = self.repo / path.name
-        try:
+        with _clear_errors(path):
             shutil.copyfile(path, target)
             with open(target, "rb") as file:
                 os.fsync(file.fileno())
-        except OSError as exc:
-            raise OutputError(f"{path.name}: cannot be copied ({exc.strerror}).") from exc
         return path.name
 
     def commit(self) -> None:
-        """Give the finished repo its name, in place of what `--force` allows to be replaced."""
-        sync_folder(self.repo)
-        if self.out.exists():
-            self.out.replace(self._replaced)
-        self.repo.replace(self.out)
-        sync_folder(self.out.parent)
-        self.discard()
+        """Give the finished repo its name, in place of what `--force` allows to be replaced.
+
+        Raises OutputError, the finished repo kept in the staging folder, if something has come to
+        stand there meanwhile.
+        """
+        require_free(self.out, self._force)
+        with _clear_errors(self.out):
+            sync_folder(self.repo)
+            if self.out.exists():
+                self.out.replace(self._replaced)
+            self.repo.replace(self.out)
+            sync_folder(self.out.parent)
+            self.discard()
 
     def discard(self) -> None:
         """Remove the staging folder and all in it, and the parents made for it if empty."""
         if self._is_ours():
-            _clear(self.folder, keep={"lock"})
             # The lock last: it is what tells that the folder is ours.
+            _clear(self.folder, keep={"lock"})
             (self.folder / "lock").unlink(missing_ok=True)
-            with suppress(OSError):
-                self.folder.rmdir()
         with suppress(OSError):
-            for path in self._made:
+            for path in (self.folder, *self._made):
                 path.rmdir()
+
+
+def require_apart(out: Path, source: Path | None) -> None:
+    """Raises OutputError if `out` is, holds, or lies in the source, or holds the working or home
+    directory: nothing may be put there, whatever is forced. `source` is None while it is remote."""
+    with _clear_errors(out):
+        target = out.resolve()
+        for kept in (source, Path.cwd(), Path.home()):
+            if kept is not None and (target == kept.resolve() or target in kept.resolve().parents):
+                raise OutputError(f"{out}: is or contains {kept}, which must stay. Choose another.")
+        if source is not None and source.resolve() in target.parents:
+            raise OutputError(f"{out}: lies inside the source {source}. Choose another.")
+        if out.exists() and (out.is_symlink() or out.is_mount()):
+            raise OutputError(f"{out}: is a link or a mount point. Choose a folder inside of it.")
+
+
+def require_free(out: Path, force: bool) -> None:
+    """Raises OutputError unless `out` is missing, an empty folder, or a folder that `force` says
+    to replace."""
+    with _clear_errors(out):
+        if out.is_symlink() and not out.exists():
+            raise OutputError(f"{out}: is a broken link. Choose another output folder.")
+        if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+            return
+        if not out.is_dir():
+            raise OutputError(f"{out}: is a file. Choose another output folder.")
+        if not force:
+            ours = (out / REPORT_FILE).exists()
+            what = "holds another quant" if ours else "exists and is not ours"
+            raise OutputError(
+                f"{out}: {what}. Choose another output folder, or replace it with --force."
+            )
+
+
+@contextmanager
+def _clear_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as exc:
+        raise OutputError(f"{path}: {exc.strerror or exc}. Choose another folder.") from exc
 
 
 def _read_state(path: Path) -> tuple[dict[str, str], list[ShardRecord]]:
@@ -176,33 +245,12 @@ def _read_state(path: Path) -> tuple[dict[str, str], list[ShardRecord]]:
 def _clear(folder: Path, keep: Collection[str]) -> None:
     """Remove what is in `folder`, if it is there, but for the names to `keep`."""
     for path in folder.iterdir() if folder.is_dir() else ():
-        if path.name in keep:
-            continue
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
+        if path.name not in keep:
+            _remove(path)
 
 
-def require_apart(out: Path, source: Path) -> None:
-    """Raises OutputError if `out` is, holds, or lies in the source, or holds the working or home
-    directory: nothing may be put there, whatever is forced."""
-    target = out.resolve()
-    for kept in (source.resolve(), Path.cwd(), Path.home()):
-        if target == kept or target in kept.parents:
-            raise OutputError(f"{out}: is or contains {kept}, which must stay. Choose another.")
-    if source.resolve() in target.parents:
-        raise OutputError(f"{out}: lies inside the source {source}. Choose another.")
-
-
-def require_free(out: Path, force: bool) -> None:
-    """Raises OutputError unless `out` is missing, an empty folder, or a folder that `force` says
-    to replace."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return
-    if out.is_dir() and force:
-        return
-    what = "holds another quant" if (out / REPORT_FILE).exists() else "exists and is not ours"
-    if not out.is_dir():
-        raise OutputError(f"{out}: is a file. Choose another output folder.")
-    raise OutputError(f"{out}: {what}. Choose another output folder, or replace it with --force.")
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

@@ -10,13 +10,15 @@ from typing import Any
 
 import numpy as np
 
-from quantkit.artifacts import Progress, SourceFile, SourceId, digest, load_json
+from quantkit.artifacts import Progress, SourceFile, SourceId
 from quantkit.errors import SourceError
 from quantkit.formats.dtypes import numpy_dtype
+from quantkit.jsonfile import digest, load_json
 from quantkit.source.headers import StoredTensor, read_header
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
+_SAMPLE_BYTES = 4096
 _BLOB = re.compile(r"[0-9a-f]{64}")
 
 
@@ -50,10 +52,13 @@ class Checkpoint:
         """
         dtype = numpy_dtype(tensor.dtype)
         values = np.empty(stop - start, dtype)
-        buffer = memoryview(values).cast("B")
+        buffer = memoryview(values.view(np.uint8))
         offset = tensor.start + start * dtype.itemsize
         while len(buffer):
-            done = os.preadv(self._descriptor(tensor.file), [buffer], offset)
+            try:
+                done = os.preadv(self._descriptor(tensor.file), [buffer], offset)
+            except OSError as exc:
+                raise SourceError(f"{tensor.file}: cannot be read ({exc.strerror}).") from exc
             if done == 0:
                 raise SourceError(
                     f"{tensor.file}: ends inside tensor {tensor.name!r}, though it was whole when "
@@ -61,6 +66,23 @@ class Checkpoint:
                 )
             buffer, offset = buffer[done:], offset + done
         return values
+
+    def fingerprint(self, file: SourceFile) -> str:
+        """A hash of a shard's size, layout, and 4 kB at both ends and in the middle of every
+        tensor: other weights of the same shape give another, at the cost of a few MB read."""
+        sha = hashlib.sha256(str(file.size).encode())
+        for tensor in self.tensors.values():
+            if tensor.file == file.name:
+                sha.update(f"{tensor.name} {tensor.dtype} {tensor.start} {tensor.stop}".encode())
+                for where in (0.0, 0.5, 1.0):
+                    sha.update(self._sample(tensor, where).data)
+        return sha.hexdigest()
+
+    def _sample(self, tensor: StoredTensor, where: float) -> np.ndarray:
+        elements = tensor.nbytes // numpy_dtype(tensor.dtype).itemsize
+        length = min(elements, _SAMPLE_BYTES // numpy_dtype(tensor.dtype).itemsize)
+        start = int(where * (elements - length))
+        return self.read(tensor, start, start + length)
 
     def _descriptor(self, file: str) -> int:
         if file not in self._descriptors:
@@ -96,10 +118,26 @@ def open_folder(folder: Path, name: str | None = None, revision: str | None = No
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The raw `config.json` of a model folder. Raises SourceError."""
+    """The `config.json` of a model folder, its RoPE settings as mlx-lm reads them. Raises
+    SourceError."""
     if not (folder / "config.json").is_file():
         raise SourceError(f"{folder}: not a model folder: it has no config.json.")
-    return load_json(folder / "config.json", SourceError)
+    return with_rope(load_json(folder / "config.json", SourceError))
+
+
+def with_rope(config: dict[str, Any]) -> dict[str, Any]:
+    """`config` with `rope_theta` and `rope_scaling`, which transformers 5 folds into
+    `rope_parameters`: mlx-lm models that do not read the new key would refuse the config, or
+    silently lose YaRN."""
+    rope = config.get("rope_parameters")
+    if not isinstance(rope, dict) or "rope_theta" not in rope:
+        return config
+    restored = {"rope_theta": rope["rope_theta"]}
+    scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+    if scaling.get("rope_type", "default") != "default":
+        restored["rope_scaling"] = scaling
+    missing = {key: value for key, value in restored.items() if config.get(key) is None}
+    return {**config, **missing}
 
 
 def merge_headers(

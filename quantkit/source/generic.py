@@ -38,6 +38,17 @@ _DTYPES = {
     "U64": mx.uint64,
     "I64": mx.int64,
 }
+# What model code raises on a config or tensors that it did not expect.
+_MODEL_ERRORS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
@@ -77,7 +88,7 @@ class _Model:
         try:
             model_class, args_class = _get_classes(config)
             self.model = model_class(args_class.from_dict(config))
-        except (KeyError, TypeError, ValueError, AttributeError, ImportError) as exc:
+        except _MODEL_ERRORS as exc:
             raise SourceError(
                 f"config.json: mlx-lm cannot build model_type {config.get('model_type')!r} "
                 f"from it ({exc})."
@@ -88,7 +99,7 @@ class _Model:
             return arrays
         try:
             return dict(self.model.sanitize(arrays))
-        except (KeyError, ValueError, IndexError, TypeError, AttributeError) as exc:
+        except _MODEL_ERRORS as exc:
             raise SourceError(
                 f"mlx-lm's {self.model.model_type} model does not recognise these tensors "
                 f"({type(exc).__name__}: {exc}). Is the checkpoint complete?"
@@ -146,7 +157,8 @@ def _layout(checkpoint: Checkpoint, model: _Model, arrays: Any, view: Any) -> La
         optional_int(config, "num_hidden_layers", "n_layers", "n_layer")
         or max(numbered, default=-1) + 1
     )
-    kinds = config.get("layer_types") or []
+    text = config.get("text_config")
+    kinds = (config.get("layer_types") or (text or {}).get("layer_types")) or []
     layout = Layout(layers)
     for name, shape in model.shapes.items():
         path = name.rpartition(".")[0]
@@ -215,7 +227,7 @@ def role_of(path: str, module: Any) -> str:
         return role.replace("mlp_", "expert_") if role.startswith("mlp_") else "other"
     if isinstance(module, Embedding):
         return "embedding"
-    if last == "lm_head":
+    if last in ("lm_head", "embed_out") or path == "output":
         return "lm_head"
     if last in ("router", "gate", "shared_expert_gate") or ".router." in path:
         return "router"

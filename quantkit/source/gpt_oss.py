@@ -70,6 +70,8 @@ def _shape(config: Mapping[str, Any]) -> _Shape:
     layers = config_int(config, "num_hidden_layers")
     head = config_int(config, "head_dim")
     kinds = config.get("layer_types") or ["sliding_attention", "full_attention"] * (layers // 2)
+    if not isinstance(kinds, list) or not all(isinstance(kind, str) for kind in kinds):
+        raise SourceError("config.json: layer_types is no list of names.")
     if len(kinds) != layers:
         raise SourceError(f"config.json: {len(kinds)} layer_types for {layers} layers.")
     heads = config_int(config, "num_attention_heads")

@@ -1,18 +1,21 @@
 """Checkpoints on the Hugging Face Hub: metadata without a download, and the download."""
 
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from quantkit.artifacts import SourceFile, load_json
-from quantkit.errors import HubError, SourceError
+from quantkit.artifacts import SourceFile
+from quantkit.errors import HubError, HubUnreachableError, OutputError, SourceError
+from quantkit.jsonfile import load_json
 from quantkit.source.checkpoint import (
     Checkpoint,
     check_weight_map,
     merge_headers,
     open_folder,
+    with_rope,
 )
 from quantkit.source.headers import StoredTensor, check_header
 
@@ -43,7 +46,7 @@ def open_hub(repo: str, revision: str | None) -> Checkpoint:
         commit = info.sha
         # By the name asked for: so the cache learns which commit that is.
         config_file = Path(hf_hub_download(repo, "config.json", revision=revision))
-        config = load_json(config_file, SourceError)
+        config = with_rope(load_json(config_file, SourceError))
         metadata = api.get_safetensors_metadata(repo, revision=commit)
     siblings = {sibling.rfilename: sibling for sibling in info.siblings or ()}
     if metadata.sharded:
@@ -68,17 +71,35 @@ def open_cached(repo: str, revision: str | None) -> Checkpoint | None:
         return None
 
 
-def download(repo: str, revision: str | None) -> Path:
-    """Fetch a repo's top-level model files into the Hub's own cache; resumes. Raises HubError."""
-    from huggingface_hub import snapshot_download
+def download(checkpoint: Checkpoint) -> Path:
+    """Fetch a repo's top-level model files into the Hub's own cache; resumes.
+
+    Raises HubError, or OutputError when the cache's disk cannot take them.
+    """
+    from huggingface_hub import constants, snapshot_download
     from huggingface_hub.utils import enable_progress_bars
 
+    repo, revision = checkpoint.name, checkpoint.revision
+    if (whole := open_cached(repo, revision)) is not None:
+        return whole.path("")
+    _require_space(Path(constants.HF_HUB_CACHE), sum(file.size for file in checkpoint.files))
     enable_progress_bars()
     with _clear_errors(repo, revision):
         return Path(snapshot_download(repo, revision=revision, **_FILES))
 
 
 _FILES: dict[str, Any] = {"allow_patterns": DOWNLOAD, "ignore_patterns": ["*/*"]}
+
+
+def _require_space(cache: Path, needed: int) -> None:
+    there = next(path for path in (cache, *cache.parents) if path.exists())
+    free = shutil.disk_usage(there).free
+    # What an interrupted download already fetched is counted once more: a little too careful.
+    if free < needed:
+        raise OutputError(
+            f"{cache}: {free / 1e9:.2f} GB free, {needed / 1e9:.2f} GB needed for the download. "
+            "Make room, or set HF_HOME to another disk."
+        )
 
 
 def _file(sibling: Any, name: str) -> SourceFile:
@@ -113,13 +134,19 @@ def _clear_errors(repo: str, revision: str | None) -> Iterator[None]:
             f"{repo}: neither a local folder nor a repo on the Hub that you may read. "
             "Check the name; for a private repo run: hf auth login"
         ) from exc
-    except (errors.RevisionNotFoundError, errors.RemoteEntryNotFoundError) as exc:
-        raise HubError(f"{repo}{at}: not a model repo there, or no such revision.") from exc
+    except errors.RevisionNotFoundError as exc:
+        raise HubError(f"{repo}{at}: no such revision.") from exc
+    except errors.RemoteEntryNotFoundError as exc:
+        raise HubError(
+            f"{repo}{at}: not a model repo: config.json or a shard of its index is missing."
+        ) from exc
+    except errors.HFValidationError as exc:
+        raise HubError(f"{repo}: not a name that the Hub gives to a repo.") from exc
     except (errors.NotASafetensorsRepoError, errors.SafetensorsParsingError) as exc:
         raise SourceError(f"{repo}: has no readable safetensors at its top level.") from exc
-    except (errors.HTTPError, errors.HFValidationError, OSError) as exc:
+    except (errors.HTTPError, OSError) as exc:
         reason = str(exc).strip().splitlines()[0] if str(exc).strip() else type(exc).__name__
-        raise HubError(
+        raise HubUnreachableError(
             f"{repo}: the Hub cannot be reached ({reason}). Check the connection, or give a local "
             "folder."
         ) from exc

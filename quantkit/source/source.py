@@ -1,5 +1,6 @@
 """A source: a checkpoint, its inventory, and the values behind every mlx-lm tensor name."""
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from quantkit.artifacts import Inventory, Progress
-from quantkit.errors import HubError, SourceError
+from quantkit.errors import DamagedError, HubUnreachableError, SourceError
 from quantkit.formats.dtypes import numpy_dtype
 from quantkit.source import gpt_oss, hub
 from quantkit.source.checkpoint import Checkpoint, hash_file, open_folder
@@ -47,14 +48,18 @@ def open_source(name: str, revision: str | None = None) -> Source:
 
     Raises SourceError or HubError.
     """
-    folder = Path(name).expanduser()
-    if folder.exists():
+    folder = Path(os.path.expanduser(name))  # noqa: PTH111  (Path's own raises for ~nobody)
+    try:
+        there = folder.exists()
+    except (OSError, ValueError) as exc:
+        raise SourceError(f"{name[:80]}: not a path ({exc}).") from exc
+    if there:
         return _source(open_folder(folder, name))
     if not hub.is_repo_id(name):
         raise SourceError(f"{name}: no such folder, and not a Hub id (user/name).")
     try:
         return _source(hub.open_hub(name, revision))
-    except HubError:
+    except HubUnreachableError:
         if (cached := hub.open_cached(name, revision)) is None:
             raise
         return _source(cached)
@@ -65,17 +70,20 @@ def with_values(source: Source) -> Source:
     checkpoint = source.checkpoint
     if checkpoint.folder is not None:
         return source
-    folder = hub.download(checkpoint.name, checkpoint.revision)
+    folder = hub.download(checkpoint)
     return _source(open_folder(folder, checkpoint.name, checkpoint.revision))
 
 
 def file_hashes(source: Source, progress: Progress | None = None) -> dict[str, str]:
-    """sha256 of every shard; those the Hub already told are not computed again."""
+    """sha256 of every shard, computed. Raises DamagedError where the Hub publishes another."""
     hashes = {}
     for file in source.checkpoint.files:
-        hashes[file.name] = file.sha256 or hash_file(
-            source.checkpoint.path(file.name), file.name, progress
-        )
+        found = hash_file(source.checkpoint.path(file.name), file.name, progress)
+        if file.sha256 not in (None, found):
+            raise DamagedError(
+                f"{file.name}: sha256 is {found}, published was {file.sha256}. Download it again."
+            )
+        hashes[file.name] = found
     return hashes
 
 
@@ -113,7 +121,10 @@ def _require_unquantized(checkpoint: Checkpoint) -> None:
             f"{checkpoint.name}: already quantized by mlx. Start from the published checkpoint "
             "(quantkit report shows what a quant holds)."
         )
-    method = (config.get("quantization_config") or {}).get("quant_method")
+    declared = config.get("quantization_config") or {}
+    if not isinstance(declared, dict):
+        raise SourceError("config.json: quantization_config is no object.")
+    method = declared.get("quant_method")
     if method and not (method == "mxfp4" and config.get("model_type") == gpt_oss.MODEL_TYPE):
         raise SourceError(
             f"{checkpoint.name}: already quantized ({method}). Start from its BF16 checkpoint."

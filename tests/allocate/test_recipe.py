@@ -21,16 +21,16 @@ def inventory(checkpoint):
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory):
-    """Inventories of the published 20b and 120b, from headers alone."""
-    inventories = {}
+    """The published 20b and 120b: true headers, no values."""
+    folders = {}
     for size in ("20b", "120b"):
         folder = DATA / f"gpt-oss-{size}"
         config = json.loads((folder / "config.json").read_text())
         weight_map = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
         to = tmp_path_factory.mktemp(size) / "src"
         tiny.write_headers_only(to, config, stored_tensors(config), weight_map)
-        inventories[size] = open_source(str(to)).inventory
-    return inventories
+        folders[size] = to
+    return folders
 
 
 def recipe(text):
@@ -46,14 +46,18 @@ def recipe(text):
         ("120b", "moringlabs-3.6bit", 51_949_344_384, 3.557),
     ],
 )
-def test_sizes_of_published_repos_to_the_byte(published, size, name, stored, bits):
-    plan = plan_by_recipe(published[size], load_recipe(name))
-    assert plan.total_bytes == stored
-    assert round(plan.bits_per_weight, 3) == bits
+def test_sizes_of_published_repos_to_the_byte(cli, published, size, name, stored, bits):
+    plan = json.loads(cli("plan", published[size], "--recipe", name, "--json").stdout)
+    assert plan["total_bytes"] == stored
+    assert round(plan["bits_per_weight"], 3) == bits
+    shown = cli("plan", published[size], "--recipe", name).stdout
+    assert f"{stored:,} bytes" in shown
+    assert f"{bits:.3f} over" in shown
 
 
 def test_moringlabs_gives_the_published_tiers(published):
-    plan = plan_by_recipe(published["120b"], load_recipe("moringlabs-3.6bit"))
+    inventory = open_source(str(published["120b"])).inventory
+    plan = plan_by_recipe(inventory, load_recipe("moringlabs-3.6bit"))
     tiers = {choice.name: choice.tier for choice in plan.choices}
     assert tiers["model.embed_tokens"] == tiers["lm_head"] == "q6g64"
     assert tiers["model.layers.5.self_attn.q_proj"] == "q6g64"
@@ -69,7 +73,7 @@ def test_moringlabs_gives_the_published_tiers(published):
 
 def test_bytes_read_per_token(published):
     """4 of 128 experts, one row of the embedding, all of the rest."""
-    inventory = published["120b"]
+    inventory = open_source(str(published["120b"])).inventory
     plan = plan_by_recipe(inventory, load_recipe("mxfp4-q8"))
     expected = 0
     for choice in plan.choices:

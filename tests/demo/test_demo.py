@@ -1,6 +1,9 @@
 """The demo model: a gpt-oss that speaks."""
 
 import json
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -56,6 +59,29 @@ def test_every_tensor_is_what_mlx_lm_convert_writes(tmp_path, demo, quantized):
     for name, expected in theirs.items():
         assert ours[name].dtype == expected.dtype
         assert mx.array_equal(ours[name], expected), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", [0.1, 0.3, 0.5, 0.7, 0.9])
+def test_killed_in_the_middle_of_a_shard(tmp_path, demo, quantized, part):
+    """kill -9 when that part of all bytes is on disk, then the same command again."""
+    out, staged = tmp_path / "out", tmp_path / "out.partial" / "repo"
+    command = [sys.executable, "-m", "quantkit", "quantize", str(demo), "-o", str(out)]
+    command += ["-r", "mxfp4-q8", "--shard-size", "60MB"]
+    whole = read_report(quantized[0]).total_bytes
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    while process.poll() is None:
+        written = sum(p.stat().st_size for p in staged.glob("model*")) if staged.exists() else 0
+        if written >= part * whole:
+            process.kill()
+            break
+    assert process.wait() == -signal.SIGKILL
+    assert not out.exists()
+    assert subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode == 0
+    command[command.index(str(out))] = str(tmp_path / "undisturbed")
+    assert subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode == 0
+    for path in sorted((tmp_path / "undisturbed").iterdir()):
+        assert (out / path.name).read_bytes() == path.read_bytes()
 
 
 def test_it_is_a_published_layout(demo):

@@ -37,7 +37,7 @@ def failures(repo, **options):
 def test_a_good_repo(good):
     checks = list(verify(good, read_report(good)))
     assert [check.name for check in checks] == [
-        "index and shards", "config", "bytes as planned", "hashes", "finite scales",
+        "index and shards", "config", "bytes as planned", "hashes", "finite values",
         "stock mlx-lm loads it", "generates",
     ]  # fmt: skip
     assert all(check.ok for check in checks), checks
@@ -101,6 +101,16 @@ def index(change):
     return edit
 
 
+def report(change):
+    def edit(repo):
+        path = repo / "quantkit.json"
+        data = json.loads(path.read_text())
+        change(data)
+        path.write_text(json.dumps(data))
+
+    return edit
+
+
 EXPERT = "model.layers.0.mlp.experts.up_proj"
 WRONG = {
     "stray shard": (
@@ -123,8 +133,19 @@ WRONG = {
     "two truths": (
         config(lambda d: d["quantization_config"].update(bits=8)), "config", "differs from",
     ),
-    "NaN scale": (poke("up_proj.scales", 0x7FC0, np.uint16), "finite scales", "up_proj.scales: 1 of"),
-    "infinite bias": (poke("up_proj.biases", 0x7F80, np.uint16), "finite scales", "biases: 1 of"),
+    "NaN scale": (poke("up_proj.scales", 0x7FC0, np.uint16), "finite values", "up_proj.scales: 1 of"),
+    "infinite bias": (poke("up_proj.biases", 0x7F80, np.uint16), "finite values", "biases: 1 of"),
+    "NaN norm": (poke("model.norm.weight", 0x7FC0, np.uint16), "finite values", "norm.weight: 1 of"),
+    "quantization is null": (config(lambda d: d.update(quantization=None)), "config", "no object"),
+    "shards not listed": (
+        report(lambda d: d.update(shards=[])), "hashes", "but not in both",
+    ),
+    "unknown storage": (
+        report(lambda d: d["weights"][0].update(storage="q9")), "bytes as planned", "no tier 'q9'",
+    ),
+    "wrong count": (
+        report(lambda d: d["weights"][0].update(parameters=7)), "bytes as planned", "planned 7",
+    ),
     "other tokenizer": (
         lambda r: (r / "tokenizer.json").write_text("{}"), "hashes", "tokenizer.json: sha256",
     ),

@@ -102,6 +102,8 @@ def test_card_of_a_local_folder_names_no_base_model(written):
         ("---\nlicense: apache-2.0\n---\n", "apache-2.0"),
         ("---\ntags:\n- x\nlicense: mit\npipeline_tag: y\n---\n# Hello\n", "mit"),
         ("# No front matter\nlicense: gpl\n", None),
+        ("---\nlicense: 'mit'\n---\n", "mit"),
+        ("---\ntags: x\n---\ntext\nlicense: proprietary\n---\n", None),
         ("", None),
     ],
 )

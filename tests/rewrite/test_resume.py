@@ -1,6 +1,7 @@
 """Rewrites that are killed."""
 
 import hashlib
+import os
 import signal
 import subprocess
 import sys
@@ -82,6 +83,55 @@ def test_a_replaced_repo_is_never_lost(tmp_path, checkpoint):
         assert again.returncode == 0, again.stderr
         assert (out / "config.json").exists()
         assert not partial.exists()
+
+
+def test_leavings_of_a_replaced_repo_do_not_block_the_next(tmp_path, checkpoint):
+    """Killed while the replaced repo was being removed; then something else is asked for."""
+    out = tmp_path / "out"
+    assert run(checkpoint, out, 0).returncode == 0
+    left = tmp_path / "out.partial"
+    (left / "replaced").mkdir(parents=True)
+    (left / "replaced" / "old").write_text("old")
+    (left / "lock").write_text("")
+    other = tiny.write_gpt_oss(tmp_path / "src", lambda values: values["lm_head.weight"].fill(0))
+    done = run(other, out, 0, "force")
+    assert done.returncode == 0, done.stderr
+    assert not left.exists()
+
+
+def test_another_run_s_unfinished_work_is_kept(tmp_path, checkpoint, undisturbed):
+    """Asking again for what is there leaves an unfinished rewrite of something else alone."""
+    _, steps = undisturbed
+    source, out = tiny.write_gpt_oss(tmp_path / "src"), tmp_path / "out"
+    other = tiny.write_gpt_oss(tmp_path / "other", lambda values: values["lm_head.weight"].fill(0))
+    assert run(source, out, 0).returncode == 0
+    run(other, out, steps // 2, "force")
+    staged = sorted((tmp_path / "out.partial" / "repo").iterdir())
+    assert staged
+    assert run(source, out, 0).returncode == 0
+    assert sorted((tmp_path / "out.partial" / "repo").iterdir()) == staged
+
+
+def test_a_source_that_was_only_touched_is_the_same(tmp_path, undisturbed):
+    _, steps = undisturbed
+    source, out = tiny.write_gpt_oss(tmp_path / "src"), tmp_path / "out"
+    run(source, out, steps // 2)
+    for path in source.iterdir():
+        path.touch()
+    assert run(source, out, 0).returncode == 0
+
+
+def test_a_source_replaced_with_its_times_kept(tmp_path, undisturbed):
+    _, steps = undisturbed
+    source, out = tiny.write_gpt_oss(tmp_path / "src"), tmp_path / "out"
+    times = {p: p.stat().st_mtime_ns for p in source.iterdir()}
+    run(source, out, steps // 2)
+    tiny.write_gpt_oss(
+        source, lambda values: values["model.layers.2.self_attn.k_proj.weight"].fill(0)
+    )
+    for path, time in times.items():
+        os.utime(path, ns=(time, time))
+    assert "with another source file model-0000" in run(source, out, 0).stderr
 
 
 def test_complete_shards_are_not_written_again(tmp_path, checkpoint, undisturbed):

@@ -11,7 +11,7 @@ import safetensors
 from quantkit.allocate.plan import make_plan
 from quantkit.allocate.recipe import load_recipe, plan_by_recipe, recipe_names
 from quantkit.backend import mx
-from quantkit.errors import OutputError, SourceError
+from quantkit.errors import OutputError, SourceError, TierError
 from quantkit.formats.tiers import MXFP4, NATIVE, TIERS, parse_tier
 from quantkit.pipeline import quantize as write_repo
 from quantkit.source.source import open_source
@@ -147,6 +147,7 @@ def test_config_is_the_source_s_but_for_quantization(tmp_path, checkpoint):
 def test_yarn_folded_away_by_transformers_is_restored(tmp_path):
     rope = {"rope_theta": 150000.0, "rope_type": "yarn", "factor": 32.0}
     config = {k: v for k, v in tiny.CONFIG.items() if not k.startswith("rope")}
+    config["rope_scaling"] = None
     folder = tiny.write_gpt_oss(tmp_path / "src", config={**config, "rope_parameters": rope})
     quantize(folder, tmp_path / "out")
     after = json.loads((tmp_path / "out" / "config.json").read_text())
@@ -233,6 +234,100 @@ def test_a_folder_that_is_not_ours_is_kept(tmp_path, checkpoint):
         quantize(checkpoint, out)
     assert (out / "thesis.txt").read_text() == "years of work"
     assert {p.name for p in tmp_path.iterdir()} == {"out"}
+
+
+def test_what_appears_meanwhile_is_kept(tmp_path, checkpoint):
+    """The user puts something at OUT while the rewrite runs."""
+    out = tmp_path / "out"
+
+    def meanwhile(_done, _name):
+        out.mkdir(exist_ok=True)
+        (out / "thesis").write_text("years of work")
+
+    with pytest.raises(OutputError, match="exists and is not ours"):
+        quantize(checkpoint, out, progress=meanwhile)
+    assert (out / "thesis").read_text() == "years of work"
+    shutil.rmtree(out)
+    quantize(checkpoint, out)  # goes on from what was finished
+    assert (out / "quantkit.json").exists()
+
+
+def harm(out, name):
+    if name.endswith(".safetensors"):
+        data = bytearray((out / name).read_bytes())
+        data[-1] ^= 1
+        (out / name).write_bytes(data)
+    elif name == "config.json":
+        (out / name).write_text("{}")
+    else:
+        (out / name).unlink()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_a_harmed_repo_is_not_taken_for_finished(tmp_path, checkpoint, name):
+    quantize(checkpoint, tmp_path / "out")
+    before = hashes(tmp_path / "out")
+    harm(tmp_path / "out", name)
+    with pytest.raises(OutputError, match="holds another quant"):
+        quantize(checkpoint, tmp_path / "out")
+    quantize(checkpoint, tmp_path / "out", force=True)
+    assert hashes(tmp_path / "out") == before
+
+
+def test_another_shard_size_is_another_repo(tmp_path, checkpoint):
+    sizes = [230_000, 300_000]
+    for size in sizes:
+        quantize(checkpoint, tmp_path / str(size), shard_bytes=size)
+    assert len({len(list((tmp_path / str(s)).glob("*.safetensors"))) for s in sizes}) == 1
+    with pytest.raises(OutputError, match="holds another quant"):
+        quantize(checkpoint, tmp_path / "230000", shard_bytes=sizes[1])
+
+
+def test_a_source_without_tokenizer(tmp_path):
+    folder = tiny.write_gpt_oss(tmp_path / "src")
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(SourceError, match=r"holds no tokenizer \(tokenizer.json"):
+        quantize(folder, tmp_path / "out")
+    (folder / "tokenizer.json").symlink_to("/nowhere")
+    with pytest.raises(SourceError, match="tokenizer.json: a broken link"):
+        quantize(folder, tmp_path / "out")
+    assert {p.name for p in tmp_path.iterdir()} == {"src"}
+
+
+def test_values_too_large_for_a_tier(tmp_path):
+    huge = plant("lm_head.weight", 3, 0x4900)  # 524288 in BF16
+    folder = tiny.write_gpt_oss(tmp_path / "src", huge)
+    source = open_source(str(folder))
+    plan = make_plan(
+        source.inventory, {w.name: parse_tier("f16") for w in source.inventory.weights}, "test"
+    )
+    with pytest.raises(TierError, match=r"lm_head: 1 values are too large for tier f16"):
+        write_repo(source, plan, tmp_path / "out")
+    assert {p.name for p in tmp_path.iterdir()} == {"src"}
+
+
+def test_links_are_not_replaced(tmp_path, checkpoint):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "real")
+    with pytest.raises(OutputError, match="is a link or a mount point"):
+        quantize(checkpoint, tmp_path / "out", force=True)
+    assert (tmp_path / "out").is_symlink()
+
+
+def test_a_blob_that_is_not_what_its_name_says(tmp_path, checkpoint):
+    """In the Hub's cache a shard's name is its hash: a harmed one is found."""
+    folder = tmp_path / "src"
+    folder.mkdir()
+    for path in checkpoint.iterdir():
+        shutil.copy(path, folder)
+    shard = folder / "model-00000-of-00001.safetensors"
+    shard.rename(tmp_path / ("0" * 64))
+    shard.symlink_to(tmp_path / ("0" * 64))
+    with pytest.raises(
+        SourceError, match=r"model-00000-of-00001.safetensors: sha256 is .*, published was 0000"
+    ):
+        quantize(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_empty_folder_will_do(tmp_path, checkpoint):

@@ -147,17 +147,59 @@ def test_untouched_stacks_are_the_stored_experts(tmp_path):
     assert "quantization" not in json.loads((tmp_path / "out" / "config.json").read_text())
 
 
+def test_values_that_sanitize_transposes(tmp_path):
+    """GPT-2 stores its matrices the other way round."""
+    config = {
+        "model_type": "gpt2",
+        "n_ctx": 32,
+        "n_embd": 64,
+        "n_head": 2,
+        "n_layer": 1,
+        "n_positions": 32,
+        "vocab_size": 64,
+        "layer_norm_epsilon": 1e-5,
+        "eos_token_id": 1,
+    }
+    shapes = {"wte.weight": (64, 64), "wpe.weight": (32, 64)}
+    for norm in ("ln_f", "h.0.ln_1", "h.0.ln_2"):
+        shapes |= {f"{norm}.weight": (64,), f"{norm}.bias": (64,)}
+    for name, n_in, n_out in (
+        *(("attn.c_attn", 64, 192), ("attn.c_proj", 64, 64)),
+        *(("mlp.c_fc", 64, 256), ("mlp.c_proj", 256, 64)),
+    ):
+        shapes |= {f"h.0.{name}.weight": (n_in, n_out), f"h.0.{name}.bias": (n_out,)}
+    rng = np.random.default_rng(0)
+    made = [TensorSpec(name, "F16", shape) for name, shape in shapes.items()]
+    folder = tiny.write_checkpoint(
+        tmp_path / "src", config, [(spec, tiny.random_values(spec, rng)) for spec in made]
+    )
+    source = open_source(str(folder))
+    for tier in ("native", "q4g64"):
+        plan = plan_by_recipe(source.inventory, parse_recipe("n", {"rules": [{"tier": tier}]}))
+        report = write_repo(source, plan, tmp_path / tier)
+        checks = list(verify(tmp_path / tier, report))
+        assert all(check.ok for check in checks), checks
+    ours, stored = tensors(tmp_path / "native"), tensors(tmp_path / "src")
+    assert mx.array_equal(
+        ours["model.h.0.mlp.c_fc.weight"], stored["h.0.mlp.c_fc.weight"].swapaxes(0, 1)
+    )
+
+
 def edited(folder, **values):
     (folder / "config.json").write_text(json.dumps({**LLAMA, **values}))
     return str(folder)
 
 
-def test_unknown_model_type(tmp_path):
+def test_unknown_model_type(tmp_path, refused):
     folder = write(tmp_path / "src", LLAMA)
-    with pytest.raises(
-        SourceError, match="mlx-lm cannot build model_type 'nonesuch'.*not supported"
-    ):
-        open_source(edited(folder, model_type="nonesuch"))
+    line = refused(edited(folder, model_type="nonesuch"))
+    assert "mlx-lm cannot build model_type 'nonesuch'" in line
+
+
+@pytest.mark.parametrize("heads", [0, "two", None, [2], 10**400])
+def test_config_that_makes_no_model(tmp_path, refused, heads):
+    folder = write(tmp_path / "src", LLAMA)
+    assert "config.json" in refused(edited(folder, num_attention_heads=heads))
 
 
 def test_config_that_mlx_lm_refuses(tmp_path):

@@ -106,4 +106,4 @@ def test_repo_without_config(quantkit, tmp_path):
     (tmp_path / "bare" / "README.md").write_text("")
     with hub.serving({"openai/bare": tmp_path / "bare"}) as (endpoint, _):
         message = one_line(quantkit(endpoint, "inspect", "openai/bare"))
-    assert "openai/bare: not a model repo there" in message
+    assert "openai/bare: not a model repo: config.json" in message

@@ -1,0 +1,56 @@
+"""JSON files: read with clear errors, written atomically, hashed in canonical form."""
+
+import hashlib
+import json
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from quantkit.errors import InputError, OutputError
+
+
+def digest(value: Any) -> str:
+    """sha256 of a JSON value in canonical form (sorted keys, no spaces)."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def dump_json(value: Any) -> str:
+    """JSON as quantkit writes it: indented, in the order given, newline at the end."""
+    return json.dumps(value, indent=2) + "\n"
+
+
+def load_json(path: Path, error: type[InputError] = InputError) -> dict[str, Any]:
+    """The object in a JSON file. Raises `error` when it is missing or not a JSON object."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError as exc:
+        raise error(f"{path}: no such file.") from exc
+    except UnicodeDecodeError as exc:
+        raise error(f"{path}: not UTF-8 text.") from exc
+    except OSError as exc:
+        raise error(f"{path}: cannot be read ({exc.strerror}).") from exc
+    except (ValueError, RecursionError) as exc:
+        raise error(f"{path}: not valid JSON ({exc}).") from exc
+    if not isinstance(value, dict):
+        raise error(f"{path}: expected a JSON object, found {type(value).__name__}.")
+    return value
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write `text` to `path` so that a reader sees all of it or none, even after a power cut.
+
+    Raises OutputError.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as exc:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise OutputError(f"{path}: cannot be written ({exc.strerror}).") from exc
