@@ -28,8 +28,8 @@ def quantize(
     """Rewrite a checkpoint into a repo that stock mlx-lm loads.
 
     Streams through the source block by block: for gpt-oss and dense models a few hundred MB of
-    memory are enough, whatever their size. OUT appears when it is finished and not before; a killed run leaves OUT.partial, and the
-    same command goes on from there.
+    memory are enough, whatever their size. OUT appears when it is finished and not before; a killed
+    run leaves OUT.partial, and the same command goes on from there.
 
     `quantkit quantize openai/gpt-oss-20b -r mxfp4-q8 -o gpt-oss-20b-q8`
     """
