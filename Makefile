@@ -36,5 +36,5 @@ lint: env ## ruff and mypy
 bench: env ## time and memory of a full-shape 20b rewrite; needs 45 GB of disk
 	$(BIN)/python evals/bench/rewrite.py
 
-clean: ## forget the environment and the caches
+clean: ## remove the environment and the linters' caches
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache
