@@ -2,9 +2,14 @@ import json
 from pathlib import Path
 
 import pytest
-import tomllib
 
-from quantkit.allocate.recipe import load_recipe, parse_recipe, plan_by_recipe, recipe_names
+from quantkit.allocate.recipe import (
+    load_recipe,
+    parse_recipe,
+    plan_by_recipe,
+    recipe_names,
+    tomllib,
+)
 from quantkit.errors import RecipeError, TierError
 from quantkit.source.gpt_oss import stored_tensors
 from quantkit.source.source import open_source
