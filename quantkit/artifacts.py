@@ -331,10 +331,10 @@ class Report:
         require_kind(data, "report", where)
         try:
             plan = {**data["plan"], "weights": data["weights"], "source": data["source"]}
-            shards = tuple(_shard(shard) for shard in data["shards"])
+            shards = tuple(shard_record(shard) for shard in data["shards"])
             files = tuple(_file(file) for file in data["files"])
-            versions = dict(data["versions"])
-        except (KeyError, TypeError, ValueError) as exc:
+            versions = {str(name): str(number) for name, number in data["versions"].items()}
+        except (AttributeError, KeyError, TypeError, ValueError) as exc:
             raise PlanError(f"{where}: not a complete report ({exc}).") from exc
         return cls(Plan.from_json(plan, where), shards, files, versions)
 
@@ -359,25 +359,31 @@ def require_kind(data: Mapping[str, Any], kind: str, where: str) -> None:
 def _choice(data: Mapping[str, Any]) -> Choice:
     choice = Choice(**data)
     texts = (choice.name, choice.role, choice.tier, choice.storage)
-    numbers = (choice.parameters, choice.bytes, choice.active_bytes or 0, choice.layer or 0)
+    optional = [n for n in (choice.active_bytes, choice.layer) if n is not None]
     if not all(isinstance(text, str) for text in texts):
         raise TypeError(f"weight {choice.name!r}: a name, role or tier is no text")
-    if not all(isinstance(number, int) for number in numbers):
+    if not all(_is_count(number) for number in (choice.parameters, choice.bytes, *optional)):
         raise TypeError(f"weight {choice.name!r}: a count is no whole number")
     return choice
 
 
-def _shard(data: Mapping[str, Any]) -> ShardRecord:
+def shard_record(data: Mapping[str, Any]) -> ShardRecord:
+    """A shard's record read back. Raises TypeError for what cannot be one."""
     shard = ShardRecord(**data)
-    whole = isinstance(shard.size, int) and isinstance(shard.tensor_bytes, int)
-    if Path(shard.name).name != shard.name or not whole:
+    counts = _is_count(shard.size) and _is_count(shard.tensor_bytes)
+    if not counts or not isinstance(shard.sha256, str) or Path(shard.name).name != shard.name:
         raise TypeError(f"shard {shard.name!r} is not described rightly")
     return shard
 
 
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63
+
+
 def _file(data: Mapping[str, Any]) -> SourceFile:
     file = SourceFile(**data)
-    if Path(file.name).name != file.name or not isinstance(file.size, int):
+    known = file.sha256 is None or isinstance(file.sha256, str)
+    if not known or not _is_count(file.size) or Path(file.name).name != file.name:
         raise TypeError(f"file {file.name!r} is not described rightly")
     return file
 

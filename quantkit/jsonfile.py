@@ -23,6 +23,8 @@ def dump_json(value: Any) -> str:
 
 def load_json(path: Path, error: type[InputError] = InputError) -> dict[str, Any]:
     """The object in a JSON file. Raises `error` when it is missing or not a JSON object."""
+    if path.exists() and not path.is_file():
+        raise error(f"{path}: not a plain file.")
     try:
         value = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError as exc:
@@ -43,9 +45,13 @@ def write_atomically(path: Path, text: str) -> None:
 
     Raises OutputError.
     """
+    path = path.absolute()
+    if path.is_dir():
+        raise OutputError(f"{path}: is a folder. Choose a file.")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "w", encoding="utf-8") as file:
+        # A name that is not UTF-8 on the disk may have come this far.
+        with open(temporary, "w", encoding="utf-8", errors="backslashreplace") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())

@@ -1,5 +1,6 @@
 """The stages put together: a source and a plan in, a repo with its report and card out."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,7 +26,8 @@ def quantize(
 
     A source on the Hub is downloaded first. Raises what `rewrite` raises, and HubError.
     """
-    require_apart(out.absolute(), source.checkpoint.folder)
+    out = Path(os.path.abspath(out))  # noqa: PTH100  (without "..", which Path keeps)
+    require_apart(out, source.checkpoint.folder)
     if source.checkpoint.folder is None and not (out / REPORT_FILE).exists():
         require_free(out, force)  # before anything is downloaded
     source = with_values(source)

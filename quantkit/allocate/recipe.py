@@ -92,13 +92,15 @@ def load_recipe(name: str) -> Recipe:
                 f"there is no recipe {name!r}. Shipped: {', '.join(recipe_names())}; "
                 "or give the path of a .toml file."
             )
+    if path.exists() and not path.is_file():
+        raise RecipeError(f"{path}: not a plain file.")
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as exc:
         raise RecipeError(f"{path}: no such file.") from exc
     except (OSError, UnicodeDecodeError) as exc:
         raise RecipeError(f"{path}: cannot be read ({exc}).") from exc
-    except tomllib.TOMLDecodeError as exc:
+    except (tomllib.TOMLDecodeError, RecursionError) as exc:
         raise RecipeError(f"{path}: not valid TOML ({exc}).") from exc
     return parse_recipe(path.stem, data)
 

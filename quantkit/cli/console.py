@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def error(message: str) -> None:
     """One line on stderr."""
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
 
 
 def note(message: str | None) -> None:
@@ -113,7 +113,11 @@ def progress(total: int, what: str) -> Iterator[Progress]:
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
     counted = (BarColumn(bar_width=16), DownloadColumn(), TimeRemainingColumn())
-    columns = (TextColumn(what), *(counted if total else ()), TextColumn("[dim]{task.description}"))
+    columns = (
+        TextColumn(what, markup=False),
+        *(counted if total else ()),
+        TextColumn("{task.description}", style="dim", markup=False),
+    )
     screen = Console(stderr=True)
     bar = Progress(
         *columns,
@@ -162,12 +166,15 @@ def _table(*columns: str) -> "Table":
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False, collapse_padding=True)
     for column in columns:
         number = column[0] == "#"
         wraps = column in ("roles", "shapes")
         table.add_column(
-            column.lstrip("#"), justify="right" if number else "left", no_wrap=not wraps
+            column.lstrip("#"),
+            justify="right" if number else "left",
+            no_wrap=not wraps,
+            min_width=20 if wraps else None,
         )
     return table
 
@@ -176,5 +183,5 @@ def _show(table: "Table", title: str) -> None:
     from rich.console import Console
 
     print(title)
-    Console().print(table)
+    Console(markup=False).print(table)
     print()

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from io import TextIOWrapper
 from typing import Annotated, Any
 
 import typer
@@ -17,6 +18,8 @@ from quantkit.cli.report import report
 from quantkit.cli.verify import verify
 from quantkit.errors import QuantkitError
 
+_USAGE_ERROR: Any = typer.BadParameter.__bases__[0]  # click's UsageError, wherever typer keeps it
+
 
 class _Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
@@ -26,6 +29,10 @@ class _Commands(TyperGroup):
         except QuantkitError as exc:
             console.error(str(exc))
             raise typer.Exit(exc.exit_code) from exc
+        except _USAGE_ERROR as exc:
+            command = getattr(exc.ctx, "command_path", "quantkit")
+            console.error(f"{exc.format_message()} See: {command} --help")
+            raise typer.Exit(2) from exc
         except BrokenPipeError as exc:  # `| head` has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(1) from exc
@@ -80,4 +87,7 @@ for command in (inspect, plan, quantize, report, verify, demo):
 
 def main() -> None:
     """Entry point of the `quantkit` script."""
+    for stream in (sys.stdout, sys.stderr):  # names of files may be no text
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     app()

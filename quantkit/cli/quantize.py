@@ -36,17 +36,19 @@ def quantize(
     from quantkit.artifacts import REPORT_FILE
     from quantkit.backend import speed_hint
     from quantkit.cli.choose import choose_plan
+    from quantkit.errors import InputError
     from quantkit.pipeline import quantize as write_repo
     from quantkit.source.source import open_source
     from quantkit.units import parse_bytes
 
     shard_bytes = parse_bytes(shard_size)
+    if shard_bytes == 0:
+        raise InputError("--shard-size: shards of 0 bytes hold nothing. Write it like 5GB.")
     source = open_source(src, revision)
     chosen = choose_plan(source.inventory, recipe, plan)
     console.note(speed_hint())
     was_there = (output / REPORT_FILE).exists() and not force
-    if output.with_name(f"{output.name}.partial").exists():
-        console.note(f"{output}.partial is there from a run that did not finish; going on from it")
+    resumed = Path(f"{output}.partial", "state.json").exists() and not force
     with console.progress(chosen.total_bytes, f"Writing {output.name}") as progress:
         report = write_repo(
             source, chosen, output, shard_bytes=shard_bytes, force=force, progress=progress
@@ -58,4 +60,6 @@ def quantize(
     if was_there:
         print("It was complete already; nothing was written.")
     else:
+        if resumed:
+            print("Went on from a run that had not finished.")
         print(f"Written. Check it with: quantkit verify {output}")

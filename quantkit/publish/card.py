@@ -60,6 +60,8 @@ def card(report: Report, base_model: str | None, license_id: str | None) -> str:
 
 def license_of(folder: Path) -> str | None:
     """The licence that the source's own card states in its front matter."""
+    if not (folder / "README.md").is_file():
+        return None
     try:
         text = (folder / "README.md").read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):

@@ -1,5 +1,6 @@
 """The repo's config.json: the source's own, edited as raw JSON, and the files that go along."""
 
+import os
 from collections import Counter
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
@@ -63,6 +64,8 @@ def companions(folder: Path) -> list[Path]:
     for path in found:
         if not path.is_file():
             raise SourceError(f"{path.name}: a broken link, or no plain file, in {folder}.")
+        if not os.access(path, os.R_OK):
+            raise SourceError(f"{path.name}: may not be read. Check its permissions in {folder}.")
     if not {path.name for path in found}.intersection(_TOKENIZERS) and not any(
         path.suffix == ".tiktoken" for path in found
     ):

@@ -1,5 +1,6 @@
 """Source and plan in, repo out."""
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -64,7 +65,7 @@ def rewrite(
     """
     folder = source.checkpoint.path("")
     progress = progress or _silent
-    out = out.absolute()
+    out = Path(os.path.abspath(out))  # noqa: PTH100  (without "..", which Path keeps)
     require_apart(out, folder)
     beside = companions(folder)
     shards = lay_out(source.inventory, plan, shard_bytes)

@@ -117,7 +117,7 @@ class ShardWriter:
 
     def __enter__(self) -> "ShardWriter":
         self._thread.start()
-        self.write(self._shard.header)
+        self._queue.put(self._shard.header)
         return self
 
     def __exit__(

@@ -21,11 +21,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from quantkit.artifacts import REPORT_FILE, ShardRecord
+from quantkit.artifacts import REPORT_FILE, ShardRecord, shard_record
 from quantkit.errors import OutputError
 from quantkit.jsonfile import dump_json, load_json, write_atomically
 from quantkit.rewrite.shards import Shard, sync_folder
+from quantkit.source.checkpoint import hash_file
 
+_MARK = b"quantkit\n"
 _SPARE = 64_000_000  # bytes left free for config, tokenizer, report
 
 
@@ -53,12 +55,15 @@ class Staging:
                     "it stands where the unfinished output must go."
                 )
             self._made = [path for path in self.folder.parents if not path.exists()]
+            new = not self.folder.exists()
             self.folder.mkdir(parents=True, exist_ok=True)
             if not self._take_lock():
                 raise OutputError(f"{self.folder}: another quantkit is writing there now.")
             try:
                 self._resume_or_start()
             except (OSError, OutputError):
+                if new:
+                    self.discard()
                 self._unlock()
                 raise
         return self
@@ -80,17 +85,20 @@ class Staging:
                 self._unlock()
 
     def _is_ours(self) -> bool:
-        if (self.folder / "lock").exists():
+        lock = self.folder / "lock"
+        if lock.is_file() and lock.read_bytes() == _MARK:
             return True
-        return self.folder.is_dir() and not any(self.folder.iterdir())
+        # Killed before the mark was set, or after all else was removed.
+        return self.folder.is_dir() and {path.name for path in self.folder.iterdir()} <= {"lock"}
 
     def _take_lock(self) -> bool:
         path = self.folder / "lock"
-        self._lock = os.open(path, os.O_RDWR | os.O_CREAT)
+        self._lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # Whoever held it may just have removed it: then this is no lock any more.
             if os.path.samestat(os.fstat(self._lock), path.stat()):
+                os.pwrite(self._lock, _MARK, 0)
                 return True
         except OSError:
             pass
@@ -131,7 +139,7 @@ class Staging:
 
     def _is_whole(self, record: ShardRecord) -> bool:
         path = self.repo / record.name
-        return path.is_file() and path.stat().st_size == record.size
+        return path.is_file() and hash_file(path, path.name) == record.sha256
 
     def _save(self) -> None:
         shards = [asdict(record) for record in self._records.values()]
@@ -162,7 +170,7 @@ class Staging:
     def copy(self, path: Path) -> str:
         """Put a copy of a file into the repo; gives its name."""
         target = self.repo / path.name
-        with _clear_errors(path):
+        with _clear_errors(target):
             shutil.copyfile(path, target)
             with open(target, "rb") as file:
                 os.fsync(file.fileno())
@@ -186,8 +194,10 @@ class Staging:
     def discard(self) -> None:
         """Remove the staging folder and all in it, and the parents made for it if empty."""
         if self._is_ours():
-            # The lock last: it is what tells that the folder is ours.
-            _clear(self.folder, keep={"lock"})
+            # The lock last: it is what tells that the folder is ours. Files of others stay.
+            for path in (self._state, *self.folder.glob(".state.json.*.tmp"), self._replaced):
+                _remove(path)
+            _remove(self.repo)
             (self.folder / "lock").unlink(missing_ok=True)
         with suppress(OSError):
             for path in (self.folder, *self._made):
@@ -196,13 +206,15 @@ class Staging:
 
 def require_apart(out: Path, source: Path | None) -> None:
     """Raises OutputError if `out` is, holds, or lies in the source, or holds the working or home
-    directory: nothing may be put there, whatever is forced. `source` is None while it is remote."""
+    directory: nothing may be put there, whatever is forced; nor in the staging folder. `source` is
+    None while it is remote."""
     with _clear_errors(out):
-        target = out.resolve()
-        for kept in (source, Path.cwd(), Path.home()):
-            if kept is not None and (target == kept.resolve() or target in kept.resolve().parents):
-                raise OutputError(f"{out}: is or contains {kept}, which must stay. Choose another.")
-        if source is not None and source.resolve() in target.parents:
+        kept = [folder.resolve() for folder in (source, Path.cwd(), Path.home()) if folder]
+        for target in (out.resolve(), Path(f"{out}.partial").resolve()):
+            for folder in kept:
+                if target == folder or target in folder.parents:
+                    raise OutputError(f"{target}: is or contains {folder}, which must stay.")
+        if source is not None and source.resolve() in out.resolve().parents:
             raise OutputError(f"{out}: lies inside the source {source}. Choose another.")
         if out.exists() and (out.is_symlink() or out.is_mount()):
             raise OutputError(f"{out}: is a link or a mount point. Choose a folder inside of it.")
@@ -230,14 +242,15 @@ def require_free(out: Path, force: bool) -> None:
 def _clear_errors(path: Path) -> Iterator[None]:
     try:
         yield
-    except OSError as exc:
-        raise OutputError(f"{path}: {exc.strerror or exc}. Choose another folder.") from exc
+    except (OSError, RuntimeError) as exc:  # RuntimeError: a loop of links
+        reason = exc.strerror if isinstance(exc, OSError) and exc.strerror else exc
+        raise OutputError(f"{path}: {reason}. Choose another output folder.") from exc
 
 
 def _read_state(path: Path) -> tuple[dict[str, str], list[ShardRecord]]:
     saved = load_json(path, OutputError)
     try:
-        return dict(saved["depends"]), [ShardRecord(**record) for record in saved["shards"]]
+        return dict(saved["depends"]), [shard_record(record) for record in saved["shards"]]
     except (KeyError, TypeError, ValueError) as exc:
         raise OutputError(f"{path}: damaged ({exc}). Remove its folder and run again.") from exc
 

@@ -179,7 +179,7 @@ def check_weight_map(index: Mapping[str, Any], where: str) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise SourceError(f"{where}: has no weight_map. Download it again.")
     for name, file in weight_map.items():
-        plain = isinstance(file, str) and file not in ("", ".", "..")
+        plain = isinstance(file, str) and file not in ("", ".", "..") and file.isprintable()
         if not plain or "\\" in file or "\0" in file or PurePosixPath(file).name != file:
             raise SourceError(
                 f"{where}: places tensor {name!r} in {file!r}, which is no plain file name in "
@@ -214,6 +214,8 @@ def _source_file(path: Path) -> SourceFile:
 def hash_file(path: Path, name: str, progress: Progress | None = None) -> str:
     """sha256 of a file, in blocks of 8 MB. Raises SourceError when it cannot be read."""
     sha = hashlib.sha256()
+    if path.exists() and not path.is_file():
+        raise SourceError(f"{name}: not a plain file.")
     try:
         with open(path, "rb") as file:
             while block := file.read(8_000_000):

@@ -41,6 +41,8 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     """
     try:
         size = path.stat().st_size
+        if not path.is_file():
+            raise SourceError(f"{path.name}: not a plain file.")
         with open(path, "rb") as file:
             prefix = file.read(8)
             length = int.from_bytes(prefix, "little")

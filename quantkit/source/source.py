@@ -12,7 +12,7 @@ from quantkit.errors import DamagedError, HubUnreachableError, SourceError
 from quantkit.formats.dtypes import numpy_dtype
 from quantkit.source import gpt_oss, hub
 from quantkit.source.checkpoint import Checkpoint, hash_file, open_folder
-from quantkit.source.layout import Layout, experts_of
+from quantkit.source.layout import Layout, experts_of, optional_int
 from quantkit.source.views import View
 
 _BLOCK_BYTES = 2_000_000  # larger ones cost more in page faults than they save in calls
@@ -107,6 +107,11 @@ def _describe(checkpoint: Checkpoint) -> Layout:
     model_type = checkpoint.config.get("model_type")
     if not isinstance(model_type, str) or not model_type:
         raise SourceError("config.json: has no model_type.")
+    layers = optional_int(checkpoint.config, "num_hidden_layers", "n_layer", "n_layers")
+    if layers is not None and layers > len(checkpoint.tensors):
+        raise SourceError(
+            f"config.json: {layers} layers, but the shards hold {len(checkpoint.tensors)} tensors."
+        )
     if model_type == gpt_oss.MODEL_TYPE:
         return gpt_oss.describe(checkpoint)
     from quantkit.source import generic  # imports mlx and mlx-lm

@@ -1,3 +1,4 @@
+import hashlib
 import json
 import shutil
 
@@ -176,7 +177,21 @@ def test_another_plan_is_found(repo):
 
 
 def test_what_mlx_lm_cannot_load_is_found(repo):
-    (repo / "tokenizer.json").unlink()
-    detail = failures(repo)["stock mlx-lm loads it"]
-    assert "tokenizer" in detail
-    assert "\n" not in detail
+    """Every file is as the report says, but the config does not fit the tensors."""
+    config(lambda d: d.update(hidden_size=64))(repo)
+    digest = hashlib.sha256((repo / "config.json").read_bytes()).hexdigest()
+
+    def believe(data):
+        next(f for f in data["files"] if f["name"] == "config.json")["sha256"] = digest
+
+    report(believe)(repo)
+    found = failures(repo)
+    assert found.keys() == {"stock mlx-lm loads it"}
+    assert "\n" not in found["stock mlx-lm loads it"]
+
+
+def test_a_repo_that_failed_is_not_loaded(repo):
+    config(lambda d: d.update(num_hidden_layers=10**12))(repo)
+    checks = list(verify(repo, read_report(repo)))
+    assert checks[-1].ok is None
+    assert "a check failed" in checks[-1].detail

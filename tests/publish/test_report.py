@@ -62,6 +62,15 @@ BAD = {
     "bytes as text": (
         edited(lambda v: v["weights"][0].update(bytes="many")), PlanError, "no whole number",
     ),
+    "bytes beyond counting": (
+        edited(lambda v: v["weights"][0].update(bytes=10**400)), PlanError, "no whole number",
+    ),
+    "active bytes as text": (
+        edited(lambda v: v["weights"][0].update(active_bytes="")), PlanError, "no whole number",
+    ),
+    "hash is a number": (
+        edited(lambda v: v["shards"][0].update(sha256=5)), PlanError, "not described rightly",
+    ),
     "shard elsewhere": (
         edited(lambda v: v["shards"][0].update(name="../x")), PlanError, "'../x' is not described",
     ),

@@ -92,7 +92,7 @@ def test_leavings_of_a_replaced_repo_do_not_block_the_next(tmp_path, checkpoint)
     left = tmp_path / "out.partial"
     (left / "replaced").mkdir(parents=True)
     (left / "replaced" / "old").write_text("old")
-    (left / "lock").write_text("")
+    (left / "lock").write_text("quantkit\n")
     other = tiny.write_gpt_oss(tmp_path / "src", lambda values: values["lm_head.weight"].fill(0))
     done = run(other, out, 0, "force")
     assert done.returncode == 0, done.stderr
@@ -132,6 +132,44 @@ def test_a_source_replaced_with_its_times_kept(tmp_path, undisturbed):
     for path, time in times.items():
         os.utime(path, ns=(time, time))
     assert "with another source file model-0000" in run(source, out, 0).stderr
+
+
+def test_a_shard_harmed_meanwhile_is_written_again(tmp_path, checkpoint, undisturbed):
+    expected, steps = undisturbed
+    out = tmp_path / "out"
+    run(checkpoint, out, steps // 2)
+    shard = min((tmp_path / "out.partial" / "repo").glob("*.safetensors"))
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    assert run(checkpoint, out, 0).returncode == 0
+    assert hashes(out) == hashes(expected)
+
+
+@pytest.mark.parametrize("mark", ["", "mine"])
+def test_a_lock_of_others_makes_no_folder_ours(tmp_path, checkpoint, mark):
+    partial = tmp_path / "out.partial"
+    partial.mkdir()
+    (partial / "lock").write_text(mark)
+    (partial / "thesis").write_text("years of work")
+    done = run(checkpoint, tmp_path / "out", 0, "force")
+    assert "exists and was not made by quantkit" in done.stderr
+    assert (partial / "thesis").read_text() == "years of work"
+
+
+def test_notes_in_the_staging_folder_are_kept(tmp_path, checkpoint, undisturbed):
+    _, steps = undisturbed
+    run(checkpoint, tmp_path / "out", steps // 2)
+    (tmp_path / "out.partial" / "notes").write_text("mine")
+    assert run(checkpoint, tmp_path / "out", 0).returncode == 0
+    assert [p.name for p in (tmp_path / "out.partial").iterdir()] == ["notes"]
+
+
+def test_a_source_where_the_staging_must_go(tmp_path):
+    source = tiny.write_gpt_oss(tmp_path / "out.partial")
+    before = hashes(source)
+    assert "which must stay" in run(source, tmp_path / "out", 0, "force").stderr
+    assert hashes(source) == before
 
 
 def test_complete_shards_are_not_written_again(tmp_path, checkpoint, undisturbed):

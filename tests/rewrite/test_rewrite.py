@@ -1,6 +1,7 @@
 import hashlib
 import json
 import shutil
+import sys
 from collections import namedtuple
 from pathlib import Path
 
@@ -294,6 +295,34 @@ def test_a_source_without_tokenizer(tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == {"src"}
 
 
+def test_a_disk_that_takes_no_file(tmp_path, checkpoint, monkeypatch):
+    """No shard can be opened: an error at once, no waiting for a writer that is gone."""
+    from quantkit.rewrite import shards
+
+    real = open
+
+    def refuse(path, *args, **kwargs):
+        if str(path).endswith(".safetensors.tmp"):
+            raise OSError(28, "No space left on device")
+        return real(path, *args, **kwargs)
+
+    monkeypatch.setattr(shards, "open", refuse, raising=False)
+    for _ in range(5):
+        with pytest.raises(OutputError, match="cannot be written .No space left"):
+            quantize(checkpoint, tmp_path / "out")
+    monkeypatch.undo()
+    quantize(checkpoint, tmp_path / "out")
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="macOS has only names that are text")
+def test_a_name_that_is_no_text(tmp_path):
+    source = tiny.write_gpt_oss(tmp_path / "src").rename(tmp_path / "s\udcff")
+    quantize(source, tmp_path / "out")
+    assert (
+        "s\udcff" in json.loads((tmp_path / "out" / "quantkit.json").read_text())["source"]["name"]
+    )
+
+
 def test_values_too_large_for_a_tier(tmp_path):
     huge = plant("lm_head.weight", 3, 0x4900)  # 524288 in BF16
     folder = tiny.write_gpt_oss(tmp_path / "src", huge)
@@ -366,7 +395,13 @@ def test_a_partial_folder_of_others_survives_a_repo_that_is_done(tmp_path, check
     assert (tmp_path / "out.partial" / "notes").read_text() == "mine"
 
 
-@pytest.mark.parametrize("out", [".", "..", "/"])
+def test_a_loop_of_links(tmp_path, checkpoint):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(OutputError, match="loop"):
+        quantize(checkpoint, tmp_path / "loop")
+
+
+@pytest.mark.parametrize("out", [".", "..", "/", "x/../.."])
 def test_the_working_folder_cannot_be_overwritten(tmp_path, checkpoint, monkeypatch, out):
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")

@@ -1,4 +1,5 @@
 import json
+import os
 import re
 import shutil
 
@@ -37,6 +38,11 @@ def truncate(folder):
         file.truncate((folder / FIRST).stat().st_size - 1)
 
 
+def pipe(path):
+    path.unlink()
+    os.mkfifo(path)
+
+
 def duplicate(folder):
     tensors = tiny.gpt_oss_tensors()
     tiny.write_checkpoint(folder, tiny.CONFIG, [*tensors, tensors[0]], shards=2)
@@ -63,6 +69,15 @@ BAD = {
         "'lm_head.weight' is not in model.safetensors.index.json",
     ),
     "duplicate tensor": (duplicate, "is stored twice"),
+    "more layers than tensors": (
+        lambda f: (f / "config.json").write_text(
+            json.dumps({**tiny.CONFIG, "num_hidden_layers": 10**12, "layer_types": None})
+        ),
+        "1000000000000 layers, but the shards hold",
+    ),
+    "no text for a name": (places("\ud800"), "no plain file name"),
+    "pipe for a shard": (lambda f: pipe(f / FIRST), f"{FIRST}: not a plain file"),
+    "pipe for a config": (lambda f: pipe(f / "config.json"), "it has no config.json"),
     "quantization_config is text": (
         lambda f: (f / "config.json").write_text(
             json.dumps({"model_type": "llama", "quantization_config": "mxfp4"})
