@@ -8,7 +8,7 @@ For gpt-oss nothing of this is needed; everything else imports mlx here.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -21,7 +21,7 @@ from quantkit.formats.codec import to_numpy
 from quantkit.formats.dtypes import FLOATS
 from quantkit.formats.tiers import parse_tier
 from quantkit.source.checkpoint import Checkpoint
-from quantkit.source.layout import Layout, optional_int
+from quantkit.source.layout import Layout, Place, optional_int
 from quantkit.source.views import ComputedView, View, plain_view
 
 _DTYPES = {
@@ -145,7 +145,12 @@ def describe(checkpoint: Checkpoint) -> Layout:
     return _layout(checkpoint, model, arrays, view)
 
 
-def _layout(checkpoint: Checkpoint, model: _Model, arrays: Any, view: Any) -> Layout:
+def _layout(
+    checkpoint: Checkpoint,
+    model: _Model,
+    arrays: dict[str, mx.array],
+    view: Callable[[str], View],
+) -> Layout:
     config = checkpoint.config
     modules = {
         path: module
@@ -167,9 +172,9 @@ def _layout(checkpoint: Checkpoint, model: _Model, arrays: Any, view: Any) -> La
         if path in modules and name == f"{path}.weight":
             kind = kinds[layer] if layer is not None and layer < len(kinds) else None
             storage = parse_tier(_NAMES[arrays[name].dtype])
-            layout.add_weight(path, role, layer, kind, shape, storage, view(name))
+            layout.add_weight(Place(path, role, layer, kind), shape, storage, view(name))
         else:
-            layout.add_kept(name, role, layer, shape, view(name))
+            layout.add_kept(Place(name, role, layer), shape, view(name))
     return layout
 
 

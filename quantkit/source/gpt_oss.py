@@ -9,14 +9,14 @@ This is the only place that spells gpt-oss names.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from quantkit.errors import SourceError
 from quantkit.formats.tiers import MXFP4, TensorSpec
 from quantkit.source.checkpoint import Checkpoint
 from quantkit.source.headers import StoredTensor
-from quantkit.source.layout import Layout, config_int, float_storage
+from quantkit.source.layout import Layout, Place, config_int, float_storage
 from quantkit.source.views import RowView, TransposedView, plain_view
 
 MODEL_TYPE = "gpt_oss"
@@ -38,15 +38,25 @@ class _Shape:
     kinds: tuple[str, ...]
 
     @property
-    def projections(self) -> dict[str, tuple[int, int]]:
-        """Attention's (out, in) by role."""
+    def projections(self) -> tuple[tuple[str, tuple[int, int]], ...]:
+        """Attention's roles, each with its (out, in)."""
         kv = (self.keys, self.hidden)
-        return {
-            "q": (self.queries, self.hidden),
-            "k": kv,
-            "v": kv,
-            "o": (self.hidden, self.queries),
-        }
+        q, o = (self.queries, self.hidden), (self.hidden, self.queries)
+        return ("q", q), ("k", kv), ("v", kv), ("o", o)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One part of the model, whichever way it is stored.
+
+    A `matrix` or `kept` tensor under its own name and `shape`; or `experts`, whose `projections`,
+    each of `shape` [E, out, in], are stored as one interleaved stack.
+    """
+
+    form: Literal["matrix", "kept", "experts"]
+    at: Place
+    shape: tuple[int, ...]
+    projections: tuple[str, ...] = ()
 
 
 def describe(checkpoint: Checkpoint) -> Layout:
@@ -57,13 +67,61 @@ def describe(checkpoint: Checkpoint) -> Layout:
     """
     shape = _shape(checkpoint.config)
     reader = _Reader(checkpoint, Layout(shape.layers))
-    reader.matrix("model.embed_tokens", "embedding", None, None, (shape.vocabulary, shape.hidden))
-    for layer in range(shape.layers):
-        _describe_layer(reader, shape, layer)
-    reader.kept("model.norm.weight", "other", None, (shape.hidden,))
-    reader.matrix("lm_head", "lm_head", None, None, (shape.vocabulary, shape.hidden))
+    for part in _parts(shape):
+        {"matrix": reader.matrix, "kept": reader.kept, "experts": reader.experts}[part.form](part)
     reader.require_all_used()
     return reader.layout
+
+
+def stored_tensors(config: Mapping[str, Any], packed: bool = True) -> Iterator[TensorSpec]:
+    """Every tensor of a checkpoint with this config, in stored names, types and shapes.
+
+    `packed` as published (MXFP4 experts), else as BF16 fine-tunes write them.
+    """
+    for part in _parts(_shape(config)):
+        name = part.at.name
+        if part.form == "matrix":
+            yield TensorSpec(f"{name}.weight", "BF16", part.shape)
+        elif part.form == "kept":
+            yield TensorSpec(name, "BF16", part.shape)
+        else:
+            experts, n_out, n_in = part.shape
+            rows = len(part.projections) * n_out
+            if packed:
+                groups = (experts, rows, n_in // _BLOCK)
+                yield TensorSpec(f"{name}_blocks", "U8", (*groups, _BLOCK // 2))
+                yield TensorSpec(f"{name}_scales", "U8", groups)
+            else:
+                yield TensorSpec(name, "BF16", (experts, n_in, rows))
+            yield TensorSpec(f"{name}_bias", "BF16", (experts, rows))
+
+
+def _parts(s: _Shape) -> Iterator[_Part]:
+    """The model, in its own order: the one table of gpt-oss's names and shapes."""
+    vocabulary = (s.vocabulary, s.hidden)
+    yield _Part("matrix", Place("model.embed_tokens", "embedding"), vocabulary)
+    for layer, kind in enumerate(s.kinds):
+        at = f"model.layers.{layer}"
+
+        def place(name: str, role: str, at: str = at, kind: str = kind, n: int = layer) -> Place:
+            return Place(f"{at}.{name}", role, n, kind)
+
+        yield _Part("kept", place("input_layernorm.weight", "other"), (s.hidden,))
+        yield _Part("kept", place("post_attention_layernorm.weight", "other"), (s.hidden,))
+        matrices = {f"self_attn.{role}_proj": (role, shape) for role, shape in s.projections}
+        matrices["mlp.router"] = ("router", (s.experts, s.hidden))
+        for name, (role, shape) in matrices.items():
+            yield _Part("matrix", place(name, role), shape)
+            yield _Part("kept", place(f"{name}.bias", role), shape[:1])
+        yield _Part("kept", place("self_attn.sinks", "other"), (s.heads,))
+        up, down = (s.intermediate, s.hidden), (s.hidden, s.intermediate)
+        gate_up = ("gate_proj", "up_proj")
+        yield _Part("experts", place("mlp.experts.gate_up_proj", ""), (s.experts, *up), gate_up)
+        yield _Part(
+            "experts", place("mlp.experts.down_proj", ""), (s.experts, *down), ("down_proj",)
+        )
+    yield _Part("kept", Place("model.norm.weight", "other"), (s.hidden,))
+    yield _Part("matrix", Place("lm_head", "lm_head"), vocabulary)
 
 
 def _shape(config: Mapping[str, Any]) -> _Shape:
@@ -88,56 +146,6 @@ def _shape(config: Mapping[str, Any]) -> _Shape:
     )
 
 
-def _describe_layer(reader: "_Reader", s: _Shape, layer: int) -> None:
-    at, kind = f"model.layers.{layer}", s.kinds[layer]
-    reader.kept(f"{at}.input_layernorm.weight", "other", layer, (s.hidden,))
-    for role, shape in s.projections.items():
-        name = f"{at}.self_attn.{role}_proj"
-        reader.matrix(name, role, layer, kind, shape)
-        reader.kept(f"{name}.bias", role, layer, shape[:1])
-    reader.kept(f"{at}.self_attn.sinks", "other", layer, (s.heads,))
-    reader.kept(f"{at}.post_attention_layernorm.weight", "other", layer, (s.hidden,))
-    reader.matrix(f"{at}.mlp.router", "router", layer, kind, (s.experts, s.hidden))
-    reader.kept(f"{at}.mlp.router.bias", "router", layer, (s.experts,))
-    experts = f"{at}.mlp.experts"
-    up = (s.experts, s.intermediate, s.hidden)
-    reader.experts(f"{experts}.gate_up_proj", ("gate_proj", "up_proj"), layer, kind, up)
-    down = (s.experts, s.hidden, s.intermediate)
-    reader.experts(f"{experts}.down_proj", ("down_proj",), layer, kind, down)
-
-
-def stored_tensors(config: Mapping[str, Any], packed: bool = True) -> Iterator[TensorSpec]:
-    """Every tensor of a checkpoint with this config, in stored names, types and shapes.
-
-    `packed` as published (MXFP4 experts), else as BF16 fine-tunes write them.
-    """
-    s = _shape(config)
-    yield TensorSpec("model.embed_tokens.weight", "BF16", (s.vocabulary, s.hidden))
-    for layer in range(s.layers):
-        at = f"model.layers.{layer}"
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            yield TensorSpec(f"{at}.{norm}.weight", "BF16", (s.hidden,))
-        matrices = {f"self_attn.{role}_proj": shape for role, shape in s.projections.items()}
-        for name, shape in {**matrices, "mlp.router": (s.experts, s.hidden)}.items():
-            yield TensorSpec(f"{at}.{name}.weight", "BF16", shape)
-            yield TensorSpec(f"{at}.{name}.bias", "BF16", shape[:1])
-        yield TensorSpec(f"{at}.self_attn.sinks", "BF16", (s.heads,))
-        for name, n_out, n_in in (
-            ("gate_up_proj", 2 * s.intermediate, s.hidden),
-            ("down_proj", s.hidden, s.intermediate),
-        ):
-            stored = f"{at}.mlp.experts.{name}"
-            if packed:
-                groups = (s.experts, n_out, n_in // _BLOCK)
-                yield TensorSpec(f"{stored}_blocks", "U8", (*groups, _BLOCK // 2))
-                yield TensorSpec(f"{stored}_scales", "U8", groups)
-            else:
-                yield TensorSpec(stored, "BF16", (s.experts, n_in, n_out))
-            yield TensorSpec(f"{stored}_bias", "BF16", (s.experts, n_out))
-    yield TensorSpec("model.norm.weight", "BF16", (s.hidden,))
-    yield TensorSpec("lm_head.weight", "BF16", (s.vocabulary, s.hidden))
-
-
 class _Reader:
     """Takes tensors off the checkpoint's table, each checked, and adds them to the layout."""
 
@@ -145,28 +153,18 @@ class _Reader:
         self.layout = layout
         self._left = dict(checkpoint.tensors)
 
-    def matrix(
-        self, name: str, role: str, layer: int | None, kind: str | None, shape: tuple[int, ...]
-    ) -> None:
-        tensor = self._take(f"{name}.weight", shape)
-        storage = float_storage(tensor)
-        self.layout.add_weight(name, role, layer, kind, shape, storage, plain_view(tensor))
+    def matrix(self, part: _Part) -> None:
+        tensor = self._take(f"{part.at.name}.weight", part.shape)
+        self.layout.add_weight(part.at, part.shape, float_storage(tensor), plain_view(tensor))
 
-    def kept(self, name: str, role: str, layer: int | None, shape: tuple[int, ...]) -> None:
-        tensor = self._take(name, shape)
+    def kept(self, part: _Part) -> None:
+        tensor = self._take(part.at.name, part.shape)
         float_storage(tensor)
-        self.layout.add_kept(name, role, layer, shape, plain_view(tensor))
+        self.layout.add_kept(part.at, part.shape, plain_view(tensor))
 
-    def experts(
-        self,
-        stored: str,
-        names: tuple[str, ...],
-        layer: int,
-        kind: str,
-        shape: tuple[int, int, int],
-    ) -> None:
-        """A stored stack that holds `names` interleaved; `shape` [E, out, in] is that of each."""
-        stride, (experts, n_out, n_in) = len(names), shape
+    def experts(self, part: _Part) -> None:
+        stored, stride = part.at.name, len(part.projections)
+        experts, n_out, n_in = part.shape
         bias = self._take(f"{stored}_bias", (experts, stride * n_out))
         float_storage(bias)
         packed = f"{stored}_blocks" in self._left or f"{stored}_scales" in self._left
@@ -174,21 +172,21 @@ class _Reader:
             blocks, scales = self._take_packed(stored, (experts, stride * n_out, n_in))
         else:
             plain = self._take(stored, (experts, n_in, stride * n_out))
-        for offset, projection in enumerate(names):
+        for offset, projection in enumerate(part.projections):
             name = f"{stored.rpartition('.')[0]}.{projection}"
-            role = f"expert_{projection.removesuffix('_proj')}"
+            at = replace(part.at, name=name, role=f"expert_{projection.removesuffix('_proj')}")
             rows = experts * n_out
             if packed:
                 views = (
                     RowView(blocks, "U32", rows, n_in // 8, stride, offset),
                     RowView(scales, "U8", rows, n_in // _BLOCK, stride, offset),
                 )
-                self.layout.add_weight(name, role, layer, kind, shape, MXFP4, *views)
+                self.layout.add_weight(at, part.shape, MXFP4, *views)
             else:
                 view = TransposedView(plain, stride, offset)
-                self.layout.add_weight(name, role, layer, kind, shape, float_storage(plain), view)
+                self.layout.add_weight(at, part.shape, float_storage(plain), view)
             bias_view = RowView(bias, bias.dtype, rows, 1, stride, offset)
-            self.layout.add_kept(f"{name}.bias", role, layer, (experts, n_out), bias_view)
+            self.layout.add_kept(replace(at, name=f"{name}.bias"), (experts, n_out), bias_view)
 
     def _take_packed(
         self, stored: str, shape: tuple[int, int, int]

@@ -7,12 +7,22 @@ from typing import Any
 from quantkit.artifacts import KeptTensor, Weight
 from quantkit.errors import SourceError
 from quantkit.formats.dtypes import FLOATS, nbytes
-from quantkit.formats.tiers import Tier, parse_tier
+from quantkit.formats.tiers import Tier, float_dtype, parse_tier
 from quantkit.source.headers import StoredTensor
 from quantkit.source.views import View
 
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 _EXPERTS_PER_TOKEN = ("num_experts_per_tok", "experts_per_token", "num_experts_per_token")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where in the model something is: its mlx-lm path, what it is for, its layer and its kind."""
+
+    name: str
+    role: str
+    layer: int | None = None
+    kind: str | None = None
 
 
 @dataclass
@@ -24,29 +34,20 @@ class Layout:
     kept: list[KeptTensor] = field(default_factory=list)
     views: dict[str, View] = field(default_factory=dict)
 
-    def add_weight(
-        self,
-        name: str,
-        role: str,
-        layer: int | None,
-        kind: str | None,
-        shape: tuple[int, ...],
-        storage: Tier,
-        *views: View,
-    ) -> None:
+    def add_weight(self, at: Place, shape: tuple[int, ...], storage: Tier, *views: View) -> None:
         """A weight whose tensors (weight, and scales where packed) are `views`, in that order."""
-        specs = storage.tensors(name, shape, "BF16")
+        specs = storage.tensors(at.name, shape, float_dtype(storage))
         stored = sum(spec.nbytes for spec in specs)
-        self.weights.append(Weight(name, role, layer, kind, shape, storage.name, stored))
+        self.weights.append(
+            Weight(at.name, at.role, at.layer, at.kind, shape, storage.name, stored)
+        )
         self.views.update(zip((spec.name for spec in specs), views, strict=True))
 
-    def add_kept(
-        self, name: str, role: str, layer: int | None, shape: tuple[int, ...], view: View
-    ) -> None:
+    def add_kept(self, at: Place, shape: tuple[int, ...], view: View) -> None:
         """A tensor stored as it is."""
         stored = nbytes(view.dtype, shape)
-        self.kept.append(KeptTensor(name, role, layer, view.dtype, shape, stored))
-        self.views[name] = view
+        self.kept.append(KeptTensor(at.name, at.role, at.layer, view.dtype, shape, stored))
+        self.views[at.name] = view
 
 
 def config_int(config: Mapping[str, Any], *keys: str) -> int:
