@@ -54,7 +54,7 @@ def encode(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         better = error < best_error
         best_error[better] = error[better]
         codes[better], scales[better] = trial[better], (clipped + 127)[better]
-    codes |= np.signbit(blocks).astype(np.uint8) << 3
+    codes |= np.signbit(blocks).astype(np.uint8) * np.uint8(8)
     pairs = codes[:, 0::2] | (codes[:, 1::2] << 4)
     rows = values.shape[0]
     return pairs.reshape(rows, -1).view(np.uint32), scales.reshape(rows, -1)

@@ -34,7 +34,7 @@ MOE = {
     "num_experts": 4,
     "num_experts_per_tok": 2,
     "decoder_sparse_step": 1,
-    "mlp_only_layers": [0],
+    "mlp_only_layers": [1],
     "moe_intermediate_size": 64,
     "norm_topk_prob": True,
     "max_position_embeddings": 512,
@@ -104,10 +104,10 @@ def test_a_tied_embedding_is_read_whole_for_every_token(tmp_path):
 def test_moe_inventory(tmp_path):
     inventory = open_source(str(write(tmp_path / "src", MOE))).inventory
     weights = {w.name: w for w in inventory.weights}
-    up = weights["model.layers.1.mlp.switch_mlp.up_proj"]
-    assert (up.role, up.layer, up.shape, up.storage) == ("expert_up", 1, (4, 64, 64), "bf16")
-    assert weights["model.layers.1.mlp.gate"].role == "router"
-    assert weights["model.layers.0.mlp.up_proj"].role == "mlp_up"
+    up = weights["model.layers.0.mlp.switch_mlp.up_proj"]
+    assert (up.role, up.layer, up.shape, up.storage) == ("expert_up", 0, (4, 64, 64), "bf16")
+    assert weights["model.layers.0.mlp.gate"].role == "router"
+    assert weights["model.layers.1.mlp.up_proj"].role == "mlp_up"
     assert (inventory.experts, inventory.experts_per_token) == (4, 2)
     assert inventory.parameters == sum(np.prod(spec.shape) for spec in specs(MOE))
     plan = plan_by_recipe(inventory, load_recipe("mxfp4-q8"))
@@ -139,10 +139,10 @@ def test_untouched_stacks_are_the_stored_experts(tmp_path):
     plan = plan_by_recipe(source.inventory, parse_recipe("n", {"rules": [{"tier": "native"}]}))
     assert plan.total_bytes == source.inventory.total_bytes
     write_repo(source, plan, tmp_path / "out")
-    ours = tensors(tmp_path / "out")["model.layers.1.mlp.switch_mlp.down_proj.weight"]
+    ours = tensors(tmp_path / "out")["model.layers.0.mlp.switch_mlp.down_proj.weight"]
     stored = tensors(tmp_path / "src")
     for expert in range(4):
-        one = stored[f"model.layers.1.mlp.experts.{expert}.down_proj.weight"]
+        one = stored[f"model.layers.0.mlp.experts.{expert}.down_proj.weight"]
         assert mx.array_equal(ours[expert], one)
     assert "quantization" not in json.loads((tmp_path / "out" / "config.json").read_text())
 
