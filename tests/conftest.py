@@ -27,12 +27,12 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def refused(cli: Cli, tmp_path: Path) -> Callable[[Path], str]:
+def refused(cli: Cli, tmp_path: Path) -> Callable[..., str]:
     """Quantize a bad source: the one line it is refused with, exit code 2, and nothing left."""
 
-    def run(source: Path) -> str:
+    def run(source: Path, recipe: object = "mxfp4-q8") -> str:
         before = sorted(tmp_path.rglob("*"))
-        result = cli("quantize", source, "-r", "mxfp4-q8", "-o", tmp_path / "quants" / "out")
+        result = cli("quantize", source, "-r", recipe, "-o", tmp_path / "quants" / "out")
         assert result.exit_code == 2, result.output
         assert result.stdout == ""
         assert result.stderr.startswith("error: ")

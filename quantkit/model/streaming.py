@@ -90,6 +90,7 @@ class StreamingModel:
         """Raises SourceError for an architecture whose layers cannot be wrapped."""
         self.source = source
         self._weights = {weight.name: weight for weight in source.inventory.weights}
+        self._kept_shapes = {tensor.name: tensor.shape for tensor in source.inventory.kept}
         self._names = list(source.views)
         self.model = _build(source)
         self.model.eval()
@@ -167,13 +168,9 @@ class StreamingModel:
         values = to_mx(self.source.read(name, 0, view.rows), view.dtype)
         if weight is not None and part in ("weight", "scales"):
             return values.reshape(*weight.shape[:-1], -1)
-        kept = self._kept_shape(name)
-        return (_compute_type(values) if view.dtype in FLOATS else values).reshape(kept)
-
-    def _kept_shape(self, name: str) -> tuple[int, ...]:
-        if not hasattr(self, "_shapes"):
-            self._shapes = {t.name: t.shape for t in self.source.inventory.kept}
-        return self._shapes[name]
+        if view.dtype in FLOATS:
+            values = _compute_type(values)
+        return values.reshape(self._kept_shapes[name])
 
     def _wrap_around(self, paths: dict[int, str]) -> None:
         """Wrap the leaf modules outside of the layers (embedding, norm, head)."""

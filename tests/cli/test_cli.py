@@ -1,6 +1,8 @@
 import json
+import shutil
 import subprocess
 import sys
+from collections import namedtuple
 
 import pytest
 
@@ -155,6 +157,40 @@ def test_bad_input_is_one_line_and_exit_2(cli, checkpoint, tmp_path, monkeypatch
     assert message in result.stderr
     assert result.stdout == ""
     assert not list(tmp_path.iterdir())
+
+
+BAD_RECIPES = {
+    "matches nothing": ("names = ['nothing']\ntier = 'q4g64'", "no rule matches any weight"),
+    "leaves a weight": ("roles = ['expert']\ntier = 'q4g64'", "no rule matches model.embed_tokens"),
+    "does not fit": ("tier = 'q4g128'", "down_proj: tier q4g128 does not fit shape [4, 128, 192]"),
+    "no such tier": ("tier = 'q1g64'", "rule 1: there is no tier 'q1g64'"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_RECIPES)
+def test_a_recipe_that_will_not_do(refused_by, tmp_path, case):
+    rule, message = BAD_RECIPES[case]
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text(f"[[rules]]\n{rule}\n")
+    assert message in refused_by(recipe)
+
+
+def test_damaged_values(refused, tmp_path):
+    source = tiny.write_gpt_oss(
+        tmp_path / "src", lambda values: values["lm_head.weight"][3].fill(0x7FC0)
+    )
+    assert "lm_head: 128 of 8192 values are NaN or infinite" in refused(source)
+
+
+def test_a_full_disk(refused, checkpoint, monkeypatch):
+    usage = namedtuple("usage", "total used free")(10**9, 10**9, 1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    assert "0.00 GB free" in refused(checkpoint)
+
+
+@pytest.fixture
+def refused_by(refused, checkpoint):
+    return lambda recipe: refused(checkpoint, recipe)
 
 
 NO_MLX = """
