@@ -32,7 +32,7 @@ def quantize(
         require_free(out, force)  # before anything is downloaded
     source = with_values(source)
     name = source.checkpoint.name
-    base_model = name if is_repo_id(name) and not Path(name).exists() else None
+    base_model = name if is_repo_id(name) else None  # a local folder's name has no slash
     license_id = license_of(source.checkpoint.path(""))
 
     def documents(written: Written) -> dict[str, str]:

@@ -105,7 +105,11 @@ class Checkpoint:
 
 
 def open_folder(folder: Path, name: str | None = None, revision: str | None = None) -> Checkpoint:
-    """The checkpoint in a local folder. Raises SourceError, naming the file at fault."""
+    """The checkpoint in a local folder. Raises SourceError, naming the file at fault.
+
+    It goes by `name`, else by the folder's own: a path says where somebody's files lie, which is no
+    matter of whoever reads the report of a published repo.
+    """
     if not folder.is_dir():
         raise SourceError(f"{folder}: not a folder.")
     config = read_config(folder)
@@ -114,7 +118,7 @@ def open_folder(folder: Path, name: str | None = None, revision: str | None = No
     files = tuple(_source_file(folder / file) for file in names)
     headers = {file.name: read_header(folder / file.name) for file in files}
     tensors = merge_headers(headers, weight_map)
-    return Checkpoint(name or str(folder), revision, folder, config, tensors, files)
+    return Checkpoint(name or folder.resolve().name, revision, folder, config, tensors, files)
 
 
 def read_config(folder: Path) -> dict[str, Any]:

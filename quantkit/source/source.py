@@ -54,7 +54,7 @@ def open_source(name: str, revision: str | None = None) -> Source:
     except (OSError, ValueError) as exc:
         raise SourceError(f"{name[:80]}: not a path ({exc}).") from exc
     if there:
-        return _source(open_folder(folder, name))
+        return _source(open_folder(folder))
     if not hub.is_repo_id(name):
         raise SourceError(f"{name}: no such folder, and not a Hub id (user/name).")
     try:

@@ -169,6 +169,14 @@ def test_files_that_go_along(tmp_path, checkpoint):
     assert "license: apache-2.0" in (tmp_path / "out" / "README.md").read_text()
 
 
+def test_no_path_of_the_machine_is_published(tmp_path, checkpoint):
+    quantize(checkpoint, tmp_path / "out")
+    for name in ("quantkit.json", "README.md", "config.json"):
+        text = (tmp_path / "out" / name).read_text()
+        assert str(checkpoint.parent) not in text
+        assert str(tmp_path) not in text
+
+
 def test_shards_hold_at_most_what_was_asked(tmp_path, checkpoint):
     report = quantize(checkpoint, tmp_path / "out", shard_bytes=60_000)
     assert len(report.shards) > 3
