@@ -1,1 +1,1 @@
-"""The command line: the only place that composes the stages, and that knows typer and rich."""
+"""The command line: a few lines a command over the library; alone in knowing typer and rich."""
