@@ -5,17 +5,16 @@ know what a tier is.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from quantkit.errors import PlanError
-from quantkit.jsonfile import digest
+from quantkit.jsonfile import FORMAT_VERSION, digest, require_kind
 from quantkit.roles import EXPERT_ROLES, ROLES
 from quantkit.units import bits_per_weight
 
-FORMAT_VERSION = 1
 REPORT_FILE = "quantkit.json"
 
 Progress = Callable[[int, str], None]
@@ -214,7 +213,7 @@ class Plan:
     @property
     def tiers_sha256(self) -> str:
         """What tells an edited plan from the one that was made."""
-        return digest([(choice.name, choice.tier) for choice in self.choices])
+        return tiers_sha256((choice.name, choice.tier) for choice in self.choices)
 
     @property
     def _all(self) -> tuple[Choice, ...]:
@@ -305,6 +304,12 @@ class Report:
         """Tensor bytes on disk: what was written, headers aside."""
         return sum(shard.tensor_bytes for shard in self.shards)
 
+    @property
+    def sha256s(self) -> dict[str, str | None]:
+        """Name -> sha256 of every file that mlx-lm reads."""
+        files: dict[str, str | None] = {file.name: file.sha256 for file in self.files}
+        return files | {shard.name: shard.sha256 for shard in self.shards}
+
     def to_json(self) -> dict[str, Any]:
         plan = self.plan.to_json()
         return {
@@ -339,21 +344,15 @@ class Report:
         return cls(Plan.from_json(plan, where), shards, files, versions)
 
 
+def tiers_sha256(tiers: Iterable[tuple[str, str]]) -> str:
+    """A hash of (weight, tier) pairs in their order."""
+    return digest(list(tiers))
+
+
 def with_hashes(source: SourceId, hashes: Mapping[str, str]) -> SourceId:
     """`source` with the sha256 of its files filled in."""
     files = tuple(replace(file, sha256=hashes.get(file.name, file.sha256)) for file in source.files)
     return replace(source, files=files)
-
-
-def require_kind(data: Mapping[str, Any], kind: str, where: str) -> None:
-    """Raises PlanError unless `data` is a `kind` of the version this quantkit reads."""
-    if data.get("kind") != kind:
-        raise PlanError(f"{where}: expected a quantkit {kind}, found {data.get('kind')!r}.")
-    if data.get("version") != FORMAT_VERSION:
-        raise PlanError(
-            f"{where}: {kind} of version {data.get('version')!r}, this quantkit reads "
-            f"{FORMAT_VERSION}. Make it anew with this version."
-        )
 
 
 def _choice(data: Mapping[str, Any]) -> Choice:

@@ -1,13 +1,16 @@
-"""JSON files: read with clear errors, written atomically, hashed in canonical form."""
+"""JSON and text files: read with clear errors, written atomically, hashed in canonical form."""
 
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from quantkit.errors import InputError, OutputError
+from quantkit.errors import InputError, OutputError, PlanError
+
+FORMAT_VERSION = 1  # of the plans and reports that quantkit writes
 
 
 def digest(value: Any) -> str:
@@ -21,18 +24,24 @@ def dump_json(value: Any) -> str:
     return json.dumps(value, indent=2) + "\n"
 
 
-def load_json(path: Path, error: type[InputError] = InputError) -> dict[str, Any]:
-    """The object in a JSON file. Raises `error` when it is missing or not a JSON object."""
+def read_text(path: Path, error: type[InputError] = InputError) -> str:
+    """A file's text. Raises `error` when it is missing, no plain file, or not UTF-8."""
     if path.exists() and not path.is_file():
         raise error(f"{path}: not a plain file.")
     try:
-        value = json.loads(path.read_text(encoding="utf-8-sig"))
+        return path.read_text(encoding="utf-8")
     except FileNotFoundError as exc:
         raise error(f"{path}: no such file.") from exc
     except UnicodeDecodeError as exc:
         raise error(f"{path}: not UTF-8 text.") from exc
     except OSError as exc:
         raise error(f"{path}: cannot be read ({exc.strerror}).") from exc
+
+
+def load_json(path: Path, error: type[InputError] = InputError) -> dict[str, Any]:
+    """The object in a JSON file. Raises `error` when it is missing or not a JSON object."""
+    try:
+        value = json.loads(read_text(path, error).removeprefix("\ufeff"))
     except (ValueError, RecursionError) as exc:
         raise error(f"{path}: not valid JSON ({exc}).") from exc
     if not isinstance(value, dict):
@@ -60,3 +69,14 @@ def write_atomically(path: Path, text: str) -> None:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise OutputError(f"{path}: cannot be written ({exc.strerror}).") from exc
+
+
+def require_kind(data: Mapping[str, Any], kind: str, where: str) -> None:
+    """Raises PlanError unless `data` is a `kind` of the version this quantkit reads."""
+    if data.get("kind") != kind:
+        raise PlanError(f"{where}: expected a quantkit {kind}, found {data.get('kind')!r}.")
+    if data.get("version") != FORMAT_VERSION:
+        raise PlanError(
+            f"{where}: {kind} of version {data.get('version')!r}, this quantkit reads "
+            f"{FORMAT_VERSION}. Make it anew with this version."
+        )

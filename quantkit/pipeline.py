@@ -1,10 +1,10 @@
 """The stages put together: a source and a plan in, a repo with its report and card out."""
 
-import os
 from dataclasses import replace
 from pathlib import Path
 
 from quantkit.artifacts import REPORT_FILE, Plan, Progress, Report
+from quantkit.places import plain_path
 from quantkit.publish.card import card, license_of
 from quantkit.publish.report import read_report, report_text
 from quantkit.rewrite.rewrite import SHARD_BYTES, Written, rewrite, versions
@@ -26,11 +26,11 @@ def quantize(
 
     A source on the Hub is downloaded first. Raises what `rewrite` raises, and HubError.
     """
-    out = Path(os.path.abspath(out))  # noqa: PTH100  (without "..", which Path keeps)
-    require_apart(out, source.checkpoint.folder)
-    if source.checkpoint.folder is None and not (out / REPORT_FILE).exists():
-        require_free(out, force)  # before anything is downloaded
-    source = with_values(source)
+    if source.checkpoint.folder is None:  # what `rewrite` checks too, before the download
+        require_apart(plain_path(out), None)
+        if not (out / REPORT_FILE).exists():
+            require_free(plain_path(out), force)
+        source = with_values(source)
     name = source.checkpoint.name
     base_model = name if is_repo_id(name) else None  # a local folder's name has no slash
     license_id = license_of(source.checkpoint.path(""))

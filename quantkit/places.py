@@ -18,6 +18,16 @@ def data_folder(name: str) -> Path:
     raise InputError(f"this installation of quantkit lacks its folder {name}/. Install it again.")
 
 
+def user_path(name: str) -> Path:
+    """`name` with a leading ~ expanded; left as it is where nobody goes by that name."""
+    return Path(os.path.expanduser(name))  # noqa: PTH111  (Path's own raises for ~nobody)
+
+
+def plain_path(path: Path) -> Path:
+    """`path` from the root, without the ".." that Path keeps."""
+    return Path(os.path.abspath(path))  # noqa: PTH100
+
+
 def cache_folder() -> Path:
     """`$QUANTKIT_CACHE`, else `quantkit` under `$XDG_CACHE_HOME` or ~/.cache. May not exist yet."""
     if own := os.environ.get("QUANTKIT_CACHE"):

@@ -3,10 +3,17 @@
 from collections.abc import Mapping
 from typing import Any
 
-from quantkit.artifacts import Choice, Inventory, KeptTensor, Plan, Weight, require_kind
+from quantkit.artifacts import (
+    Choice,
+    Inventory,
+    KeptTensor,
+    Plan,
+    Weight,
+    tiers_sha256,
+)
 from quantkit.errors import PlanError, TierError
 from quantkit.formats.tiers import Tier, canonical, float_dtype, parse_tier, resolve
-from quantkit.jsonfile import digest
+from quantkit.jsonfile import require_kind
 
 KEPT_LABEL = "kept"
 
@@ -30,9 +37,10 @@ def read_plan(data: Mapping[str, Any], inventory: Inventory, where: str) -> Plan
     require_kind(data, "plan", where)
     try:
         structure = data["source"]["structure"]
-        tiers = {w["name"]: _parse_tier(where, w["name"], w["tier"]) for w in data["weights"]}
         origin, kept = str(data.get("origin", "plan")), data.get("kept", {})
-        edited = digest([(w["name"], w["tier"]) for w in data["weights"]]) != data["tiers_sha256"]
+        named = [(weight["name"], weight["tier"]) for weight in data["weights"]]
+        tiers = {name: _parse_tier(where, name, tier) for name, tier in named}
+        edited = tiers_sha256(named) != data["tiers_sha256"]
         if kept.get("tier", KEPT_LABEL) != KEPT_LABEL:
             raise PlanError(f"{where}: norms, biases and sinks are kept as they are; no tier fits.")
     except (KeyError, TypeError, AttributeError) as exc:

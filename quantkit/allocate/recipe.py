@@ -14,19 +14,18 @@ names = ["model.layers.*.mlp.*"]        # shell patterns; left out: any
 tier = "q6g64"
 """
 
-import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import Any
 
 from quantkit.allocate.plan import make_plan
 from quantkit.artifacts import Inventory, Plan, Weight
 from quantkit.errors import RecipeError, TierError
 from quantkit.formats.tiers import Tier, parse_tier
-from quantkit.places import data_folder
+from quantkit.jsonfile import read_text
+from quantkit.places import data_folder, user_path
 from quantkit.roles import ROLE_GROUPS, ROLES
 
 if sys.version_info >= (3, 11):
@@ -84,7 +83,7 @@ def recipe_names() -> list[str]:
 
 def load_recipe(name: str) -> Recipe:
     """A shipped recipe by name, or one in a TOML file by path. Raises RecipeError."""
-    path = Path(os.path.expanduser(name))  # noqa: PTH111  (Path's own raises for ~nobody)
+    path = user_path(name)
     if path.suffix != ".toml":
         path = data_folder("recipes") / f"{name}.toml"
         if name not in recipe_names():
@@ -92,14 +91,8 @@ def load_recipe(name: str) -> Recipe:
                 f"there is no recipe {name!r}. Shipped: {', '.join(recipe_names())}; "
                 "or give the path of a .toml file."
             )
-    if path.exists() and not path.is_file():
-        raise RecipeError(f"{path}: not a plain file.")
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as exc:
-        raise RecipeError(f"{path}: no such file.") from exc
-    except (OSError, UnicodeDecodeError) as exc:
-        raise RecipeError(f"{path}: cannot be read ({exc}).") from exc
+        data = tomllib.loads(read_text(path, RecipeError))
     except (tomllib.TOMLDecodeError, RecursionError) as exc:
         raise RecipeError(f"{path}: not valid TOML ({exc}).") from exc
     return parse_recipe(path.stem, data)

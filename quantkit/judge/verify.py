@@ -1,12 +1,12 @@
 """Whether a repo is what its plan says, and what stock mlx-lm needs."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quantkit.artifacts import Choice, Progress, Report, ShardRecord, SourceFile
+from quantkit.artifacts import Choice, Progress, Report
 from quantkit.backend import mx
 from quantkit.errors import SourceError
 from quantkit.formats.dtypes import FLOATS, nan_scales, nonfinite
@@ -171,19 +171,14 @@ def _parameters(tensors: Mapping[str, StoredTensor], choice: Choice) -> int:
 
 def _check_hashes(repo: Path, report: Report, progress: Progress | None) -> str:
     """Of the shards, and of every other file that mlx-lm reads; the card may be edited."""
-    expected = {**_sums(report.files), **_sums(report.shards)}
     shards = {path.name for path in repo.glob("model*.safetensors")}
     if unknown := shards ^ {shard.name for shard in report.shards}:
         raise _WrongError(f"{min(unknown)}: in the folder or in quantkit.json, but not in both.")
-    for name, sha256 in expected.items():
+    for name, sha256 in report.sha256s.items():
         found = hash_file(repo / name, name, progress)
         if found != sha256:
             raise _WrongError(f"{name}: sha256 {found}, written was {sha256}.")
-    return f"{len(expected)} files"
-
-
-def _sums(files: Iterable[SourceFile | ShardRecord]) -> dict[str, str | None]:
-    return {file.name: file.sha256 for file in files}
+    return f"{len(report.sha256s)} files"
 
 
 def _check_finite(checkpoint: Checkpoint) -> str:

@@ -21,6 +21,7 @@ from quantkit.formats.codec import decode_mxfp4, to_mx
 from quantkit.formats.dtypes import FLOATS
 from quantkit.formats.tiers import MXFP4, parse_tier
 from quantkit.model.experts import plain_switch_linear
+from quantkit.source.generic import build_model
 from quantkit.source.source import Source
 
 
@@ -97,7 +98,7 @@ class StreamingModel:
         paths = {id(module): path for path, module in self.model.named_modules()}
         held = _list_of_layers(self.model)
         self.layers = [Streamed(m, paths[id(m)], self.fetch) for m in held]
-        self._wrap_around(paths)
+        self._wrap_around()
         held[:] = self.layers
 
     def __call__(self, tokens: mx.array) -> mx.array:
@@ -172,7 +173,7 @@ class StreamingModel:
             values = _compute_type(values)
         return values.reshape(self._kept_shapes[name])
 
-    def _wrap_around(self, paths: dict[int, str]) -> None:
+    def _wrap_around(self) -> None:
         """Wrap the leaf modules outside of the layers (embedding, norm, head)."""
         inside = tuple(f"{layer.path}." for layer in self.layers)
         owned = {name.rpartition(".")[0] for name in self._names}
@@ -182,7 +183,7 @@ class StreamingModel:
                 owner = self.model
                 for part in parent.split(".") if parent else ():
                     owner = owner[part] if isinstance(owner, dict) else getattr(owner, part)
-                setattr(owner, name, Streamed(module, paths[id(module)], self.fetch))
+                setattr(owner, name, Streamed(module, path, self.fetch))
 
 
 def _list_of_layers(model: Any) -> list[Any]:
@@ -211,12 +212,10 @@ def _build(source: Source) -> Any:
     """mlx-lm's model with modules of the kinds that `StreamingModel.fetch` fills; nothing is
     evaluated."""
     from mlx.nn import quantize
+    from mlx.utils import tree_unflatten
     from mlx_lm.models.switch_layers import SwitchLinear
-    from mlx_lm.utils import _get_classes
 
-    config = dict(source.checkpoint.config)
-    model_class, args_class = _get_classes(config)
-    model = model_class(args_class.from_dict(config))
+    model = build_model(source.checkpoint)
     packed = {
         weight.name: parse_tier(weight.storage).config_entry()
         for weight in source.inventory.weights
@@ -230,7 +229,5 @@ def _build(source: Source) -> Any:
             for path, module in model.named_modules()
             if isinstance(module, SwitchLinear)
         ]
-        from mlx.utils import tree_unflatten
-
         model.update_modules(tree_unflatten(plain))
     return model

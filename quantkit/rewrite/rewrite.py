@@ -1,6 +1,5 @@
 """Source and plan in, repo out."""
 
-import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from quantkit.artifacts import (
 from quantkit.backend import on_cpu
 from quantkit.errors import DamagedError, InputError, OutputError, SourceError, TierError
 from quantkit.jsonfile import load_json, write_atomically
+from quantkit.places import plain_path
 from quantkit.rewrite.blocks import unit_blocks
 from quantkit.rewrite.config import companions, edit_config
 from quantkit.rewrite.shards import Shard, ShardWriter, lay_out
@@ -65,7 +65,7 @@ def rewrite(
     """
     folder = source.checkpoint.path("")
     progress = progress or _silent
-    out = Path(os.path.abspath(out))  # noqa: PTH100  (without "..", which Path keeps)
+    out = plain_path(out)
     require_apart(out, folder)
     beside = companions(folder)
     shards = lay_out(source.inventory, plan, shard_bytes)
@@ -107,9 +107,7 @@ def is_current(out: Path, source: Source, plan: Plan, shards: tuple[Shard, ...])
         return False
     if report.plan.source.structure != plan.source.structure:
         return False
-    expected = {file.name: file.sha256 for file in report.files}
-    expected |= {shard.name: shard.sha256 for shard in report.shards}
-    if not all(_has_hash(out / name, sha256) for name, sha256 in expected.items()):
+    if not all(_has_hash(out / name, sha256) for name, sha256 in report.sha256s.items()):
         return False
     return report.plan.source.files == with_hashes(plan.source, file_hashes(source)).files
 

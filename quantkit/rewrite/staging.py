@@ -79,7 +79,7 @@ class Staging:
             if not self._is_ours() or not self._take_lock():
                 return
             try:
-                if not self._state.exists() or not self._changed_inputs():
+                if not self._state.exists() or not self._read_state()[0]:
                     self.discard()
             finally:
                 self._unlock()
@@ -117,10 +117,9 @@ class Staging:
             else:
                 self._replaced.replace(self.out)
         if self._state.exists():
-            changed = self._changed_inputs()
+            changed, records = self._read_state()
             if not changed:
                 self.repo.mkdir(exist_ok=True)
-                _, records = _read_state(self._state)
                 self._records = {r.name: r for r in records if self._is_whole(r)}
                 _clear(self.repo, keep=self._records.keys())
                 return
@@ -133,9 +132,17 @@ class Staging:
         self.repo.mkdir()
         self._save()
 
-    def _changed_inputs(self) -> list[str]:
-        before, _ = _read_state(self._state)
-        return [key for key in self._depends if before.get(key) != self._depends[key]]
+    def _read_state(self) -> tuple[list[str], list[ShardRecord]]:
+        """(the inputs that have changed since, the shards that were complete)"""
+        saved = load_json(self._state, OutputError)
+        try:
+            before = dict(saved["depends"])
+            records = [shard_record(record) for record in saved["shards"]]
+        except (KeyError, TypeError, ValueError) as exc:
+            raise OutputError(
+                f"{self._state}: damaged ({exc}). Remove its folder and run again."
+            ) from exc
+        return [k for k in self._depends if before.get(k) != self._depends[k]], records
 
     def _is_whole(self, record: ShardRecord) -> bool:
         path = self.repo / record.name
@@ -245,14 +252,6 @@ def _clear_errors(path: Path) -> Iterator[None]:
     except (OSError, RuntimeError) as exc:  # RuntimeError: a loop of links
         reason = exc.strerror if isinstance(exc, OSError) and exc.strerror else exc
         raise OutputError(f"{path}: {reason}. Choose another output folder.") from exc
-
-
-def _read_state(path: Path) -> tuple[dict[str, str], list[ShardRecord]]:
-    saved = load_json(path, OutputError)
-    try:
-        return dict(saved["depends"]), [shard_record(record) for record in saved["shards"]]
-    except (KeyError, TypeError, ValueError) as exc:
-        raise OutputError(f"{path}: damaged ({exc}). Remove its folder and run again.") from exc
 
 
 def _clear(folder: Path, keep: Collection[str]) -> None:

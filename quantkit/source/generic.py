@@ -21,7 +21,7 @@ from quantkit.formats.codec import to_numpy
 from quantkit.formats.dtypes import FLOATS
 from quantkit.formats.tiers import parse_tier
 from quantkit.source.checkpoint import Checkpoint
-from quantkit.source.layout import Layout, Place, optional_int
+from quantkit.source.layout import Layout, Place, optional_int, text_scope
 from quantkit.source.views import ComputedView, View, plain_view
 
 _DTYPES = {
@@ -78,21 +78,26 @@ class _Sanitized:
         return _Model(self.checkpoint).sanitize(stored)
 
 
+def build_model(checkpoint: Checkpoint) -> Any:
+    """mlx-lm's model for a checkpoint's config, never evaluated. Raises SourceError."""
+    from mlx_lm.utils import _get_classes
+
+    config = dict(checkpoint.config)
+    try:
+        model_class, args_class = _get_classes(config)
+        return model_class(args_class.from_dict(config))
+    except _MODEL_ERRORS as exc:
+        raise SourceError(
+            f"config.json: mlx-lm cannot build model_type {config.get('model_type')!r} "
+            f"from it ({exc})."
+        ) from exc
+
+
 class _Model:
     """The mlx-lm model of a checkpoint, built but never evaluated."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        from mlx_lm.utils import _get_classes
-
-        config = dict(checkpoint.config)
-        try:
-            model_class, args_class = _get_classes(config)
-            self.model = model_class(args_class.from_dict(config))
-        except _MODEL_ERRORS as exc:
-            raise SourceError(
-                f"config.json: mlx-lm cannot build model_type {config.get('model_type')!r} "
-                f"from it ({exc})."
-            ) from exc
+        self.model = build_model(checkpoint)
 
     def sanitize(self, arrays: dict[str, mx.array]) -> dict[str, mx.array]:
         if not hasattr(self.model, "sanitize"):
@@ -162,8 +167,8 @@ def _layout(
         optional_int(config, "num_hidden_layers", "n_layers", "n_layer")
         or max(numbered, default=-1) + 1
     )
-    text = config.get("text_config")
-    kinds = (config.get("layer_types") or (text or {}).get("layer_types")) or []
+    kinds = text_scope(config).get("layer_types")
+    kinds = kinds if isinstance(kinds, list) else []
     layout = Layout(layers)
     for name, shape in model.shapes.items():
         path = name.rpartition(".")[0]

@@ -69,9 +69,14 @@ def optional_int(config: Mapping[str, Any], *keys: str) -> int | None:
 
 def experts_of(config: Mapping[str, Any]) -> tuple[int | None, int | None]:
     """(experts per layer, experts per token), None where the config does not say."""
-    text = config.get("text_config")
-    scope = {**config, **text} if isinstance(text, dict) else config
+    scope = text_scope(config)
     return optional_int(scope, *_EXPERTS), optional_int(scope, *_EXPERTS_PER_TOKEN)
+
+
+def text_scope(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The settings of the language model: those of `text_config` first, where there is one."""
+    text = config.get("text_config")
+    return {**config, **text} if isinstance(text, dict) else config
 
 
 def float_storage(tensor: StoredTensor) -> Tier:

@@ -1,15 +1,14 @@
 """A source: a checkpoint, its inventory, and the values behind every mlx-lm tensor name."""
 
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from quantkit.artifacts import Inventory, Progress
 from quantkit.errors import DamagedError, HubUnreachableError, SourceError
 from quantkit.formats.dtypes import numpy_dtype
+from quantkit.places import user_path
 from quantkit.source import gpt_oss, hub
 from quantkit.source.checkpoint import Checkpoint, hash_file, open_folder
 from quantkit.source.layout import Layout, experts_of, optional_int
@@ -48,7 +47,7 @@ def open_source(name: str, revision: str | None = None) -> Source:
 
     Raises SourceError or HubError.
     """
-    folder = Path(os.path.expanduser(name))  # noqa: PTH111  (Path's own raises for ~nobody)
+    folder = user_path(name)
     try:
         there = folder.exists()
     except (OSError, ValueError) as exc:

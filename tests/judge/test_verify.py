@@ -49,14 +49,23 @@ def test_without_loading(good):
     assert [check.ok for check in checks] == [True] * 5 + [None]
 
 
-def config(change):
-    def edit(repo):
-        path = repo / "config.json"
-        data = json.loads(path.read_text())
-        change(data)
-        path.write_text(json.dumps(data))
+def editing(name):
+    """A way to change a JSON file of a repo."""
 
-    return edit
+    def changing(change):
+        def edit(repo):
+            data = json.loads((repo / name).read_text())
+            change(data)
+            (repo / name).write_text(json.dumps(data))
+
+        return edit
+
+    return changing
+
+
+config = editing("config.json")
+index = editing("model.safetensors.index.json")
+report = editing("quantkit.json")
 
 
 def entry(name, **values):
@@ -90,26 +99,6 @@ def drop_entry(data):
 def drop_mode(data):
     for key in ("quantization", "quantization_config"):
         del data[key]["lm_head"]["mode"]
-
-
-def index(change):
-    def edit(repo):
-        path = repo / "model.safetensors.index.json"
-        data = json.loads(path.read_text())
-        change(data)
-        path.write_text(json.dumps(data))
-
-    return edit
-
-
-def report(change):
-    def edit(repo):
-        path = repo / "quantkit.json"
-        data = json.loads(path.read_text())
-        change(data)
-        path.write_text(json.dumps(data))
-
-    return edit
 
 
 EXPERT = "model.layers.0.mlp.experts.up_proj"

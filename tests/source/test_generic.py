@@ -231,3 +231,11 @@ def test_types_that_are_not_read(tmp_path):
     folder = tiny.write_checkpoint(tmp_path / "src", LLAMA, values)
     with pytest.raises(SourceError, match="tensors of type F8_E4M3 are not read"):
         open_source(str(folder))
+
+
+@pytest.mark.parametrize("value", ["x", 5, ["a"], {"layer_types": 7}])
+def test_text_config_of_another_kind(tmp_path, value):
+    """It says nothing about this model, and does no harm."""
+    folder = write(tmp_path / "src", LLAMA)
+    inventory = open_source(edited(folder, text_config=value)).inventory
+    assert {weight.layer_kind for weight in inventory.weights} == {None}
