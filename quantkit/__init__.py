@@ -11,7 +11,9 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from quantkit.allocate.plan import make_plan, read_plan
     from quantkit.allocate.recipe import Recipe, load_recipe, plan_by_recipe, recipe_names
-    from quantkit.artifacts import Inventory, Plan, Report, Weight
+    from quantkit.artifacts.inventory import Inventory, Weight
+    from quantkit.artifacts.plan import Plan
+    from quantkit.artifacts.report import Report
     from quantkit.errors import QuantkitError
     from quantkit.formats.codec import decode, encode
     from quantkit.formats.tiers import TIERS, Tier, parse_tier
@@ -22,15 +24,15 @@ if TYPE_CHECKING:
 
 _HOME = {
     "Check": "judge.verify",
-    "Inventory": "artifacts",
-    "Plan": "artifacts",
+    "Inventory": "artifacts.inventory",
+    "Plan": "artifacts.plan",
     "QuantkitError": "errors",
     "Recipe": "allocate.recipe",
-    "Report": "artifacts",
+    "Report": "artifacts.report",
     "Source": "source.source",
     "TIERS": "formats.tiers",
     "Tier": "formats.tiers",
-    "Weight": "artifacts",
+    "Weight": "artifacts.inventory",
     "decode": "formats.codec",
     "encode": "formats.codec",
     "load_recipe": "allocate.recipe",

@@ -3,8 +3,10 @@
 from dataclasses import replace
 from pathlib import Path
 
-from quantkit.artifacts import REPORT_FILE, Plan, Progress, Report
+from quantkit.artifacts.plan import Plan
+from quantkit.artifacts.report import REPORT_FILE, Report
 from quantkit.places import plain_path
+from quantkit.progress import Progress
 from quantkit.publish.card import card, license_of
 from quantkit.publish.report import read_report, report_text
 from quantkit.rewrite.rewrite import SHARD_BYTES, Written, rewrite, versions

@@ -10,7 +10,7 @@ import quantkit
 ROOT = Path(quantkit.__file__).parent
 # In the order the data walks through them; a line may import the lines above it.
 ROOMS = [
-    {"errors"}, {"units"}, {"places"}, {"jsonfile"}, {"roles"}, {"artifacts"}, {"backend"}, {"formats"}, {"source"},
+    {"errors"}, {"units"}, {"progress"}, {"places"}, {"jsonfile"}, {"roles"}, {"artifacts"}, {"backend"}, {"formats"}, {"source"},
     {"demo"}, {"model"}, {"profile", "allocate", "rewrite", "judge", "publish"}, {"pipeline"}, {"cli"},
 ]  # fmt: skip
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}

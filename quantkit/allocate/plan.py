@@ -3,14 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from quantkit.artifacts import (
-    Choice,
-    Inventory,
-    KeptTensor,
-    Plan,
-    Weight,
-    tiers_sha256,
-)
+from quantkit.artifacts.inventory import Inventory, KeptTensor, Weight
+from quantkit.artifacts.plan import Choice, Plan, tiers_sha256
 from quantkit.errors import PlanError, TierError
 from quantkit.formats.tiers import Tier, canonical, float_dtype, parse_tier, resolve
 from quantkit.jsonfile import require_kind

@@ -21,7 +21,8 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from quantkit.allocate.plan import make_plan
-from quantkit.artifacts import Inventory, Plan, Weight
+from quantkit.artifacts.inventory import Inventory, Weight
+from quantkit.artifacts.plan import Plan
 from quantkit.errors import RecipeError, TierError
 from quantkit.formats.tiers import Tier, parse_tier
 from quantkit.jsonfile import read_text

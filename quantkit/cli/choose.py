@@ -4,7 +4,8 @@ from pathlib import Path
 
 from quantkit.allocate.plan import read_plan
 from quantkit.allocate.recipe import idle_rules, load_recipe, plan_by_recipe, recipe_names
-from quantkit.artifacts import Inventory, Plan
+from quantkit.artifacts.inventory import Inventory
+from quantkit.artifacts.plan import Plan
 from quantkit.cli import console
 from quantkit.errors import InputError, PlanError
 from quantkit.jsonfile import load_json

@@ -7,7 +7,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from quantkit.artifacts import Inventory, Plan, Progress, Report
+from quantkit.artifacts.inventory import Inventory
+from quantkit.artifacts.plan import Plan
+from quantkit.artifacts.report import Report
+from quantkit.progress import Progress
 from quantkit.roles import group_roles
 from quantkit.units import bits_per_weight, count, gb, gib, size
 

@@ -33,7 +33,7 @@ def quantize(
 
     `quantkit quantize openai/gpt-oss-20b -r mxfp4-q8 -o gpt-oss-20b-q8`
     """
-    from quantkit.artifacts import REPORT_FILE
+    from quantkit.artifacts.report import REPORT_FILE
     from quantkit.backend import speed_hint
     from quantkit.cli.choose import choose_plan
     from quantkit.errors import InputError

@@ -6,12 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quantkit.artifacts import Choice, Progress, Report
+from quantkit.artifacts.plan import Choice
+from quantkit.artifacts.report import Report
 from quantkit.backend import mx
 from quantkit.errors import SourceError
 from quantkit.formats.dtypes import FLOATS, nan_scales, nonfinite
 from quantkit.formats.tiers import TIERS, Tier
 from quantkit.jsonfile import load_json
+from quantkit.progress import Progress
 from quantkit.source.checkpoint import INDEX_FILE, Checkpoint, hash_file, open_folder
 from quantkit.source.headers import StoredTensor
 

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from quantkit.artifacts import Weight
+from quantkit.artifacts.inventory import Weight
 from quantkit.backend import mx, on_cpu
 from quantkit.errors import SourceError
 from quantkit.formats.codec import decode_mxfp4, to_mx

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from quantkit.artifacts import Report
+from quantkit.artifacts.report import Report
 from quantkit.roles import group_roles
 from quantkit.units import count, gb, gib, size
 

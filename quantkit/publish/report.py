@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from quantkit.artifacts import REPORT_FILE, Report
+from quantkit.artifacts.report import REPORT_FILE, Report
 from quantkit.errors import OutputError
 from quantkit.jsonfile import dump_json, load_json
 

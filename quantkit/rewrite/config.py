@@ -7,7 +7,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from quantkit.artifacts import Inventory, Plan
+from quantkit.artifacts.inventory import Inventory
+from quantkit.artifacts.plan import Plan
 from quantkit.errors import SourceError
 from quantkit.formats.tiers import Tier, parse_tier
 

@@ -8,20 +8,14 @@ from importlib.metadata import version
 from pathlib import Path
 from threading import Event
 
-from quantkit.artifacts import (
-    REPORT_FILE,
-    Plan,
-    Progress,
-    Report,
-    ShardRecord,
-    SourceFile,
-    SourceId,
-    with_hashes,
-)
+from quantkit.artifacts.inventory import SourceFile, SourceId, with_hashes
+from quantkit.artifacts.plan import Plan
+from quantkit.artifacts.report import REPORT_FILE, Report, ShardRecord
 from quantkit.backend import on_cpu
 from quantkit.errors import DamagedError, InputError, OutputError, SourceError, TierError
 from quantkit.jsonfile import load_json, write_atomically
 from quantkit.places import plain_path
+from quantkit.progress import Progress
 from quantkit.rewrite.blocks import unit_blocks
 from quantkit.rewrite.config import companions, edit_config
 from quantkit.rewrite.shards import Shard, ShardWriter, lay_out

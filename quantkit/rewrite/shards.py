@@ -15,7 +15,9 @@ from types import TracebackType
 
 import numpy as np
 
-from quantkit.artifacts import Inventory, Plan, ShardRecord
+from quantkit.artifacts.inventory import Inventory
+from quantkit.artifacts.plan import Plan
+from quantkit.artifacts.report import ShardRecord
 from quantkit.errors import OutputError
 from quantkit.formats.files import header_bytes
 from quantkit.formats.tiers import TensorSpec, Tier, float_dtype, parse_tier

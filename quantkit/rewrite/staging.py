@@ -21,7 +21,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from quantkit.artifacts import REPORT_FILE, ShardRecord, shard_record
+from quantkit.artifacts.report import REPORT_FILE, ShardRecord, shard_record
 from quantkit.errors import OutputError
 from quantkit.jsonfile import dump_json, load_json, write_atomically
 from quantkit.rewrite.shards import Shard, sync_folder

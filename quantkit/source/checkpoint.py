@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from quantkit.artifacts import Progress, SourceFile, SourceId
+from quantkit.artifacts.inventory import SourceFile, SourceId
 from quantkit.errors import SourceError
 from quantkit.formats.dtypes import numpy_dtype
 from quantkit.jsonfile import digest, load_json
+from quantkit.progress import Progress
 from quantkit.source.headers import StoredTensor, read_header
 
 INDEX_FILE = "model.safetensors.index.json"

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from quantkit.artifacts import SourceFile
+from quantkit.artifacts.inventory import SourceFile
 from quantkit.errors import HubError, HubUnreachableError, OutputError, SourceError
 from quantkit.jsonfile import load_json
 from quantkit.source.checkpoint import (

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from quantkit.artifacts import KeptTensor, Weight
+from quantkit.artifacts.inventory import KeptTensor, Weight
 from quantkit.errors import SourceError
 from quantkit.formats.dtypes import FLOATS, nbytes
 from quantkit.formats.tiers import Tier, float_dtype, parse_tier

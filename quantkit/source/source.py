@@ -5,10 +5,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from quantkit.artifacts import Inventory, Progress
+from quantkit.artifacts.inventory import Inventory
 from quantkit.errors import DamagedError, HubUnreachableError, SourceError
 from quantkit.formats.dtypes import numpy_dtype
 from quantkit.places import user_path
+from quantkit.progress import Progress
 from quantkit.source import gpt_oss, hub
 from quantkit.source.checkpoint import Checkpoint, hash_file, open_folder
 from quantkit.source.layout import Layout, experts_of, optional_int

@@ -4,7 +4,7 @@ import pytest
 
 from quantkit.allocate.plan import read_plan
 from quantkit.allocate.recipe import load_recipe, plan_by_recipe
-from quantkit.artifacts import Plan
+from quantkit.artifacts.plan import Plan
 from quantkit.errors import PlanError, TierError
 from quantkit.source.source import open_source
 from tests import tiny

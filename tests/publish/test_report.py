@@ -4,7 +4,7 @@ import shutil
 import pytest
 
 from quantkit.allocate.recipe import load_recipe, plan_by_recipe
-from quantkit.artifacts import Report
+from quantkit.artifacts.report import Report
 from quantkit.errors import OutputError, PlanError
 from quantkit.pipeline import quantize
 from quantkit.publish.card import card, license_of

@@ -1,0 +1,162 @@
+"""A tier for every weight of one checkpoint, with exact bytes."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from quantkit.artifacts.inventory import SourceId, is_count, source_id
+from quantkit.errors import PlanError
+from quantkit.jsonfile import FORMAT_VERSION, digest, require_kind
+from quantkit.roles import ROLES
+from quantkit.units import bits_per_weight
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The tier chosen for one weight, with what that costs.
+
+    `active_bytes` are those read per generated token, None where the config does not say.
+    `storage` names the physical tier, which `tier` is too unless it is `native`.
+    """
+
+    name: str
+    role: str
+    layer: int | None
+    tier: str
+    storage: str
+    parameters: int
+    bytes: int
+    active_bytes: int | None
+
+    @property
+    def label(self) -> str:
+        """The tier as tables show it: `native (mxfp4)`."""
+        return f"{self.tier} ({self.storage})" if self.tier == "native" else self.tier
+
+
+@dataclass(frozen=True)
+class TierRow:
+    """One line of the published table: what is stored in one tier."""
+
+    tier: str
+    roles: tuple[str, ...]
+    weights: int
+    parameters: int
+    parameters_percent: float
+    bytes: int
+    bits_per_weight: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Weight -> tier for one checkpoint, with exact bytes.
+
+    `origin` says where the tiers came from. The kept tensors (norms, biases, sinks) count in every
+    total.
+    """
+
+    source: SourceId
+    model_type: str
+    origin: str
+    choices: tuple[Choice, ...]
+    kept: Choice
+
+    @property
+    def parameters(self) -> int:
+        return sum(choice.parameters for choice in self._all)
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(choice.bytes for choice in self._all)
+
+    @property
+    def bits_per_weight(self) -> float:
+        return bits_per_weight(self.total_bytes, self.parameters)
+
+    @property
+    def active_bytes(self) -> int | None:
+        """Bytes read per generated token, the KV cache aside."""
+        active = [choice.active_bytes for choice in self._all]
+        return None if None in active else sum(b for b in active if b is not None)
+
+    @property
+    def tiers_sha256(self) -> str:
+        """What tells an edited plan from the one that was made."""
+        return tiers_sha256((choice.name, choice.tier) for choice in self.choices)
+
+    @property
+    def _all(self) -> tuple[Choice, ...]:
+        return (*self.choices, self.kept)
+
+    def tiers(self) -> tuple[TierRow, ...]:
+        """The tier table, largest first, the kept tensors last."""
+        groups: dict[str, list[Choice]] = {}
+        for choice in self.choices:
+            groups.setdefault(choice.label, []).append(choice)
+        rows = [self._row(label, choices) for label, choices in groups.items()]
+        rows.sort(key=lambda row: (-row.bytes, row.tier))
+        if self.kept.parameters:
+            rows.append(self._row(self.kept.tier, [self.kept]))
+        return tuple(rows)
+
+    def _row(self, label: str, choices: list[Choice]) -> TierRow:
+        parameters = sum(choice.parameters for choice in choices)
+        stored = sum(choice.bytes for choice in choices)
+        present = {choice.role for choice in choices}
+        return TierRow(
+            tier=label,
+            roles=tuple(role for role in (*ROLES, self.kept.role) if role in present),
+            weights=len(choices),
+            parameters=parameters,
+            parameters_percent=100 * parameters / max(1, self.parameters),
+            bytes=stored,
+            bits_per_weight=bits_per_weight(stored, parameters),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "kind": "plan",
+            "version": FORMAT_VERSION,
+            "source": asdict(self.source),
+            "model_type": self.model_type,
+            "origin": self.origin,
+            "tiers_sha256": self.tiers_sha256,
+            "parameters": self.parameters,
+            "total_bytes": self.total_bytes,
+            "bits_per_weight": self.bits_per_weight,
+            "active_bytes_per_token": self.active_bytes,
+            "tiers": [asdict(row) for row in self.tiers()],
+            "weights": [asdict(choice) for choice in self.choices],
+            "kept": asdict(self.kept),
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any], where: str) -> "Plan":
+        """Read back what `to_json` gave. Raises PlanError naming `where`."""
+        require_kind(data, "plan", where)
+        try:
+            return cls(
+                source=source_id(data["source"]),
+                model_type=data["model_type"],
+                origin=data["origin"],
+                choices=tuple(_choice(choice) for choice in data["weights"]),
+                kept=_choice(data["kept"]),
+            )
+        except (KeyError, TypeError, AttributeError) as exc:
+            raise PlanError(f"{where}: not a complete plan ({exc}). Make it anew.") from exc
+
+
+def tiers_sha256(tiers: Iterable[tuple[str, str]]) -> str:
+    """A hash of (weight, tier) pairs in their order."""
+    return digest(list(tiers))
+
+
+def _choice(data: Mapping[str, Any]) -> Choice:
+    choice = Choice(**data)
+    texts = (choice.name, choice.role, choice.tier, choice.storage)
+    optional = [n for n in (choice.active_bytes, choice.layer) if n is not None]
+    if not all(isinstance(text, str) for text in texts):
+        raise TypeError(f"weight {choice.name!r}: a name, role or tier is no text")
+    if not all(is_count(number) for number in (choice.parameters, choice.bytes, *optional)):
+        raise TypeError(f"weight {choice.name!r}: a count is no whole number")
+    return choice
