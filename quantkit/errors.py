@@ -9,6 +9,8 @@
     │   ├── TierError       no such tier, or it does not fit a shape
     │   ├── RecipeError     a recipe that cannot be read or does not cover a checkpoint
     │   ├── PlanError       a plan that does not belong to a checkpoint
+    │   ├── ProfileError    a profile that does not, or cannot be read
+    │   ├── CalibrationError    text that cannot be calibrated on
     │   └── OutputError     an output folder, its disk, or a repo that quantkit did not write
     └── CheckError          a repo was checked and found wrong              exit code 1
 
@@ -54,6 +56,14 @@ class RecipeError(InputError):
 
 class PlanError(InputError):
     """A plan that cannot be read or belongs to another checkpoint."""
+
+
+class ProfileError(InputError):
+    """A profile that cannot be read or belongs to another checkpoint."""
+
+
+class CalibrationError(InputError):
+    """Calibration text that is missing, empty, or not understood."""
 
 
 class OutputError(InputError):

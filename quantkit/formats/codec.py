@@ -52,6 +52,17 @@ def decode(tensors: tuple[mx.array, ...], tier: Tier, dtype: str = "BF16") -> mx
     )
 
 
+def rounded(weight: mx.array, tier: Tier) -> mx.array:
+    """What `weight` becomes in `tier`, rounded to nearest: its values in float32.
+
+    Scales and biases take part in float32, as kernels do it; in BF16 the products would be rounded
+    once more.
+    """
+    packed, *rest = encode(weight, tier)
+    wide = [part.astype(mx.float32) if part.dtype != mx.uint8 else part for part in rest]
+    return decode((packed, *wide), tier, "F32")
+
+
 def decode_mxfp4(packed: np.ndarray, scales: np.ndarray) -> mx.array:
     """MXFP4 carriers (rows, in/8) and (rows, in/32) as BF16 (rows, in), exactly."""
     if on_cpu():

@@ -3,15 +3,16 @@
 The model is mlx-lm's own, built but never loaded. Its layers, and the modules around them, are
 wrapped: a wrapper fetches its module's weights from the source when it is called, evaluates the
 output, and lets the weights go. So `model(tokens)` streams through the checkpoint, whatever the
-model's masks and caches are.
+model's masks and caches are. Of an embedding only the rows that are looked up are read; a head
+reads its rows in blocks.
 
-On a GPU packed weights stay packed and mlx's kernels use them; on the CPU everything is float32 and
-experts are plain products.
+All values are float32, so that what is measured is the weights' doing; only on a GPU are packed
+experts left packed, for mlx's kernels. On the CPU experts are plain products.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from quantkit.artifacts.inventory import Weight
@@ -19,69 +20,15 @@ from quantkit.backend import mx, on_cpu
 from quantkit.errors import SourceError
 from quantkit.formats.codec import decode_mxfp4, to_mx
 from quantkit.formats.dtypes import FLOATS
-from quantkit.formats.tiers import MXFP4, parse_tier
+from quantkit.formats.tiers import MXFP4, Tier, parse_tier
 from quantkit.model.experts import plain_switch_linear
+from quantkit.model.streamed import BLOCK_VALUES, Call, Streamed, Table
 from quantkit.source.generic import build_model
 from quantkit.source.source import Source
 
 
-@dataclass(frozen=True)
-class Call:
-    """What a layer was called with: its input (batch, tokens, hidden), and masks and caches."""
-
-    x: mx.array
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-
-class Streamed:
-    """A module whose weights are there only while it is called.
-
-    Whatever else is asked of it is answered by the module.
-    """
-
-    def __init__(self, module: Any, path: str, fetch: Callable[[str], dict[str, mx.array]]) -> None:
-        self.module = module
-        self.path = path
-        self._fetch = fetch
-        self._depth = 0
-        self.instead: Callable[[Call], mx.array] | None = None
-
-    def __call__(self, x: mx.array, *args: Any, **kwargs: Any) -> Any:
-        call = Call(x, args, kwargs)
-        return self.instead(call) if self.instead else self.run(call)
-
-    def run(self, call: Call) -> mx.array:
-        """The module's output, evaluated, its weights fetched and let go again."""
-        with self.loaded():
-            y: mx.array = self.module(call.x, *call.args, **call.kwargs)
-            mx.eval(y)
-        return y
-
-    def as_linear(self, x: mx.array) -> mx.array:
-        """The head of a model whose embedding is tied."""
-        with self.loaded():
-            y: mx.array = self.module.as_linear(x)
-            mx.eval(y)
-        return y
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.module, name)
-
-    @contextmanager
-    def loaded(self) -> Iterator[Any]:
-        """The module with its weights in memory; nests."""
-        if self._depth == 0:
-            self._empty = self.module.parameters()
-            self.module.load_weights(list(self._fetch(self.path).items()))
-        self._depth += 1
-        try:
-            yield self.module
-        finally:
-            self._depth -= 1
-            if self._depth == 0:
-                self.module.update(self._empty)
-                mx.clear_cache()
+class _EnoughError(Exception):
+    """The last layer has run; what the model does after it is not wanted."""
 
 
 class StreamingModel:
@@ -90,7 +37,7 @@ class StreamingModel:
     def __init__(self, source: Source) -> None:
         """Raises SourceError for an architecture whose layers cannot be wrapped."""
         self.source = source
-        self._weights = {weight.name: weight for weight in source.inventory.weights}
+        self.weights = {weight.name: weight for weight in source.inventory.weights}
         self._kept_shapes = {tensor.name: tensor.shape for tensor in source.inventory.kept}
         self._names = list(source.views)
         self.model = _build(source)
@@ -98,6 +45,7 @@ class StreamingModel:
         paths = {id(module): path for path, module in self.model.named_modules()}
         held = _list_of_layers(self.model)
         self.layers = [Streamed(m, paths[id(m)], self.fetch) for m in held]
+        self.tables: dict[str, Table] = {}
         self._wrap_around()
         held[:] = self.layers
 
@@ -105,26 +53,92 @@ class StreamingModel:
         logits: mx.array = self.model(tokens)
         return logits
 
-    def inputs(self, tokens: mx.array) -> tuple[list[Call], mx.array]:
-        """(what each layer is called with, logits) in one pass, all layers' inputs kept."""
-        calls: list[Call] = []
+    def run(self, tokens: mx.array, seen: Callable[[int, Call, mx.array], None]) -> mx.array:
+        """The output of the last layer (batch, tokens, hidden).
 
-        def keep(layer: Streamed) -> Callable[[Call], mx.array]:
+        `seen` is told the number of every layer, what it was called with and what it gave. Raises
+        SourceError if the model does more between two layers than pass the one's output on, or if
+        a layer gives NaN.
+        """
+        last: list[mx.array] = []
+
+        def through(number: int, layer: Streamed) -> Callable[[Call], mx.array]:
             def run(call: Call) -> mx.array:
-                calls.append(call)
-                return layer.run(call)
+                self._require_passed_on(number, last, call)
+                y = layer.run(call)
+                if not mx.isfinite(y).all().item():
+                    raise SourceError(
+                        f"layer {number} ({layer.path}): its output is not finite. Is the "
+                        "checkpoint damaged? Check its hashes."
+                    )
+                last[:] = [y]
+                seen(number, call, y)
+                if number == len(self.layers) - 1:
+                    raise _EnoughError
+                return y
 
             return run
 
-        with self._instead([keep(layer) for layer in self.layers]):
-            logits = self.model(tokens)
-        return calls, logits
+        try:
+            with self._instead([through(*numbered) for numbered in enumerate(self.layers)]):
+                self.model(tokens)
+        except _EnoughError:
+            pass
+        return last[0]
 
-    def head(self, tokens: mx.array, h: mx.array) -> mx.array:
+    def _require_passed_on(self, number: int, last: list[mx.array], call: Call) -> None:
+        if last and not mx.array_equal(last[0], call.x):
+            raise SourceError(
+                f"{self.source.inventory.model_type}: does more between layers {number - 1} and "
+                f"{number} than pass the output on; such models cannot be profiled."
+            )
+
+    def calls(self, tokens: mx.array) -> list[Call]:
+        """What each layer is called with, none being run: all see the first one's input."""
+        calls: list[Call] = []
+
+        def keep(call: Call) -> mx.array:
+            calls.append(call)
+            if len(calls) == len(self.layers):
+                raise _EnoughError
+            return call.x
+
+        try:
+            with self._instead([keep] * len(self.layers)):
+                self.model(tokens)
+        except _EnoughError:
+            pass
+        return calls
+
+    def head(self, h: mx.array) -> mx.array:
         """Logits for `h`, the output of the last layer: all that the model does after it."""
+        some = mx.zeros(h.shape[:2], mx.int32)
         with self._instead([lambda call: call.x] * (len(self.layers) - 1) + [lambda _: h]):
-            logits: mx.array = self.model(tokens)
+            logits: mx.array = self.model(some)
         return logits
+
+    def head_block(self, h: mx.array, rows: range, tier: Tier | None = None) -> mx.array:
+        """Logits of some rows of the vocabulary only, the head rounded to `tier`."""
+        table = self.tables[self.head_weight.name]
+        before = table.rows, table.tier
+        table.rows, table.tier = rows, tier
+        try:
+            return self.head(h)
+        finally:
+            table.rows, table.tier = before
+
+    def head_blocks(self, tokens: int) -> Iterator[range]:
+        """The rows of the vocabulary in blocks that are small for so many tokens, too."""
+        rows, width = self.head_weight.shape
+        step = max(1, BLOCK_VALUES // max(width, tokens))
+        for start in range(0, rows, step):
+            yield range(start, min(start + step, rows))
+
+    @property
+    def head_weight(self) -> Weight:
+        """The output head: the embedding itself where that is tied."""
+        heads = [t.weight for t in self.tables.values() if t.weight.role == "lm_head"]
+        return (heads or [table.weight for table in self.tables.values()])[0]
 
     @contextmanager
     def _instead(self, replacements: list[Callable[[Call], mx.array]]) -> Iterator[None]:
@@ -142,27 +156,36 @@ class StreamingModel:
         found = {}
         for name in self._names:
             if name.startswith(prefix):
-                value = self._parameter(name)
+                value = self.parameter(name)
                 if value is not None:
                     found[name[len(prefix) :]] = value
         return found
 
-    def weight(self, name: str) -> mx.array:
-        """The values of a weight, (..., out, in): float32 on the CPU, else its float type."""
-        weight = self._weights[name]
+    def values(self, name: str, start: int = 0, stop: int | None = None) -> mx.array:
+        """A weight's values (..., out, in), or some of its rows (rows, in), in its float type."""
+        weight = self.weights[name]
         view = self.source.views[f"{name}.weight"]
-        carrier = self.source.read(f"{name}.weight", 0, view.rows)
+        whole = stop is None
+        rows = (start, view.rows if stop is None else stop)
+        carrier = self.source.read(f"{name}.weight", *rows)
         if parse_tier(weight.storage) == MXFP4:
-            values = decode_mxfp4(carrier, self.source.read(f"{name}.scales", 0, view.rows))
+            values = decode_mxfp4(carrier, self.source.read(f"{name}.scales", *rows))
         else:
             values = to_mx(carrier, view.dtype)
-        return _compute_type(values).reshape(weight.shape)
+        return values.reshape(weight.shape) if whole else values
 
-    def _parameter(self, name: str) -> mx.array | None:
+    def _rows(self, name: str, part: str, start: int, stop: int) -> mx.array:
+        if part == "weight":
+            return self.values(name, start, stop)
+        view = self.source.views[f"{name}.{part}"]
+        return to_mx(self.source.read(f"{name}.{part}", 0, view.rows), view.dtype)[..., start:stop]
+
+    def parameter(self, name: str) -> mx.array | None:
+        """A stored tensor as the model computes with it; None for the scales of an unpacked one."""
         owner, _, part = name.rpartition(".")
-        weight = self._weights.get(owner)
+        weight = self.weights.get(owner)
         if weight is not None and part == "weight" and not keeps_packed(weight):
-            return self.weight(owner)
+            return self.values(owner).astype(mx.float32)
         if weight is not None and part == "scales" and not keeps_packed(weight):
             return None
         view = self.source.views[name]
@@ -170,7 +193,7 @@ class StreamingModel:
         if weight is not None and part in ("weight", "scales"):
             return values.reshape(*weight.shape[:-1], -1)
         if view.dtype in FLOATS:
-            values = _compute_type(values)
+            values = values.astype(mx.float32)
         return values.reshape(self._kept_shapes[name])
 
     def _wrap_around(self) -> None:
@@ -180,10 +203,24 @@ class StreamingModel:
         for path, module in list(self.model.named_modules()):
             if path in owned and not f"{path}.".startswith(inside):
                 parent, _, name = path.rpartition(".")
-                owner = self.model
-                for part in parent.split(".") if parent else ():
-                    owner = owner[part] if isinstance(owner, dict) else getattr(owner, part)
-                setattr(owner, name, Streamed(module, path, self.fetch))
+                setattr(submodule(self.model, parent), name, self._wrapped(path, module))
+
+    def _wrapped(self, path: str, module: Any) -> Streamed:
+        weight = self.weights.get(path)
+        if weight is not None and weight.role in ("embedding", "lm_head"):
+            self.tables[path] = Table(module, weight, partial(self._rows, path))
+            return self.tables[path]
+        return Streamed(module, path, self.fetch)
+
+
+def submodule(module: Any, path: str) -> Any:
+    """The module at `path` inside of `module`; itself for an empty path."""
+    for part in path.split(".") if path else ():
+        if isinstance(module, list):
+            module = module[int(part)]
+        else:
+            module = module[part] if part in module else getattr(module, part)
+    return module
 
 
 def _list_of_layers(model: Any) -> list[Any]:
@@ -202,10 +239,6 @@ def _list_of_layers(model: Any) -> list[Any]:
 def keeps_packed(weight: Weight) -> bool:
     """Whether the model computes with the packed values of `weight`."""
     return parse_tier(weight.storage).quantized and not on_cpu()
-
-
-def _compute_type(values: mx.array) -> mx.array:
-    return values.astype(mx.float32) if on_cpu() else values
 
 
 def _build(source: Source) -> Any:

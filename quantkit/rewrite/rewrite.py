@@ -19,9 +19,9 @@ from quantkit.progress import Progress
 from quantkit.rewrite.blocks import unit_blocks
 from quantkit.rewrite.config import companions, edit_config
 from quantkit.rewrite.shards import Shard, ShardWriter, lay_out
-from quantkit.rewrite.staging import Staging, require_apart, require_free
 from quantkit.source.checkpoint import INDEX_FILE, hash_file
 from quantkit.source.source import Source, file_hashes
+from quantkit.staging import Staging, require_apart, require_free
 
 SHARD_BYTES = 5_000_000_000
 
@@ -119,7 +119,7 @@ def _write_shards(
     source: Source, plan: Plan, shards: tuple[Shard, ...], staging: Staging, progress: Progress
 ) -> tuple[SourceId, tuple[ShardRecord, ...]]:
     """Gives the source with the hashes of its files, and the records of the shards."""
-    missing = [shard for shard in shards if staging.finished(shard) is None]
+    missing = [shard for shard in shards if staging.finished(shard.name) is None]
     try:
         staging.require_space(sum(shard.tensor_bytes for shard in missing))
     except OutputError:
@@ -130,7 +130,7 @@ def _write_shards(
     records = []
     with _hashing(source) as hashes:
         for shard in shards:
-            record = staging.finished(shard)
+            record = staging.finished(shard.name)
             if record is None:
                 record = _write_shard(source, shard, storage, staging, progress)
                 staging.add(record)

@@ -21,6 +21,7 @@ from quantkit.artifacts.report import ShardRecord
 from quantkit.errors import OutputError
 from quantkit.formats.files import header_bytes
 from quantkit.formats.tiers import TensorSpec, Tier, float_dtype, parse_tier
+from quantkit.staging import sync_folder
 
 _QUEUE = 8  # blocks on their way to the disk
 
@@ -176,12 +177,3 @@ class ShardWriter:
     def _blocks(self) -> Iterator[np.ndarray | bytes]:
         while (block := self._queue.get()) is not None:
             yield block
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames in `folder` survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -5,6 +5,7 @@ from importlib.metadata import version
 import pytest
 
 from quantkit.backend import mx, on_cpu
+from quantkit.errors import SourceError
 from quantkit.model.streaming import StreamingModel
 from quantkit.source.source import open_source
 from tests import tiny
@@ -51,7 +52,7 @@ def test_fine_tunes_that_mlx_lm_refuses(tmp_path):
     values = {}
     for weight in source.inventory.weights:
         if weight.role.startswith("expert"):
-            values[weight.name] = decoder.weight(weight.name).swapaxes(1, 2)
+            values[weight.name] = decoder.values(weight.name).astype(mx.float32).swapaxes(1, 2)
 
     def store(tensors):
         published = {spec.name: v for spec, v in tiny.gpt_oss_tensors()}
@@ -72,16 +73,33 @@ def test_fine_tunes_that_mlx_lm_refuses(tmp_path):
     assert mx.allclose(StreamingModel(open_source(str(plain)))(tokens), expected, atol=1e-5).item()
 
 
-def test_layer_inputs_and_head_make_the_whole(checkpoint):
+def test_layers_and_head_make_the_whole(checkpoint):
     model = StreamingModel(open_source(str(checkpoint)))
     tokens = mx.random.randint(0, 64, (2, 12), key=mx.random.key(0))
-    calls, logits = model.inputs(tokens)
-    assert len(calls) == len(model.layers)
-    for layer, call, after in zip(model.layers, calls, calls[1:], strict=False):
-        assert mx.array_equal(layer.run(call), after.x)
-    last = model.layers[-1].run(calls[-1])
-    assert mx.array_equal(model.head(tokens, last), logits)
-    assert mx.array_equal(logits, model(tokens))
+    calls = []
+    last = model.run(tokens, lambda number, call, y: calls.append((number, call, y)))
+    assert [number for number, _, _ in calls] == list(range(len(model.layers)))
+    for layer, (_, call, y) in zip(model.layers, calls, strict=True):
+        assert mx.array_equal(layer.run(call), y)
+    assert mx.array_equal(model.head(last), model(tokens))
+    assert mx.array_equal(model.calls(tokens)[3].x, calls[0][1].x)
+
+
+def test_the_head_comes_in_blocks(checkpoint):
+    model = StreamingModel(open_source(str(checkpoint)))
+    h = mx.random.normal((1, 5, 128), key=mx.random.key(0))
+    whole = model.head(h)
+    blocks = [model.head_block(h, rows) for rows in (range(10), range(10, 64))]
+    assert mx.allclose(mx.concatenate(blocks, axis=-1), whole, atol=1e-5)
+
+
+def test_values_that_are_not_finite_name_the_layer(tmp_path):
+    def spoil(values):
+        values["model.layers.2.self_attn.o_proj.bias"][0] = 0x7FC0
+
+    model = StreamingModel(open_source(str(tiny.write_gpt_oss(tmp_path / "src", spoil))))
+    with pytest.raises(SourceError, match=r"layer 2 \(model.layers.2\): .* not finite"):
+        model.run(mx.zeros((1, 4), mx.int32), lambda *_: None)
 
 
 def test_weights_are_let_go(checkpoint):
@@ -102,7 +120,9 @@ def test_weights_are_let_go(checkpoint):
 def test_gradients_pass_through_a_layer(checkpoint):
     """The product along a direction is the slope along it."""
     model = StreamingModel(open_source(str(checkpoint)))
-    calls, _ = model.inputs(mx.random.randint(0, 64, (1, 70), key=mx.random.key(0)))
+    calls = []
+    tokens = mx.random.randint(0, 64, (1, 70), key=mx.random.key(0))
+    model.run(tokens, lambda number, call, y: calls.append(call))
     layer, call = model.layers[2], calls[2]
     direction = mx.random.normal(call.x.shape, key=mx.random.key(1))
     cotangent = mx.random.normal(call.x.shape, key=mx.random.key(2))

@@ -1,13 +1,14 @@
-"""The folder in which a repo grows before it takes its name.
+"""The folder in which an output grows before it takes its name.
 
 Beside OUT stands OUT.partial with
 
-    state.json   what the rewrite depends on, and the shards that are complete
-    repo/        the repo so far
+    state.json   what the output depends on, and the shards that are complete
+    repo/        the output so far
+    work/        what an interrupted run can go on from, and the output does without
     replaced/    what stood at OUT, for the moment between two renames
     lock         held by the process at work
 
-Only a finished repo is renamed to OUT; a killed run leaves OUT.partial, from which the next one
+Only a finished output is renamed to OUT; a killed run leaves OUT.partial, from which the next one
 with the same inputs goes on.
 """
 
@@ -21,10 +22,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from quantkit.artifacts.profile import PROFILE_FILE
 from quantkit.artifacts.report import REPORT_FILE, ShardRecord, shard_record
 from quantkit.errors import OutputError
 from quantkit.jsonfile import dump_json, load_json, write_atomically
-from quantkit.rewrite.shards import Shard, sync_folder
 from quantkit.source.checkpoint import hash_file
 
 _MARK = b"quantkit\n"
@@ -34,10 +35,14 @@ _SPARE = 64_000_000  # bytes left free for config, tokenizer, report
 class Staging:
     """OUT.partial, locked while open. Use as a context manager."""
 
-    def __init__(self, out: Path, depends: Mapping[str, str], force: bool) -> None:
+    def __init__(
+        self, out: Path, depends: Mapping[str, str], force: bool, what: str = "rewrite"
+    ) -> None:
         self.out = out
+        self.what = what
         self.folder = out.with_name(f"{out.name}.partial")
         self.repo = self.folder / "repo"
+        self.work = self.folder / "work"
         self._replaced = self.folder / "replaced"
         self._state = self.folder / "state.json"
         self._depends = dict(depends)
@@ -120,16 +125,18 @@ class Staging:
             changed, records = self._read_state()
             if not changed:
                 self.repo.mkdir(exist_ok=True)
+                self.work.mkdir(exist_ok=True)
                 self._records = {r.name: r for r in records if self._is_whole(r)}
                 _clear(self.repo, keep=self._records.keys())
                 return
             if not self._force:
                 raise OutputError(
-                    f"{self.folder}: holds an unfinished rewrite with another {changed[0]}. "
+                    f"{self.folder}: holds an unfinished {self.what} with another {changed[0]}. "
                     "Run with the same inputs to go on, or with --force to start over."
                 )
-        _remove(self.repo)
-        self.repo.mkdir()
+        for folder in (self.repo, self.work):
+            _remove(folder)
+            folder.mkdir()
         self._save()
 
     def _read_state(self) -> tuple[list[str], list[ShardRecord]]:
@@ -152,9 +159,9 @@ class Staging:
         shards = [asdict(record) for record in self._records.values()]
         write_atomically(self._state, dump_json({"depends": self._depends, "shards": shards}))
 
-    def finished(self, shard: Shard) -> ShardRecord | None:
+    def finished(self, shard: str) -> ShardRecord | None:
         """The record of a shard that an earlier run completed."""
-        return self._records.get(shard.name)
+        return self._records.get(shard)
 
     def add(self, record: ShardRecord) -> None:
         """Remember that a shard is complete."""
@@ -205,6 +212,7 @@ class Staging:
             for path in (self._state, *self.folder.glob(".state.json.*.tmp"), self._replaced):
                 _remove(path)
             _remove(self.repo)
+            _remove(self.work)
             (self.folder / "lock").unlink(missing_ok=True)
         with suppress(OSError):
             for path in (self.folder, *self._made):
@@ -238,8 +246,10 @@ def require_free(out: Path, force: bool) -> None:
         if not out.is_dir():
             raise OutputError(f"{out}: is a file. Choose another output folder.")
         if not force:
-            ours = (out / REPORT_FILE).exists()
-            what = "holds another quant" if ours else "exists and is not ours"
+            what = "exists and is not ours"
+            for file, kind in ((REPORT_FILE, "quant"), (PROFILE_FILE, "profile")):
+                if (out / file).exists():
+                    what = f"holds another {kind}"
             raise OutputError(
                 f"{out}: {what}. Choose another output folder, or replace it with --force."
             )
@@ -266,3 +276,12 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in `folder` survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,151 @@
+"""What every weight of one checkpoint loses in every tier."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from math import isfinite
+from typing import Any
+
+from quantkit.artifacts.inventory import SourceId, is_count, source_id
+from quantkit.errors import ProfileError
+from quantkit.jsonfile import FORMAT_VERSION
+
+PROFILE_FILE = "profile.json"
+IMPORTANCE_FILE = "importance.safetensors"
+
+
+@dataclass(frozen=True)
+class Loss:
+    """One entry of the table: a weight in `tier` takes `bytes` and costs `kl`.
+
+    `kl` is the mean KL divergence to the native model in nats per token, predicted or measured as
+    the profile's method says; `error` is its standard error over the sequences.
+    """
+
+    tier: str
+    bytes: int
+    kl: float
+    error: float
+
+
+@dataclass(frozen=True)
+class WeightLosses:
+    """The losses of one weight in all tiers, largest first.
+
+    `unseen_experts` counts those of a stack to which no calibration token was routed. The stack's
+    losses are then an estimate: each such expert counts as if one token had been routed to it.
+    """
+
+    name: str
+    role: str
+    layer: int | None
+    storage: str
+    parameters: int
+    unseen_experts: int
+    losses: tuple[Loss, ...]
+
+    @property
+    def estimated(self) -> bool:
+        return self.unseen_experts > 0
+
+    @property
+    def by_tier(self) -> dict[str, Loss]:
+        return {loss.tier: loss for loss in self.losses}
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The text a profile was measured on: how much of it, and the sha256 of its token ids."""
+
+    name: str
+    licence: str
+    sequences: int
+    sequence_length: int
+    seed: int
+    sha256: str
+
+    @property
+    def tokens(self) -> int:
+        return self.sequences * self.sequence_length
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Weight x tier -> bytes and KL divergence, for one checkpoint.
+
+    `method` is `fisher` (predicted from one backward pass) or `kl` (measured). `expert_tokens`
+    gives, for every stack of experts by its module path, how many tokens each expert saw.
+    """
+
+    source: SourceId
+    model_type: str
+    method: str
+    rounding: str
+    draws: int
+    tiers: tuple[str, ...]
+    calibration: Calibration
+    weights: tuple[WeightLosses, ...]
+    expert_tokens: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        weights = [
+            {**asdict(weight), "estimated": weight.estimated, "losses": _losses(weight)}
+            for weight in self.weights
+        ]
+        return {
+            "kind": "profile",
+            "version": FORMAT_VERSION,
+            "source": asdict(self.source),
+            "model_type": self.model_type,
+            "method": self.method,
+            "rounding": self.rounding,
+            "draws": self.draws,
+            "tiers": list(self.tiers),
+            "calibration": {**asdict(self.calibration), "tokens": self.calibration.tokens},
+            "versions": dict(self.versions),
+            "expert_tokens": {name: list(seen) for name, seen in self.expert_tokens.items()},
+            "weights": weights,
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any], where: str) -> "Profile":
+        """Read back what `to_json` gave. Raises ProfileError naming `where`."""
+        if data.get("kind") != "profile":
+            raise ProfileError(f"{where}: expected a profile, found {data.get('kind')!r}.")
+        if data.get("version") != FORMAT_VERSION:
+            raise ProfileError(
+                f"{where}: profile of version {data.get('version')!r}, this quantkit reads "
+                f"{FORMAT_VERSION}. Make it anew: quantkit profile SRC -o {where} --force"
+            )
+        try:
+            calibration = {k: v for k, v in data["calibration"].items() if k != "tokens"}
+            return cls(
+                source=source_id(data["source"]),
+                model_type=data["model_type"],
+                method=data["method"],
+                rounding=data["rounding"],
+                draws=data["draws"],
+                tiers=tuple(data["tiers"]),
+                calibration=Calibration(**calibration),
+                weights=tuple(_weight(weight) for weight in data["weights"]),
+                expert_tokens={k: tuple(v) for k, v in data["expert_tokens"].items()},
+                versions=dict(data["versions"]),
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as exc:
+            raise ProfileError(f"{where}: not a complete profile ({exc}). Make it anew.") from exc
+
+
+def _losses(weight: WeightLosses) -> dict[str, dict[str, Any]]:
+    return {
+        loss.tier: {"bytes": loss.bytes, "kl": loss.kl, "error": loss.error}
+        for loss in weight.losses
+    }
+
+
+def _weight(data: Mapping[str, Any]) -> WeightLosses:
+    losses = tuple(Loss(tier, **loss) for tier, loss in data["losses"].items())
+    for loss in losses:
+        if not is_count(loss.bytes) or not isfinite(loss.kl) or not isfinite(loss.error):
+            raise ValueError(f"{data['name']}, tier {loss.tier}: no such loss is possible")
+    known = ("name", "role", "layer", "storage", "parameters", "unseen_experts")
+    return WeightLosses(**{key: data[key] for key in known}, losses=losses)
