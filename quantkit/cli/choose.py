@@ -1,6 +1,7 @@
 """From what a person asked for to a plan."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from quantkit.allocate.plan import read_plan
 from quantkit.allocate.recipe import idle_rules, load_recipe, plan_by_recipe, recipe_names
@@ -9,6 +10,24 @@ from quantkit.artifacts.plan import Plan
 from quantkit.cli import console
 from quantkit.errors import InputError, PlanError
 from quantkit.jsonfile import load_json
+
+if TYPE_CHECKING:
+    from quantkit.source.source import Source
+
+DEMOS = ("demo", "demo-llama")
+
+
+def open_model(name: str, revision: str | None = None) -> "Source":
+    """The source called `name`: a folder, a Hub id, or one of the two small models that are built
+    on the spot, `demo` and `demo-llama`. Raises InputError."""
+    from quantkit.source.source import open_source
+
+    if name in DEMOS and not Path(name).exists():
+        from quantkit.demo import build
+
+        built = build.demo_checkpoint() if name == "demo" else build.plain_checkpoint()
+        return open_source(str(built))
+    return open_source(name, revision)
 
 
 def choose_plan(inventory: Inventory, recipe: str | None, plan_file: Path | None) -> Plan:

@@ -3,15 +3,18 @@
 import json
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from quantkit.artifacts.inventory import Inventory
 from quantkit.artifacts.plan import Plan
+from quantkit.artifacts.profile import Profile
 from quantkit.artifacts.report import Report
+from quantkit.formats.tiers import parse_tier
 from quantkit.progress import Progress
-from quantkit.roles import group_roles
+from quantkit.roles import ROLES, group_roles
 from quantkit.units import bits_per_weight, count, gb, gib, size
 
 _MOST_FILES = 8
@@ -92,6 +95,58 @@ def print_report(report: Report, where: str) -> None:
     print("versions          " + ", ".join(f"{k} {v}" for k, v in report.versions.items()))
 
 
+def print_profile(profile: Profile) -> None:
+    """What each role loses in each tier: the sum over its weights, and the worst layer."""
+    tiers = sorted(
+        {loss.tier for w in profile.weights for loss in w.losses if loss.kl > 0},
+        key=lambda tier: (-parse_tier(tier).stored_bytes((1, 128)), tier),
+    )
+    table = _table("role", "#weights", *(f"#{tier}" for tier in tiers), "worst")
+    for role in ROLES:
+        weights = [weight for weight in profile.weights if weight.role == role]
+        if not weights:
+            continue
+        cells = []
+        for tier in tiers:
+            losses = [w.by_tier[tier].kl for w in weights if tier in w.by_tier]
+            cells.append(f"{sum(losses):.2g}" if len(losses) == len(weights) else "-")
+        worst = max(weights, key=lambda w: max(loss.kl for loss in w.losses))
+        layer = "" if worst.layer is None else f"layer {worst.layer}"
+        table.add_row(role, str(len(weights)), *cells, layer)
+    text = profile.calibration
+    _show(
+        table,
+        f"{profile.source.name}: KL divergence to native in nats per token, summed over a role's "
+        f"weights ({profile.method}, {profile.rounding})",
+    )
+    print(
+        f"calibration       {text.name}: {text.sequences} sequences of {text.sequence_length} "
+        f"tokens, seed {text.seed}"
+    )
+    errors = [loss.error / loss.kl for w in profile.weights for loss in w.losses if loss.kl > 0]
+    if errors:
+        print(f"standard error    {100 * median(errors):.0f}% of an entry (median)")
+    counts = [n for seen in profile.expert_tokens.values() for n in seen]
+    if counts:
+        print(f"tokens per expert {min(counts)} to {max(counts)}, median {median(counts):.0f}")
+    estimated = sum(weight.estimated for weight in profile.weights)
+    if estimated:
+        print(f"estimated         {estimated} stacks hold experts that saw no token")
+
+
+def print_check(check: Mapping[str, Any]) -> None:
+    """How predictions compare with what was measured."""
+    faster = check["seconds_measured"] / max(check["seconds_predicted"], 1e-9)
+    print(
+        f"check             {check['entries']} entries measured on held-out text: Spearman "
+        f"{check['spearman']:.3f}, predicted / measured {check['median_ratio']:.2f} (median)"
+    )
+    print(
+        f"time              {check['seconds_predicted']:.0f} s to predict all, "
+        f"{check['seconds_measured']:.0f} s to measure all: 1/{faster:.0f}"
+    )
+
+
 def print_checks(checks: Sequence[Any]) -> None:
     """A line per check, as it is made."""
     marks = {True: "ok  ", False: "FAIL", None: "skip"}
@@ -107,15 +162,24 @@ def print_verdict(checks: Sequence[Any], where: str) -> None:
 
 
 @contextmanager
-def progress(total: int, what: str) -> Iterator[Progress]:
-    """A progress bar on stderr over `total` bytes, with ETA; only on a terminal, gone at the end.
+def progress(total: int, what: str, unit: str = "bytes") -> Iterator[Progress]:
+    """A progress bar on stderr over `total` bytes or steps, with ETA; only on a terminal, gone at
+    the end.
 
     With a total of 0 only the names of what is being done are shown.
     """
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
 
-    counted = (BarColumn(bar_width=16), DownloadColumn(), TimeRemainingColumn())
+    done = DownloadColumn() if unit == "bytes" else MofNCompleteColumn()
+    counted = (BarColumn(bar_width=16), done, TimeRemainingColumn())
     columns = (
         TextColumn(what, markup=False),
         *(counted if total else ()),

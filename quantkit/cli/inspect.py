@@ -10,9 +10,9 @@ def inspect(src: Src, revision: Revision = None, json: Json = False) -> None:
     Nothing is downloaded but metadata: `quantkit inspect openai/gpt-oss-120b` takes seconds.
     Damaged files (truncated shards, tensors missing or of a wrong shape) are found and named.
     """
-    from quantkit.source.source import open_source
+    from quantkit.cli.choose import open_model
 
-    inventory = open_source(src, revision).inventory
+    inventory = open_model(src, revision).inventory
     if json:
         console.print_json(inventory.to_json())
     else:

@@ -13,6 +13,7 @@ from quantkit.cli import console
 from quantkit.cli.demo import demo
 from quantkit.cli.inspect import inspect
 from quantkit.cli.plan import plan
+from quantkit.cli.profile import profile
 from quantkit.cli.quantize import quantize
 from quantkit.cli.report import report
 from quantkit.cli.verify import verify
@@ -81,7 +82,7 @@ def _options(
     pass
 
 
-for command in (inspect, plan, quantize, report, verify, demo):
+for command in (inspect, profile, plan, quantize, report, verify, demo):
     app.command()(command)
 
 

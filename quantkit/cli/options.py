@@ -8,7 +8,9 @@ import typer
 Src = Annotated[
     str,
     typer.Argument(
-        metavar="SRC", help="A checkpoint: a local folder, or a Hub id such as openai/gpt-oss-20b."
+        metavar="SRC",
+        help="A checkpoint: a local folder, a Hub id such as openai/gpt-oss-20b, or a small "
+        "model to try things on: demo (a gpt-oss) or demo-llama.",
     ),
 ]
 Repo = Annotated[Path, typer.Argument(metavar="OUT", help="A repo that quantkit wrote.")]

@@ -33,14 +33,13 @@ def plan(
     `quantkit plan SRC --plan plan.json` to count anew, and
     `quantkit quantize SRC --plan plan.json -o OUT`
     """
-    from quantkit.cli.choose import choose_plan
+    from quantkit.cli.choose import choose_plan, open_model
     from quantkit.errors import OutputError
     from quantkit.jsonfile import dump_json, write_atomically
-    from quantkit.source.source import open_source
 
     if output is not None and output.exists() and not force:
         raise OutputError(f"{output}: exists. Choose another file, or replace it with --force.")
-    chosen = choose_plan(open_source(src, revision).inventory, recipe, plan)
+    chosen = choose_plan(open_model(src, revision).inventory, recipe, plan)
     if output is not None:
         write_atomically(output, dump_json(chosen.to_json()))
     if json:

@@ -35,16 +35,15 @@ def quantize(
     """
     from quantkit.artifacts.report import REPORT_FILE
     from quantkit.backend import speed_hint
-    from quantkit.cli.choose import choose_plan
+    from quantkit.cli.choose import choose_plan, open_model
     from quantkit.errors import InputError
     from quantkit.pipeline import quantize as write_repo
-    from quantkit.source.source import open_source
     from quantkit.units import parse_bytes
 
     shard_bytes = parse_bytes(shard_size)
     if shard_bytes == 0:
         raise InputError("--shard-size: shards of 0 bytes hold nothing. Write it like 5GB.")
-    source = open_source(src, revision)
+    source = open_model(src, revision)
     chosen = choose_plan(source.inventory, recipe, plan)
     console.note(speed_hint())
     was_there = (output / REPORT_FILE).exists() and not force

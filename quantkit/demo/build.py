@@ -4,11 +4,12 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from quantkit.backend import mx
-from quantkit.demo import upcycle
+from quantkit.demo import llama, upcycle
 from quantkit.demo.smollm2 import SmolLM2, gguf_path
 from quantkit.demo.tokenizer import write_tokenizer
 from quantkit.formats.codec import to_numpy
@@ -16,17 +17,25 @@ from quantkit.formats.files import write_file
 from quantkit.formats.tiers import TensorSpec
 from quantkit.jsonfile import dump_json
 from quantkit.places import cache_folder
-from quantkit.source.checkpoint import INDEX_FILE
+from quantkit.source.checkpoint import INDEX_FILE, SINGLE_FILE
 
 Stored = tuple[TensorSpec, np.ndarray]
 
 _NAME = "smollm2-135m-gpt-oss-v1"  # a change to what is built needs another name
+
+_PLAIN_NAME = "smollm2-135m-llama-v1"
 
 _CARD = """---
 license: apache-2.0
 base_model: HuggingFaceTB/SmolLM2-135M-Instruct
 ---
 SmolLM2-135M-Instruct, upcycled by quantkit to the gpt-oss architecture (8 experts, top 4, MXFP4).
+"""
+_PLAIN_CARD = """---
+license: apache-2.0
+base_model: HuggingFaceTB/SmolLM2-135M-Instruct
+---
+SmolLM2-135M-Instruct in BF16, as quantkit reads it from a GGUF file of 4 bits.
 """
 
 
@@ -36,13 +45,22 @@ def demo_checkpoint(step: Callable[[int, int], None] | None = None) -> Path:
     `step` is called with layers done and layers in all. Raises SourceError when the package that
     holds the weights is not installed.
     """
-    folder = cache_folder() / _NAME
+    return _built(_NAME, lambda model, folder: build(model, folder, step))
+
+
+def plain_checkpoint() -> Path:
+    """SmolLM2-135M-Instruct itself, a dense llama in BF16: its folder, built if it is not there."""
+    return _built(_PLAIN_NAME, build_plain)
+
+
+def _built(name: str, write: Callable[[SmolLM2, Path], None]) -> Path:
+    folder = cache_folder() / name
     if folder.is_dir():
         return folder
-    building = folder.with_name(f"{_NAME}.{os.getpid()}.partial")
+    building = folder.with_name(f"{name}.{os.getpid()}.partial")
     building.mkdir(parents=True)
     try:
-        build(SmolLM2.open(gguf_path()), building, step)
+        write(SmolLM2.open(gguf_path()), building)
         try:
             building.replace(folder)
         except OSError:
@@ -51,6 +69,16 @@ def demo_checkpoint(step: Callable[[int, int], None] | None = None) -> Path:
     finally:
         shutil.rmtree(building, ignore_errors=True)
     return folder
+
+
+def build_plain(model: SmolLM2, folder: Path) -> None:
+    """Write `model` as the llama checkpoint that it is, its values in BF16. Deterministic."""
+    stored = []
+    for name, values in llama.tensors(model):
+        carrier = to_numpy(mx.array(values).astype(mx.bfloat16))
+        stored.append((TensorSpec(name, "BF16", values.shape), carrier))
+    write_file(folder / SINGLE_FILE, stored)
+    _write_rest(model, folder, llama.config(model), _PLAIN_CARD)
 
 
 def build(model: SmolLM2, folder: Path, step: Callable[[int, int], None] | None = None) -> None:
@@ -72,10 +100,13 @@ def build(model: SmolLM2, folder: Path, step: Callable[[int, int], None] | None 
         weight_map.update({spec.name: file for spec, _ in shard})
     total = sum(spec.nbytes for shard in shards for spec, _ in shard)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    settings = upcycle.config(model)
-    eos = {"eos_token_id": [settings["eos_token_id"]], "pad_token_id": settings["pad_token_id"]}
     (folder / INDEX_FILE).write_text(dump_json(index))
+    _write_rest(model, folder, upcycle.config(model), _CARD)
+
+
+def _write_rest(model: SmolLM2, folder: Path, settings: dict[str, Any], card: str) -> None:
+    eos = {"eos_token_id": [settings["eos_token_id"]], "pad_token_id": settings["pad_token_id"]}
     (folder / "config.json").write_text(dump_json(settings))
     (folder / "generation_config.json").write_text(dump_json(eos))
-    (folder / "README.md").write_text(_CARD)
+    (folder / "README.md").write_text(card)
     write_tokenizer(model.fields, folder)

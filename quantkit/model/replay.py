@@ -88,6 +88,12 @@ class TappedLayer:
         self.module = module
         self._taps = taps
 
+    def run(self, call: Call) -> mx.array:
+        """The layer's output."""
+        y = self._run(call)
+        mx.eval(y)
+        return y
+
     def record(self, call: Call, listen: Listener | None = None) -> Trace:
         """Run the layer and remember."""
         steps: list[Step] = []

@@ -88,6 +88,14 @@ def download(checkpoint: Checkpoint) -> Path:
         return Path(snapshot_download(repo, revision=revision, **_FILES))
 
 
+def fetch_file(repo: str, name: str) -> Path:
+    """One file of a repo, through the Hub's cache. Raises HubError."""
+    from huggingface_hub import hf_hub_download
+
+    with _clear_errors(repo, None):
+        return Path(hf_hub_download(repo, name))
+
+
 _FILES: dict[str, Any] = {"allow_patterns": DOWNLOAD, "ignore_patterns": ["*/*"]}
 
 

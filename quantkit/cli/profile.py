@@ -1,0 +1,144 @@
+"""`quantkit profile`: what every weight loses in every tier."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from quantkit.cli import console
+from quantkit.cli.options import Json, Revision, Src
+
+
+def profile(
+    src: Src,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="PROFILE", help="The folder to write."),
+    ] = None,
+    published: Annotated[
+        str | None,
+        typer.Option(
+            "--profile",
+            metavar="PROFILE",
+            help="Measure nothing: show this profile, a folder or a Hub id (user/name).",
+        ),
+    ] = None,
+    calibration: Annotated[
+        str,
+        typer.Option(
+            help="Text to measure on: a Hub data set, a .jsonl, .txt or .parquet file, or the "
+            "small mix that ships with quantkit."
+        ),
+    ] = "default",
+    tokens: Annotated[int, typer.Option(help="How many tokens of it.")] = 4096,
+    sequence_length: Annotated[int, typer.Option(help="Tokens in a sequence.")] = 256,
+    seed: Annotated[int, typer.Option(help="Of the text's order and of the labels drawn.")] = 0,
+    draws: Annotated[int, typer.Option(help="Labels drawn per token (fisher).")] = 2,
+    tiers: Annotated[
+        str | None,
+        typer.Option(help="Tiers to measure, such as q4g64,q3g64. Default: all but g128."),
+    ] = None,
+    method: Annotated[
+        str,
+        typer.Option(
+            help="fisher: predict from one backward pass. kl: run the whole model for every entry."
+        ),
+    ] = "fisher",
+    rounding: Annotated[str, typer.Option(help="The rounding to measure with.")] = "rtn",
+    check: Annotated[
+        int,
+        typer.Option(
+            metavar="N", help="Then measure N random entries on held-out text, and compare."
+        ),
+    ] = 0,
+    plot: Annotated[
+        Path | None,
+        typer.Option(metavar="PNG", help="Draw the table (needs the extra `plot`)."),
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace PROFILE, or an unfinished run of other inputs.")
+    ] = False,
+    revision: Revision = None,
+    json: Json = False,
+) -> None:
+    """Measure what every weight loses in every tier, as KL divergence to the native model.
+
+    Runs the model a layer at a time, forward once and back once; each weight's tiers are tried in
+    its own layer only. PROFILE then serves every budget; its `importance.safetensors` holds the
+    mean squared input of every channel. A killed run goes on at the layer it had reached, and a
+    finished profile given more tiers measures only those.
+
+    `quantkit profile demo -o demo-profile --tokens 1024 --check 48`
+    """
+    from quantkit.cli.choose import open_model
+    from quantkit.errors import InputError
+    from quantkit.profile.store import load_profile
+
+    if (output is None) == (published is None):
+        raise InputError("say where to write it with -o PROFILE, or which to show with --profile.")
+    if plot:
+        _require_plots()
+    source = open_model(src, revision)
+    checked: dict[str, Any] = {}
+    if published is not None:
+        made = load_profile(published, source.inventory)
+    else:
+        from quantkit.backend import speed_hint
+        from quantkit.model.calibration import Request
+        from quantkit.profile.candidates import parse_tiers
+        from quantkit.profile.profile import Settings, make, make_check, prepare
+        from quantkit.source.source import with_values
+
+        assert output is not None
+        text = Request(calibration, tokens, sequence_length, seed)
+        settings = Settings(text, parse_tiers(tiers), method, rounding, draws)
+        console.note(speed_hint())
+        profiling = prepare(with_values(source), output, settings, force)
+        if profiling.text.about.sequences < text.sequences:
+            console.note(f"there is text for {profiling.text.about.tokens:,} tokens only")
+        with console.progress(profiling.steps, "Profiling", "steps") as progress:
+            made = make(profiling, progress)
+        if check:
+            with console.progress(check, "Checking", "steps") as progress:
+                checked = asdict(make_check(profiling, made, check, progress))
+    if plot:
+        from quantkit.publish.plot import plot_profile
+
+        plot_profile(made, plot)
+    if json:
+        console.print_json(made.to_json() | ({"check": checked} if checked else {}))
+        return
+    console.print_profile(made)
+    for line in _warnings(made.expert_tokens):
+        console.note(line)
+    if checked:
+        console.print_check(checked)
+    if output is not None:
+        print(f"Written to {output}.")
+
+
+_FEW = 16
+
+
+def _warnings(seen: dict[str, tuple[int, ...]] | Any) -> list[str]:
+    """A line for every stack in which experts saw few tokens."""
+    lines = []
+    for name, counts in seen.items():
+        if not name.endswith("down_proj"):
+            continue
+        few = [f"{i} ({n})" for i, n in enumerate(counts) if n < _FEW]
+        if few:
+            listed = ", ".join(few[:8]) + (f" and {len(few) - 8} more" if len(few) > 8 else "")
+            stack = name.rpartition(".")[0]
+            lines.append(f"{stack}: fewer than {_FEW} tokens reached experts {listed}")
+    return lines
+
+
+def _require_plots() -> None:
+    from importlib.util import find_spec
+
+    from quantkit.errors import InputError
+
+    if find_spec("matplotlib") is None:
+        raise InputError("--plot needs matplotlib: pip install 'quantkit[plot]'")

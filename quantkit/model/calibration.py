@@ -1,0 +1,227 @@
+"""Calibration text: from the Hub, a file of the user's, or the small set that ships with quantkit.
+
+Every fifth sequence is held out: it is never calibrated on, so that predictions can be checked on
+text they have not seen.
+"""
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from quantkit.artifacts.profile import Calibration
+from quantkit.backend import mx  # noqa: F401  (before mlx-lm, which brings the tokenizer)
+from quantkit.errors import CalibrationError
+from quantkit.places import data_folder, user_path
+from quantkit.source.checkpoint import Checkpoint
+from quantkit.source.layout import optional_int
+
+DEFAULT = "default"
+_KINDS = ("prose", "code", "chat", "maths")  # of the default set, in turn
+_LICENCE = "public domain, PSF-2.0, MIT, Apache-2.0 (evals/calibration/README.md)"
+_HELD_OUT = 5
+_LOADERS = {".jsonl": "json", ".json": "json", ".txt": "text", ".md": "text", ".parquet": "parquet"}
+_TEXTS = ("text", "content", "document")
+_DIALOGUES = ("messages", "conversations", "conversation")
+_TODAY = "2025-08-05"  # what templates take for today, so that the same text gives the same tokens
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to calibrate on: a Hub data set, a file, or `default`, and how much of it."""
+
+    name: str = DEFAULT
+    tokens: int = 4096
+    sequence_length: int = 256
+    seed: int = 0
+
+    @property
+    def sequences(self) -> int:
+        return max(1, self.tokens // self.sequence_length)
+
+
+@dataclass(frozen=True)
+class Text:
+    """Token ids (sequences, sequence length): those to calibrate on, and those held out."""
+
+    about: Calibration
+    tokens: np.ndarray
+    held_out: np.ndarray
+
+
+def read_text(checkpoint: Checkpoint, request: Request) -> Text:
+    """Tokenize what `request` asks for with the checkpoint's own tokenizer and chat template.
+
+    Gives fewer sequences where there is not enough text. Raises CalibrationError.
+    """
+    _require_possible(checkpoint, request)
+    tokenizer = _tokenizer(checkpoint)
+    kinds = [_sequences(records, tokenizer, request) for records in _records(request)]
+    chosen: list[list[int]] = []
+    held_out: list[list[int]] = []
+    number = 0
+    while kinds and (len(chosen) < request.sequences or len(held_out) < request.sequences):
+        for kind in list(kinds):
+            part = list(islice(kind, _HELD_OUT))
+            if not part:
+                kinds.remove(kind)
+            chosen += part[: _HELD_OUT - 1]
+            held_out += part[_HELD_OUT - 1 :]
+        number += 1
+    if not chosen:
+        raise CalibrationError(
+            f"{request.name}: holds less than one sequence of {request.sequence_length} tokens. "
+            "Give more text, or a smaller --sequence-length."
+        )
+    tokens = np.array(_in_turn(chosen, request), np.int32)
+    about = Calibration(
+        name=Path(request.name).name if user_path(request.name).exists() else request.name,
+        licence=_LICENCE if request.name == DEFAULT else "unknown",
+        sequences=len(tokens),
+        sequence_length=request.sequence_length,
+        seed=request.seed,
+        sha256=hashlib.sha256(tokens.tobytes()).hexdigest(),
+    )
+    rest = np.array(held_out[: request.sequences], np.int32).reshape(-1, request.sequence_length)
+    return Text(about, tokens, rest)
+
+
+def _in_turn(chosen: list[list[int]], request: Request) -> list[list[int]]:
+    """As many as were asked for, from all kinds alike."""
+    if request.name != DEFAULT:
+        return chosen[: request.sequences]
+    step = _HELD_OUT - 1
+    blocks = [chosen[i : i + step] for i in range(0, len(chosen), step)]
+    rounds = [blocks[i : i + len(_KINDS)] for i in range(0, len(blocks), len(_KINDS))]
+    mixed = [block[i] for kinds in rounds for i in range(step) for block in kinds if i < len(block)]
+    return mixed[: request.sequences]
+
+
+def _require_possible(checkpoint: Checkpoint, request: Request) -> None:
+    for value, option in (
+        (request.tokens, "--tokens"),
+        (request.sequence_length - 1, "--sequence-length"),
+    ):
+        if value < 1:
+            raise CalibrationError(f"{option} is too small. A sequence has 2 tokens or more.")
+    longest = optional_int(checkpoint.config, "max_position_embeddings", "n_positions")
+    if longest is not None and request.sequence_length > longest:
+        raise CalibrationError(
+            f"--sequence-length {request.sequence_length} is more than the {longest} tokens that "
+            f"{checkpoint.name} takes."
+        )
+
+
+def _tokenizer(checkpoint: Checkpoint) -> Any:
+    from mlx_lm.utils import load_tokenizer
+
+    folder = checkpoint.path("")
+    try:
+        return load_tokenizer(folder)
+    except (OSError, ValueError, KeyError, TypeError) as exc:
+        reason = str(exc).strip().splitlines()[0] if str(exc).strip() else type(exc).__name__
+        raise CalibrationError(
+            f"{checkpoint.name}: its tokenizer cannot be read ({reason})."
+        ) from exc
+
+
+def _records(request: Request) -> list[Iterator[Mapping[str, Any]]]:
+    """The documents of every kind of text, each kind shuffled by the seed."""
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
+    from huggingface_hub.errors import HfHubHTTPError
+
+    path = user_path(request.name)
+    if request.name == DEFAULT:
+        folder = data_folder("evals") / "calibration"
+        wanted = [("json", {"data_files": str(folder / f"{kind}.jsonl")}) for kind in _KINDS]
+    elif path.is_file():
+        loader = _LOADERS.get(path.suffix.lower())
+        if loader is None:
+            raise CalibrationError(
+                f"{path}: not a kind of file to calibrate on. Give {', '.join(_LOADERS)}."
+            )
+        if path.stat().st_size == 0:
+            raise CalibrationError(f"{path}: is empty.")
+        options = {"data_files": str(path)}
+        wanted = [(loader, options | ({"sample_by": "paragraph"} if loader == "text" else {}))]
+    else:
+        wanted = [(request.name, {})]
+    found = []
+    for name, options in wanted:
+        try:
+            data = load_dataset(name, split="train", streaming=True, **options)
+            found.append(_read(data.shuffle(seed=request.seed, buffer_size=2000), request.name))
+        except (DatasetsError, HfHubHTTPError, OSError, ValueError) as exc:
+            reason = str(exc).strip().splitlines()[0] if str(exc).strip() else type(exc).__name__
+            raise CalibrationError(
+                f"{request.name}: no file and no data set that can be loaded ({reason})."
+            ) from exc
+    return found
+
+
+def _read(data: Any, name: str) -> Iterator[Mapping[str, Any]]:
+    """Records one by one. Raises CalibrationError for a file that is not what its name says."""
+    try:
+        yield from data
+    except CalibrationError:
+        raise
+    except Exception as exc:
+        reason = str(exc).strip().splitlines()[0] if str(exc).strip() else type(exc).__name__
+        raise CalibrationError(f"{name}: cannot be read ({reason}).") from exc
+
+
+def _sequences(
+    records: Iterator[Mapping[str, Any]], tokenizer: Any, request: Request
+) -> Iterator[list[int]]:
+    """Documents one after the other, cut into sequences; the rest at the end is left."""
+    held: list[int] = []
+    for record in records:
+        held += _tokens(record, tokenizer, request.name)
+        while len(held) >= request.sequence_length:
+            yield held[: request.sequence_length]
+            held = held[request.sequence_length :]
+
+
+def _tokens(record: Mapping[str, Any], tokenizer: Any, name: str) -> list[int]:
+    for column in _DIALOGUES:
+        if isinstance(messages := record.get(column), list) and messages:
+            return _dialogue(messages, tokenizer, f"{name}, column {column}")
+    for column in _TEXTS:
+        if isinstance(text := record.get(column), str):
+            return list(tokenizer.encode(text + "\n")) if text else []
+    columns = ", ".join(map(repr, record)) or "none"
+    raise CalibrationError(
+        f"{name}: has no text: expected a column {', '.join(_TEXTS + _DIALOGUES)}; found {columns}."
+    )
+
+
+def _dialogue(messages: list[Any], tokenizer: Any, where: str) -> list[int]:
+    try:
+        turns = [
+            {
+                "role": {"human": "user", "gpt": "assistant"}.get(
+                    role := m.get("role") or m["from"], role
+                ),
+                "content": str(m.get("content") or m.get("value") or ""),
+            }
+            for m in messages
+        ]
+    except (AttributeError, KeyError, TypeError) as exc:
+        raise CalibrationError(f"{where}: its messages have no role and content.") from exc
+    if not getattr(tokenizer, "chat_template", None):
+        return list(tokenizer.encode("\n".join(turn["content"] for turn in turns) + "\n"))
+    rendered = tokenizer.apply_chat_template(
+        turns, tokenize=False, strftime_now=lambda form: _strftime(form)
+    )
+    return list(tokenizer.encode(rendered, add_special_tokens=False))
+
+
+def _strftime(form: str) -> str:
+    from datetime import date
+
+    return date.fromisoformat(_TODAY).strftime(form)

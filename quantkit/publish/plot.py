@@ -1,0 +1,68 @@
+"""Pictures of a profile; needs matplotlib (extra `plot`)."""
+
+from collections import defaultdict
+from pathlib import Path
+
+from quantkit.artifacts.profile import Profile
+from quantkit.errors import OutputError
+from quantkit.roles import ROLES
+
+_SHOWN = "q4g64", "q3g64", "q2g64"
+
+
+def plot_profile(profile: Profile, path: Path) -> None:
+    """A heat map role x layer of the loss in one tier, and what each role loses at how many bits.
+
+    Raises OutputError.
+    """
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+    from matplotlib.colors import LogNorm
+
+    tier = next((t for t in (*_SHOWN[1:], _SHOWN[0]) if t in profile.tiers), profile.tiers[0])
+    weights = [w for w in profile.weights if w.layer is not None and tier in w.by_tier]
+    roles = [role for role in ROLES if any(w.role == role for w in weights)]
+    layers = 1 + max((w.layer or 0 for w in weights), default=0)
+    grid = [[float("nan")] * layers for _ in roles]
+    for weight in weights:
+        row = roles.index(weight.role)
+        grid[row][weight.layer or 0] = max(weight.by_tier[tier].kl, 1e-9)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(14, 5), layout="constrained")
+    if roles:
+        image = left.imshow(grid, aspect="auto", norm=LogNorm(), cmap="viridis")
+        figure.colorbar(image, ax=left, label="KL divergence, nats per token")
+    left.set(title=f"Loss in {tier}", xlabel="layer", yticks=range(len(roles)), yticklabels=roles)
+    for role in ROLES:
+        points = _curve(profile, role)
+        if points:
+            right.plot(*zip(*points, strict=True), marker="o", markersize=3, label=role)
+    right.set(
+        title="Loss of each role, all of its weights in one tier",
+        xlabel="bits per weight",
+        ylabel="sum of KL divergences, nats per token",
+        yscale="log",
+    )
+    right.legend(fontsize="small")
+    try:
+        figure.savefig(path, dpi=120)
+    except (OSError, ValueError) as exc:
+        raise OutputError(f"{path}: cannot be drawn ({exc}). Name a .png file.") from exc
+    finally:
+        plt.close(figure)
+
+
+def _curve(profile: Profile, role: str) -> list[tuple[float, float]]:
+    """(bits per weight, loss) of every tier that all weights of a role have, fewest bits first."""
+    weights = [weight for weight in profile.weights if weight.role == role]
+    found: dict[str, list[tuple[int, float]]] = defaultdict(list)
+    for weight in weights:
+        for loss in weight.losses:
+            found[loss.tier].append((loss.bytes, loss.kl))
+    parameters = sum(weight.parameters for weight in weights)
+    return sorted(
+        (8 * sum(b for b, _ in entries) / parameters, sum(kl for _, kl in entries))
+        for entries in found.values()
+        if len(entries) == len(weights) and sum(kl for _, kl in entries) > 0
+    )
