@@ -77,6 +77,11 @@ def prepare(source: Source, out: Path, settings: Settings, force: bool = False) 
     out = plain_path(out)
     require_apart(out, source.checkpoint.path(""))
     _require_settings(settings)
+    if settings.method == "fisher" and source.inventory.experts and _mlx_lm() < (0, 32):
+        raise InputError(
+            f"mlx-lm {version('mlx-lm')} cannot differentiate mixtures of experts. Install 0.32 or "
+            "later (it needs Python 3.11)."
+        )
     text = read_text(source.checkpoint, settings.text)
     known = None
     hashed = with_hashes(source.inventory.source, file_hashes(source))
@@ -136,6 +141,10 @@ def make_check(profiling: Profiling, profile: Profile, count: int, progress: Pro
         seconds,
         lambda name: progress(1, name),
     )
+
+
+def _mlx_lm() -> tuple[int, ...]:
+    return tuple(int(part) for part in version("mlx-lm").split(".")[:2])
 
 
 def _require_settings(settings: Settings) -> None:
