@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.quantkit-env
 
-.PHONY: help env demo test test-slow lint bench clean
+.PHONY: help env demo test test-slow lint bench bench-profile clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -35,6 +35,9 @@ lint: env ## ruff and mypy
 
 bench: env ## time and memory of a full-shape 20b rewrite; needs 45 GB of disk
 	$(BIN)/python evals/bench/rewrite.py
+
+bench-profile: env ## predictions checked, memory, and mlx_lm's own beside them
+	$(BIN)/python evals/bench/profile.py
 
 clean: ## remove the environment and the linters' caches
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache

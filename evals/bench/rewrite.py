@@ -120,12 +120,12 @@ def machine() -> str:
     return f"{platform.system()}, {model}, {os.cpu_count()} cores, {memory:.0f} GiB"
 
 
-def save(text: str) -> None:
-    """Put the table between its markers in README.md."""
+def save(text: str, what: str = "rewrite") -> None:
+    """Put a table between its markers in README.md."""
     path = HERE / "README.md"
-    before, _, rest = path.read_text().partition("<!-- rewrite -->\n")
-    after = rest.partition("<!-- /rewrite -->")[2]
-    path.write_text(f"{before}<!-- rewrite -->\n{text}\n<!-- /rewrite -->{after}")
+    before, _, rest = path.read_text().partition(f"<!-- {what} -->\n")
+    after = rest.partition(f"<!-- /{what} -->")[2]
+    path.write_text(f"{before}<!-- {what} -->\n{text}\n<!-- /{what} -->{after}")
 
 
 if __name__ == "__main__":
