@@ -87,7 +87,7 @@ def profile(
         from quantkit.backend import speed_hint
         from quantkit.model.calibration import Request
         from quantkit.profile.candidates import parse_tiers
-        from quantkit.profile.profile import Settings, make, make_check, prepare
+        from quantkit.profile.profile import Settings, is_first, make, make_check, prepare
         from quantkit.source.source import with_values
 
         assert output is not None
@@ -99,6 +99,8 @@ def profile(
             console.note(f"there is text for {profiling.text.about.tokens:,} tokens only")
         with console.progress(profiling.steps, "Profiling", "steps") as progress:
             made = make(profiling, progress)
+        if not is_first():  # one process speaks for all
+            return
         if check:
             with console.progress(check, "Checking", "steps") as progress:
                 checked = asdict(make_check(profiling, made, check, progress))

@@ -68,6 +68,11 @@ class Profiling:
         return self.source.inventory.layers + len(self.entries)
 
 
+def is_first() -> bool:
+    """Whether this process is the one that writes, of those that `mlx.launch` started."""
+    return bool(mx.distributed.init().rank() == 0)
+
+
 def prepare(source: Source, out: Path, settings: Settings, force: bool = False) -> Profiling:
     """Read the text, and look what is there already. Raises InputError.
 
@@ -76,6 +81,8 @@ def prepare(source: Source, out: Path, settings: Settings, force: bool = False) 
     """
     out = plain_path(out)
     require_apart(out, source.checkpoint.path(""))
+    if mx.distributed.init().size() > 1 and settings.method == "kl":
+        raise InputError("--method kl runs in one process. Start it without mlx.launch.")
     _require_settings(settings)
     if settings.method == "fisher" and source.inventory.experts and _mlx_lm() < (0, 32):
         raise InputError(
@@ -104,17 +111,26 @@ def make(profiling: Profiling, progress: Progress) -> Profile:
         progress(profiling.steps, "all measured already")
         return profiling.known
     group = mx.distributed.init()
-    first = group.rank() == 0
-    out = profiling.out
-    if group.size() > 1 and not first:
+    if group.size() > len(profiling.text.tokens):
+        raise InputError(
+            f"{group.size()} processes, but only {len(profiling.text.tokens)} sequences to share. "
+            "Raise --tokens, or start fewer."
+        )
+    first, out = is_first(), profiling.out
+    if not first:
         out = out.with_name(f"{out.name}.process-{group.rank()}")
     with Staging(out, _depends(profiling, group.size()), profiling.force, "profile") as staging:
-        model = StreamingModel(profiling.source)
-        tables, seconds = _tables(model, profiling, Work(staging.work), progress)
+        try:
+            model = StreamingModel(profiling.source)
+            staging.require_space(_work_bytes(model, profiling))
+            tables, seconds = _tables(model, profiling, Work(staging.work), progress)
+        except SourceError:
+            staging.discard()
+            raise
+        profile = _assembled(profiling, tables)
         if not first:
             staging.discard()
-            return _assembled(profiling, tables)
-        profile = _assembled(profiling, tables)
+            return profile
         staging.write(PROFILE_FILE, profile.to_json())
         staging.write("run.json", {"seconds": seconds, "entries": len(profiling.entries)})
         _write_importance(staging.repo / IMPORTANCE_FILE, _importance(profiling, tables))
@@ -207,6 +223,13 @@ def _depends(profiling: Profiling, processes: int) -> dict[str, str]:
         "number of processes": str(processes),
         "device": "cpu" if on_cpu() else "gpu",
     }
+
+
+def _work_bytes(model: StreamingModel, profiling: Profiling) -> int:
+    """What waits on disk: every layer's input, and the gradients behind it, in float32."""
+    stream = 4 * profiling.text.tokens.size * model.head_weight.shape[-1]
+    fisher = profiling.settings.method == "fisher"
+    return stream * (len(model.layers) + 1) * (1 + profiling.settings.draws) if fisher else 0
 
 
 def _tables(

@@ -137,3 +137,19 @@ def test_recipes_fit_the_demo(demo, recipe):
     inventory = open_source(str(demo)).inventory
     plan = plan_by_recipe(inventory, load_recipe(recipe))
     assert plan.total_bytes < inventory.total_bytes
+
+
+@pytest.mark.parametrize("name", ["demo", "demo-llama"])
+def test_profile_of_the_demo_models(cli, tmp_path, name):
+    """Experts and a dense, tied model: fewer bits lose more, summed over every role."""
+    few = ("--tokens", "64", "--sequence-length", "32", "--tiers", "q6g64,q2g64")
+    result = cli("profile", name, "-o", tmp_path / "p", *few, "--json")
+    assert result.exit_code == 0, result.output
+    losses: dict[str, dict[str, float]] = {}
+    for weight in json.loads(result.stdout)["weights"]:
+        for tier, loss in weight["losses"].items():
+            row = losses.setdefault(weight["role"], {})
+            row[tier] = row.get(tier, 0) + loss["kl"]
+    for role, row in losses.items():
+        assert row["q2g64"] > 4 * row.get("q6g64", 0), role
+    assert set(losses) >= {"embedding", "q", "k", "v", "o"}

@@ -8,6 +8,7 @@ import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -226,25 +227,38 @@ def test_a_killed_profile_goes_on(checkpoint, text, tmp_path, method):
     assert not work.parent.exists()
 
 
+def launched(out, checkpoint, *options):
+    """Two processes on the ring backend."""
+    launcher = Path(sys.executable).with_name("mlx.launch")
+    command = [launcher, "-n", "2", "--backend", "ring", "--", launcher.with_name("quantkit")]
+    return subprocess.run(
+        [*map(str, (*command, "profile", checkpoint, "-o", out, *options))],
+        env=os.environ | {"PATH": f"{launcher.parent}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+
+
 def test_two_processes_give_the_same_table(checkpoint, text, profiled, tmp_path):
-    hosts = tmp_path / "hosts.json"
-    hosts.write_text(json.dumps([["127.0.0.1:47311"], ["127.0.0.1:47312"]]))
-    command = [*PROFILE, checkpoint, "-o", tmp_path / "out"]
-    processes = [
-        subprocess.Popen(
-            [*command, "--calibration", text, *SMALL],
-            env=os.environ | {"MLX_RANK": str(rank), "MLX_HOSTFILE": str(hosts)},
-            stdout=subprocess.DEVNULL,
-        )
-        for rank in range(2)
-    ]
-    assert [process.wait(timeout=200) for process in processes] == [0, 0]
+    result = launched(tmp_path / "out", checkpoint, "--calibration", text, *SMALL)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("Written to") == 1
     alone, together = table(profiled), table(tmp_path / "out")
     assert alone.keys() == together.keys()
     for key, loss in alone.items():
         assert together[key]["kl"] == pytest.approx(loss["kl"], rel=1e-3, abs=1e-9), key
         assert together[key]["error"] == pytest.approx(loss["error"], rel=1e-2, abs=1e-9), key
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["hosts.json", "out"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_more_processes_than_sequences(checkpoint, text, tmp_path):
+    few = ("--tokens", "24", "--sequence-length", "24")
+    result = launched(tmp_path / "out", checkpoint, "--calibration", text, *few)
+    assert "2 processes, but only 1 sequences to share" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_published_profile_is_used_by_its_id(checkpoint, profiled, tmp_path):
@@ -383,6 +397,29 @@ def test_values_that_are_not_finite(cli, text, tmp_path):
     bad = tiny.write_gpt_oss(tmp_path / "src", spoil)
     line = refusal(cli, bad, "-o", tmp_path / "out", "--calibration", text, *SMALL)
     assert "layer 2 (model.layers.2)" in line
+    assert [path.name for path in tmp_path.iterdir()] == ["src"]
+
+
+def test_a_full_disk(cli, checkpoint, text, tmp_path, monkeypatch):
+    """Refused at the start where it is seen, and gone on from where it is not."""
+    options = ("-o", tmp_path / "out", "--calibration", text, *SMALL)
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
+        assert "GB free" in refusal(cli, checkpoint, *options)
+    save, calls = np.save, []
+
+    def full(file, values):
+        calls.append(1)
+        if len(calls) == 7:
+            raise OSError(28, "No space left on device")
+        save(file, values)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("numpy.save", full)
+        assert "No space left on device" in refusal(cli, checkpoint, *options)
+    assert not (tmp_path / "out").exists()
+    result = cli("profile", checkpoint, *options)
+    assert result.exit_code == 0, result.output
 
 
 def test_experts_that_saw_no_token(cli, text, tmp_path):
