@@ -37,7 +37,7 @@ bench: env ## time and memory of a full-shape 20b rewrite; needs 45 GB of disk
 	$(BIN)/python evals/bench/rewrite.py
 
 bench-profile: env ## predictions checked, memory, and mlx_lm's own beside them
-	$(BIN)/python evals/bench/profile.py
+	$(BIN)/python evals/bench/profiling.py
 
 clean: ## remove the environment and the linters' caches
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache

@@ -4,8 +4,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from quantkit.artifacts.plan import Plan
+from quantkit.artifacts.profile import Profile
 from quantkit.artifacts.report import REPORT_FILE, Report
 from quantkit.places import plain_path
+from quantkit.profile.profile import Settings, make, prepare
 from quantkit.progress import Progress
 from quantkit.publish.card import card, license_of
 from quantkit.publish.report import read_report, report_text
@@ -44,3 +46,19 @@ def quantize(
 
     rewrite(source, plan, out, documents, shard_bytes=shard_bytes, force=force, progress=progress)
     return read_report(out)
+
+
+def make_profile(
+    source: Source,
+    out: Path,
+    settings: Settings | None = None,
+    *,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Profile:
+    """Measure what every weight of `source` loses in every tier, and write it to the folder `out`.
+
+    A source on the Hub is downloaded first. Raises InputError.
+    """
+    profiling = prepare(with_values(source), out, settings or Settings(), force)
+    return make(profiling, progress or (lambda _done, _name: None))

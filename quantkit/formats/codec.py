@@ -6,6 +6,7 @@ from quantkit.backend import mx, on_cpu
 from quantkit.formats import mxfp4
 from quantkit.formats.tiers import MXFP4, Tier
 
+_AT_ONCE = 16_000_000  # values
 _FLOATS = {"BF16": mx.bfloat16, "F16": mx.float16, "F32": mx.float32}
 
 
@@ -58,6 +59,12 @@ def rounded(weight: mx.array, tier: Tier) -> mx.array:
     Scales and biases take part in float32, as kernels do it; in BF16 the products would be rounded
     once more.
     """
+    if weight.ndim > 2 and weight.size > _AT_ONCE:  # what decoding goes through is large, too
+        parts = []
+        for part in weight:
+            parts.append(rounded(part, tier))
+            mx.eval(parts[-1])
+        return mx.stack(parts)
     packed, *rest = encode(weight, tier)
     wide = [part.astype(mx.float32) if part.dtype != mx.uint8 else part for part in rest]
     return decode((packed, *wide), tier, "F32")

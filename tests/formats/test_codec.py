@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from quantkit.backend import mx
 from quantkit.errors import TierError
 from quantkit.formats import mxfp4
-from quantkit.formats.codec import decode, decode_mxfp4, encode, to_mx, to_numpy
+from quantkit.formats.codec import decode, decode_mxfp4, encode, rounded, to_mx, to_numpy
 from quantkit.formats.tiers import MXFP4, TIERS, parse_tier
 
 # Relative squared error on Gaussian weights: measured, with a third to spare.
@@ -92,3 +92,11 @@ def test_zero_blocks_encode_to_zero():
 def test_carriers_go_there_and_back(dtype, kind):
     carrier = np.arange(6, dtype=kind).reshape(2, 3)
     assert np.array_equal(to_numpy(to_mx(carrier, dtype)), carrier)
+
+
+def test_a_large_stack_is_rounded_in_parts(monkeypatch):
+    weight = mx.random.normal((3, 8, 64), key=mx.random.key(0)).astype(mx.bfloat16)
+    whole = rounded(weight, TIERS["q3g32"])
+    monkeypatch.setattr("quantkit.formats.codec._AT_ONCE", 100)
+    assert mx.array_equal(rounded(weight, TIERS["q3g32"]), whole)
+    assert mx.abs(whole - weight).max().item() < 0.6

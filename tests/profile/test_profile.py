@@ -456,3 +456,12 @@ def test_packed_experts_are_probed_alike(checkpoint, monkeypatch):
     packed = measured(StreamingModel(open_source(str(checkpoint))), tokens, entries, lambda _: None)
     for key, loss in plain.items():
         assert np.allclose(packed[key], loss, rtol=0.02), key
+
+
+def test_from_python(checkpoint, text, profiled, tmp_path):
+    import quantkit
+
+    settings = quantkit.Settings(quantkit.Request(str(text), 96, 24), ("q8g32", "q3g64", "q2g64"))
+    source = quantkit.open_source(str(checkpoint))
+    made = quantkit.make_profile(source, tmp_path / "p", settings)
+    assert made == quantkit.load_profile(str(profiled), source.inventory)

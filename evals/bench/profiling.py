@@ -1,8 +1,8 @@
 """The profiler: does it predict, what does it cost, what memory does it need, and mlx_lm's own.
 
-    python evals/bench/profile.py check     48 entries of the demo model, really measured
-    python evals/bench/profile.py memory    some full-shape layers of the 20b, random values
-    python evals/bench/profile.py peer      beside mlx_lm.dynamic_quant's sensitivity pass
+    python evals/bench/profiling.py check     48 entries of the demo model, really measured
+    python evals/bench/profiling.py memory    some full-shape layers of the 20b, random values
+    python evals/bench/profiling.py peer      beside mlx_lm.dynamic_quant's sensitivity pass
 
 Each prints its table and puts it into README.md here. Without a name: all of them.
 """
@@ -41,7 +41,7 @@ def check() -> str:
     """The demo model's whole profile, and 48 of its entries measured on held-out text."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "quantkit", "profile", "demo", "-o", f"{folder}/profile"]
-        options = ["--tokens", "2048", "--check", "48", "--json"]
+        options = ["--tokens", "1024", "--check", "48", "--json"]
         done = subprocess.run([*command, *options], stdout=subprocess.PIPE, check=True)
     made = json.loads(done.stdout)
     found = made["check"]
@@ -94,7 +94,7 @@ def sweep(name: str) -> None:
     """What `memory` runs in a process of its own."""
     source = open_source(str(Path(name) / "source"))
     tokens = np.random.default_rng(0).integers(0, 201088, (TOKENS // 256, 256), np.int32)
-    entries = candidates(source.inventory.weights, ["q4g64", "q3g64"])
+    entries = candidates(source.inventory.weights, ["q3g64"])
     Sweep(StreamingModel(source), tokens, entries, 1, 0, Work(Path(name) / "work")).run(
         lambda *_: None
     )
