@@ -131,10 +131,11 @@ def _tokenizer(checkpoint: Checkpoint) -> Any:
 
 def _records(request: Request) -> list[Iterator[Mapping[str, Any]]]:
     """The documents of every kind of text, each kind shuffled by the seed."""
-    from datasets import load_dataset
+    from datasets import load_dataset, logging
     from datasets.exceptions import DatasetsError
     from huggingface_hub.errors import HfHubHTTPError
 
+    logging.set_verbosity(logging.CRITICAL)  # what goes wrong is raised, too
     path = user_path(request.name)
     if request.name == DEFAULT:
         folder = data_folder("evals") / "calibration"
