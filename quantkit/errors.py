@@ -18,6 +18,12 @@ A message names the file or tensor, what was found, what was expected, and what 
 """
 
 
+def first_line(exc: BaseException) -> str:
+    """What a foreign error says, in one line: its first one, or its type where it says nothing."""
+    text = str(exc).strip()
+    return text.splitlines()[0] if text else type(exc).__name__
+
+
 class QuantkitError(Exception):
     """Base of all errors raised on purpose; `exit_code` is the process's."""
 

@@ -11,10 +11,10 @@ from quantkit.profile.profile import Settings, make, prepare
 from quantkit.progress import Progress
 from quantkit.publish.card import card, license_of
 from quantkit.publish.report import read_report, report_text
-from quantkit.rewrite.rewrite import SHARD_BYTES, Written, rewrite, versions
+from quantkit.rewrite.rewrite import SHARD_BYTES, Written, rewrite
 from quantkit.source.hub import is_repo_id
 from quantkit.source.source import Source, with_values
-from quantkit.staging import require_apart, require_free
+from quantkit.staging import require_apart, require_free, versions
 
 
 def quantize(

@@ -18,6 +18,7 @@ import shutil
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -27,6 +28,7 @@ from quantkit.artifacts.report import REPORT_FILE, ShardRecord, shard_record
 from quantkit.errors import OutputError
 from quantkit.jsonfile import dump_json, load_json, write_atomically
 from quantkit.source.checkpoint import hash_file
+from quantkit.source.source import Source
 
 _MARK = b"quantkit\n"
 _SPARE = 64_000_000  # bytes left free for config, tokenizer, report
@@ -217,6 +219,20 @@ class Staging:
         with suppress(OSError):
             for path in (self.folder, *self._made):
                 path.rmdir()
+
+
+def versions() -> dict[str, str]:
+    """The versions on which what is written depends."""
+    return {package: version(package) for package in ("quantkit", "mlx", "mlx-lm")}
+
+
+def source_marks(source: Source) -> dict[str, str]:
+    """What tells whether a source has changed, under names a person understands."""
+    files = {
+        f"source file {file.name}": source.checkpoint.fingerprint(file)
+        for file in source.checkpoint.files
+    }
+    return {"source structure": source.inventory.source.structure, **files}
 
 
 def require_apart(out: Path, source: Path | None) -> None:

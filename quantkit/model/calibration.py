@@ -15,7 +15,7 @@ import numpy as np
 
 from quantkit.artifacts.profile import Calibration
 from quantkit.backend import mx  # noqa: F401  (before mlx-lm, which brings the tokenizer)
-from quantkit.errors import CalibrationError
+from quantkit.errors import CalibrationError, first_line
 from quantkit.places import data_folder, user_path
 from quantkit.source.checkpoint import Checkpoint
 from quantkit.source.layout import optional_int
@@ -63,7 +63,6 @@ def read_text(checkpoint: Checkpoint, request: Request) -> Text:
     kinds = [_sequences(records, tokenizer, request) for records in _records(request)]
     chosen: list[list[int]] = []
     held_out: list[list[int]] = []
-    number = 0
     while kinds and (len(chosen) < request.sequences or len(held_out) < request.sequences):
         for kind in list(kinds):
             part = list(islice(kind, _HELD_OUT))
@@ -71,7 +70,6 @@ def read_text(checkpoint: Checkpoint, request: Request) -> Text:
                 kinds.remove(kind)
             chosen += part[: _HELD_OUT - 1]
             held_out += part[_HELD_OUT - 1 :]
-        number += 1
     if not chosen:
         raise CalibrationError(
             f"{request.name}: holds less than one sequence of {request.sequence_length} tokens. "
@@ -123,9 +121,8 @@ def _tokenizer(checkpoint: Checkpoint) -> Any:
     try:
         return load_tokenizer(folder)
     except (OSError, ValueError, KeyError, TypeError) as exc:
-        reason = str(exc).strip().splitlines()[0] if str(exc).strip() else type(exc).__name__
         raise CalibrationError(
-            f"{checkpoint.name}: its tokenizer cannot be read ({reason})."
+            f"{checkpoint.name}: its tokenizer cannot be read ({first_line(exc)})."
         ) from exc
 
 
@@ -158,9 +155,8 @@ def _records(request: Request) -> list[Iterator[Mapping[str, Any]]]:
             data = load_dataset(name, split="train", streaming=True, **options)
             found.append(_read(data.shuffle(seed=request.seed, buffer_size=2000), request.name))
         except (DatasetsError, HfHubHTTPError, OSError, ValueError) as exc:
-            reason = str(exc).strip().splitlines()[0] if str(exc).strip() else type(exc).__name__
             raise CalibrationError(
-                f"{request.name}: no file and no data set that can be loaded ({reason})."
+                f"{request.name}: no file and no data set that can be loaded ({first_line(exc)})."
             ) from exc
     return found
 
@@ -169,11 +165,8 @@ def _read(data: Any, name: str) -> Iterator[Mapping[str, Any]]:
     """Records one by one. Raises CalibrationError for a file that is not what its name says."""
     try:
         yield from data
-    except CalibrationError:
-        raise
     except Exception as exc:
-        reason = str(exc).strip().splitlines()[0] if str(exc).strip() else type(exc).__name__
-        raise CalibrationError(f"{name}: cannot be read ({reason}).") from exc
+        raise CalibrationError(f"{name}: cannot be read ({first_line(exc)}).") from exc
 
 
 def _sequences(

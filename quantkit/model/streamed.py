@@ -95,6 +95,16 @@ class Table(Streamed):
     def __call__(self, x: mx.array, *_: Any, **__: Any) -> mx.array:
         return self.as_linear(x) if x.dtype == mx.float32 else self._look_up(x)
 
+    @contextmanager
+    def seen_as(self, rows: range, tier: Tier | None) -> Iterator[None]:
+        """With other `rows` and `tier` for a while."""
+        before = self.rows, self.tier
+        self.rows, self.tier = rows, tier
+        try:
+            yield
+        finally:
+            self.rows, self.tier = before
+
     def as_linear(self, x: mx.array) -> mx.array:
         """Logits (..., rows) for `x` (..., hidden)."""
         step = max(1, BLOCK_VALUES // self.weight.shape[1])

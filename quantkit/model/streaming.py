@@ -119,13 +119,14 @@ class StreamingModel:
 
     def head_block(self, h: mx.array, rows: range, tier: Tier | None = None) -> mx.array:
         """Logits of some rows of the vocabulary only, the head rounded to `tier`."""
-        table = self.tables[self.head_weight.name]
-        before = table.rows, table.tier
-        table.rows, table.tier = rows, tier
-        try:
+        with self.tables[self.head_weight.name].seen_as(rows, tier):
             return self.head(h)
-        finally:
-            table.rows, table.tier = before
+
+    def embedded(self, tokens: mx.array, name: str, tier: Tier) -> mx.array:
+        """The first layer's input, the embedding `name` rounded to `tier`."""
+        table = self.tables[name]
+        with table.seen_as(table.rows, tier):
+            return self.calls(tokens)[0].x
 
     def head_blocks(self, tokens: int) -> Iterator[range]:
         """The rows of the vocabulary in blocks that are small for so many tokens, too."""

@@ -23,6 +23,9 @@ DEFAULT_TIERS = (
 )
 ROUNDINGS = ("rtn",)
 
+Key = tuple[str, str]
+"""(weight, tier): which entry."""
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -33,7 +36,7 @@ class Candidate:
     bytes: int
 
     @property
-    def key(self) -> tuple[str, str]:
+    def key(self) -> Key:
         return self.weight.name, self.tier.name
 
 

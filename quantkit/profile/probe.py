@@ -17,10 +17,8 @@ from quantkit.backend import mx
 from quantkit.errors import SourceError
 from quantkit.model.replay import TappedLayer, Trace, tapped
 from quantkit.model.streamed import Call, Streamed
-from quantkit.profile.candidates import Candidate
+from quantkit.profile.candidates import Candidate, Key
 from quantkit.roles import ATTENTION_ROLES, MLP_ROLES
-
-Key = tuple[str, str]
 
 
 @dataclass

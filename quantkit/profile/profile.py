@@ -31,7 +31,7 @@ from quantkit.profile.sweep import Sweep, Table
 from quantkit.profile.work import Work
 from quantkit.progress import Progress
 from quantkit.source.source import Source, file_hashes
-from quantkit.staging import Staging, require_apart, require_free
+from quantkit.staging import Staging, require_apart, require_free, source_marks, versions
 
 METHODS = ("fisher", "kl")
 
@@ -184,7 +184,7 @@ def _described(source: Source, settings: Settings, text: Text) -> Profile:
         tiers=settings.tiers,
         calibration=text.about,
         weights=(),
-        versions={package: version(package) for package in ("quantkit", "mlx", "mlx-lm")},
+        versions=versions(),
     )
 
 
@@ -213,11 +213,7 @@ def _depends(profiling: Profiling, processes: int) -> dict[str, str]:
     source = profiling.source
     described = _described(source, profiling.settings, profiling.text)
     return {
-        "source structure": source.inventory.source.structure,
-        **{
-            f"source file {file.name}": source.checkpoint.fingerprint(file)
-            for file in source.checkpoint.files
-        },
+        **source_marks(source),
         **{what: digest(value) for what, value in _identity(described).items()},
         "set of tiers": digest([entry.key for entry in profiling.entries]),
         "number of processes": str(processes),

@@ -14,8 +14,7 @@ from quantkit.model.head import Changed, divergence
 from quantkit.model.replay import TappedLayer, tapped
 from quantkit.model.streamed import Call
 from quantkit.model.streaming import StreamingModel
-from quantkit.profile.candidates import Candidate
-from quantkit.profile.probe import Key
+from quantkit.profile.candidates import Candidate, Key
 from quantkit.profile.work import Work
 
 _TOGETHER = 1_000_000_000  # bytes of changed streams
@@ -52,19 +51,17 @@ def measured_in_steps(
     parts: dict[int | None, list[Candidate]] = {}
     for entry in entries:
         parts.setdefault(entry.weight.layer, []).append(entry)
-    found, seconds = {}, 0.0
+    found: dict[Key, np.ndarray] = {}
+    seconds = 0.0
     for layer, part in parts.items():
         name = f"measured-{layer}.json"
         if not work.has(name):
             started = time.monotonic()
             losses = measured(model, tokens, part, done)
-            table = {"\t".join(key): values.tolist() for key, values in losses.items()}
-            work.save_table(name, {"losses": table, "seconds": time.monotonic() - started})
-        saved = work.table(name)
-        seconds += saved["seconds"]
-        for key, values in saved["losses"].items():
-            weight, tier = key.split("\t")
-            found[weight, tier] = np.array(values, np.float32)
+            rows = {key: values.tolist() for key, values in losses.items()}
+            work.save_losses(name, rows, time.monotonic() - started)
+        seconds += work.table(name)["seconds"]
+        found |= work.losses(name)
     return found, seconds
 
 
@@ -115,9 +112,5 @@ def _before_the_layers(
     for entry in entries:
         table = model.tables.get(entry.weight.name)
         if table is not None and table.weight.role == "embedding":
-            table.tier = entry.tier
-            try:
-                streams[entry.key] = model.calls(tokens)[0].x
-            finally:
-                table.tier = None
+            streams[entry.key] = model.embedded(tokens, entry.weight.name, entry.tier)
     return streams

@@ -14,8 +14,8 @@ from quantkit.backend import mx
 from quantkit.model.head import Changed, divergence, label_gradients
 from quantkit.model.streamed import Call
 from quantkit.model.streaming import StreamingModel
-from quantkit.profile.candidates import Candidate
-from quantkit.profile.probe import Found, Key, predicted, probe_layer
+from quantkit.profile.candidates import Candidate, Key
+from quantkit.profile.probe import Found, predicted, probe_layer
 from quantkit.profile.work import Work
 from quantkit.progress import Progress
 
@@ -139,12 +139,7 @@ class Sweep:
         g = self.work.array("g-layer-0.npy")
         x = self.work.array("x-0.npy")
         for entry in self._of(EMBEDDING):
-            table = self.model.tables[entry.weight.name]
-            table.tier = entry.tier
-            try:
-                moved = self.model.calls(self.tokens)[0].x - x
-            finally:
-                table.tier = None
+            moved = self.model.embedded(self.tokens, entry.weight.name, entry.tier) - x
             found.losses[entry.key] = predicted(iter([moved]), g)
             progress(1, entry.weight.name)
         return found
@@ -153,7 +148,7 @@ class Sweep:
         """Reduce over all processes, and save: gradients first, the table last."""
         if found.g.size:
             self.work.save_array(f"g-{name}.npy", found.g)
-        losses = {"\t".join(key): self._gathered(loss) for key, loss in found.losses.items()}
+        losses = {key: self._gathered(loss) for key, loss in found.losses.items()}
         arrays = {}
         for kind, sums in (("importance", found.importance), ("seen", found.seen)):
             for weight, values in sums.items():
@@ -162,19 +157,15 @@ class Sweep:
                 whole[: len(values)] = values
                 arrays[f"{kind}.{weight}"] = np.array(self._summed(mx.array(whole)))
         self.work.save_arrays(f"{name}.npz", arrays)
-        self.work.save_table(f"{name}.json", {"seconds": seconds, "losses": losses})
+        self.work.save_losses(f"{name}.json", losses, seconds)
 
     def _table(self, name: str) -> Table:
-        losses = {}
-        for key, values in self.work.table(f"{name}.json")["losses"].items():
-            weight, tier = key.split("\t")
-            losses[weight, tier] = np.array(values, np.float32)
         sums: dict[str, dict[str, np.ndarray]] = {"importance": {}, "seen": {}}
         with np.load(self.work.folder / f"{name}.npz") as arrays:
             for key in arrays.files:
                 kind, _, weight = key.partition(".")
                 sums[kind][weight] = arrays[key]
-        return Table(losses, sums["importance"], sums["seen"])
+        return Table(self.work.losses(f"{name}.json"), sums["importance"], sums["seen"])
 
     def _gathered(self, loss: np.ndarray) -> list[float]:
         """The losses of all sequences, in order, from all processes."""

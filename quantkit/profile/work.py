@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +13,7 @@ import numpy as np
 from quantkit.backend import mx
 from quantkit.errors import OutputError
 from quantkit.jsonfile import load_json, write_atomically
+from quantkit.profile.candidates import Key
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,19 @@ class Work:
     def save_table(self, name: str, value: Mapping[str, Any]) -> None:
         """Raises OutputError."""
         write_atomically(self.folder / name, json.dumps(value))
+
+    def save_losses(self, name: str, losses: Mapping[Key, Sequence[float]], seconds: float) -> None:
+        """Losses per entry and sequence, and the seconds they took. Raises OutputError."""
+        rows = {"\t".join(key): list(values) for key, values in losses.items()}
+        self.save_table(name, {"seconds": seconds, "losses": rows})
+
+    def losses(self, name: str) -> dict[Key, np.ndarray]:
+        """What `save_losses` saved."""
+        found = {}
+        for key, values in self.table(name)["losses"].items():
+            weight, tier = key.split("\t")
+            found[weight, tier] = np.array(values, np.float32)
+        return found
 
     def table(self, name: str) -> dict[str, Any]:
         return load_json(self.folder / name, OutputError)

@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from threading import Event
 
@@ -21,7 +20,7 @@ from quantkit.rewrite.config import companions, edit_config
 from quantkit.rewrite.shards import Shard, ShardWriter, lay_out
 from quantkit.source.checkpoint import INDEX_FILE, hash_file
 from quantkit.source.source import Source, file_hashes
-from quantkit.staging import Staging, require_apart, require_free
+from quantkit.staging import Staging, require_apart, require_free, source_marks, versions
 
 SHARD_BYTES = 5_000_000_000
 
@@ -106,11 +105,6 @@ def is_current(out: Path, source: Source, plan: Plan, shards: tuple[Shard, ...])
     return report.plan.source.files == with_hashes(plan.source, file_hashes(source)).files
 
 
-def versions() -> dict[str, str]:
-    """The versions on which the bytes of a repo depend."""
-    return {package: version(package) for package in ("quantkit", "mlx", "mlx-lm")}
-
-
 def _has_hash(path: Path, sha256: str | None) -> bool:
     return path.is_file() and hash_file(path, path.name) == sha256
 
@@ -181,13 +175,8 @@ def _index(shards: tuple[Shard, ...], plan: Plan) -> dict[str, object]:
 
 def _depends(source: Source, plan: Plan, shard_bytes: int) -> dict[str, str]:
     """All that the bytes of the shards depend on, each under a name a person understands."""
-    files = {
-        f"source file {file.name}": source.checkpoint.fingerprint(file)
-        for file in source.checkpoint.files
-    }
     return {
-        "source structure": plan.source.structure,
-        **files,
+        **source_marks(source),
         "plan": plan.tiers_sha256,
         "shard size": str(shard_bytes),
         "device": "cpu" if on_cpu() else "gpu",

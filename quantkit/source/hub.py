@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from quantkit.artifacts.inventory import SourceFile
-from quantkit.errors import HubError, HubUnreachableError, OutputError, SourceError
+from quantkit.errors import HubError, HubUnreachableError, OutputError, SourceError, first_line
 from quantkit.jsonfile import load_json
 from quantkit.source.checkpoint import (
     Checkpoint,
@@ -153,8 +153,7 @@ def _clear_errors(repo: str, revision: str | None) -> Iterator[None]:
     except (errors.NotASafetensorsRepoError, errors.SafetensorsParsingError) as exc:
         raise SourceError(f"{repo}: has no readable safetensors at its top level.") from exc
     except (errors.HTTPError, OSError) as exc:
-        reason = str(exc).strip().splitlines()[0] if str(exc).strip() else type(exc).__name__
         raise HubUnreachableError(
-            f"{repo}: the Hub cannot be reached ({reason}). Check the connection, or give a local "
-            "folder."
+            f"{repo}: the Hub cannot be reached ({first_line(exc)}). Check the connection, "
+            "or give a local folder."
         ) from exc
