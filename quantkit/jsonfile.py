@@ -54,14 +54,19 @@ def write_atomically(path: Path, text: str) -> None:
 
     Raises OutputError.
     """
+    # A name that is not UTF-8 on the disk may have come this far.
+    write_bytes_atomically(path, text.encode("utf-8", errors="backslashreplace"))
+
+
+def write_bytes_atomically(path: Path, content: bytes) -> None:
+    """The same for bytes."""
     path = path.absolute()
     if path.is_dir():
         raise OutputError(f"{path}: is a folder. Choose a file.")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        # A name that is not UTF-8 on the disk may have come this far.
-        with open(temporary, "w", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(text)
+        with open(temporary, "wb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from quantkit.artifacts.inventory import SourceId, is_count, source_id
+from quantkit.artifacts.profile import Calibration
 from quantkit.errors import PlanError
 from quantkit.jsonfile import FORMAT_VERSION, digest, require_kind
 from quantkit.roles import ROLES
@@ -16,7 +17,8 @@ class Choice:
     """The tier chosen for one weight, with what that costs.
 
     `active_bytes` are those read per generated token, None where the config does not say.
-    `storage` names the physical tier, which `tier` is too unless it is `native`.
+    `storage` names the physical tier, which `tier` is too unless it is `native`. `kl` is the loss
+    that a profile predicts for it, in nats per token; None without a profile.
     """
 
     name: str
@@ -27,6 +29,7 @@ class Choice:
     parameters: int
     bytes: int
     active_bytes: int | None
+    kl: float | None = None
 
     @property
     def label(self) -> str:
@@ -48,11 +51,27 @@ class TierRow:
 
 
 @dataclass(frozen=True)
+class Proof:
+    """How good a plan is known to be.
+
+    No plan within the limits loses less than `bound`; `gap` is what this one may lose more, over
+    its own loss. `price` is what the last bytes were worth: nats per token and byte, for every
+    limit in turn. `limits` are what it had to stay within, as text.
+    """
+
+    limits: tuple[str, ...]
+    bound: float
+    gap: float
+    prices: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class Plan:
     """Weight -> tier for one checkpoint, with exact bytes.
 
     `origin` says where the tiers came from. The kept tensors (norms, biases, sinks) count in every
-    total.
+    total. `calibration` is the text of the profile that chose; `measured_kl` the divergence of the
+    whole plan where it was measured.
     """
 
     source: SourceId
@@ -60,6 +79,15 @@ class Plan:
     origin: str
     choices: tuple[Choice, ...]
     kept: Choice
+    proof: Proof | None = None
+    calibration: Calibration | None = None
+    measured_kl: float | None = None
+
+    @property
+    def predicted_kl(self) -> float | None:
+        """The sum of the predicted losses, in nats per token; None without a profile."""
+        losses = [choice.kl for choice in self.choices]
+        return None if None in losses else sum(kl for kl in losses if kl is not None)
 
     @property
     def parameters(self) -> int:
@@ -125,6 +153,10 @@ class Plan:
             "total_bytes": self.total_bytes,
             "bits_per_weight": self.bits_per_weight,
             "active_bytes_per_token": self.active_bytes,
+            "predicted_kl": self.predicted_kl,
+            "measured_kl": self.measured_kl,
+            "proof": None if self.proof is None else asdict(self.proof),
+            "calibration": None if self.calibration is None else self.calibration.to_json(),
             "tiers": [asdict(row) for row in self.tiers()],
             "weights": [asdict(choice) for choice in self.choices],
             "kept": asdict(self.kept),
@@ -141,14 +173,28 @@ class Plan:
                 origin=data["origin"],
                 choices=tuple(_choice(choice) for choice in data["weights"]),
                 kept=_choice(data["kept"]),
+                proof=_proof(data.get("proof")),
+                calibration=_calibration(data.get("calibration")),
+                measured_kl=data.get("measured_kl"),
             )
-        except (KeyError, TypeError, AttributeError) as exc:
+        except (KeyError, TypeError, ValueError, AttributeError) as exc:
             raise PlanError(f"{where}: not a complete plan ({exc}). Make it anew.") from exc
 
 
 def tiers_sha256(tiers: Iterable[tuple[str, str]]) -> str:
     """A hash of (weight, tier) pairs in their order."""
     return digest(list(tiers))
+
+
+def _proof(data: Mapping[str, Any] | None) -> Proof | None:
+    if data is None:
+        return None
+    limits, prices = tuple(map(str, data["limits"])), tuple(map(float, data["prices"]))
+    return Proof(limits, float(data["bound"]), float(data["gap"]), prices)
+
+
+def _calibration(data: Mapping[str, Any] | None) -> Calibration | None:
+    return None if data is None else Calibration.from_json(data)
 
 
 def _choice(data: Mapping[str, Any]) -> Choice:
@@ -159,4 +205,6 @@ def _choice(data: Mapping[str, Any]) -> Choice:
         raise TypeError(f"weight {choice.name!r}: a name, role or tier is no text")
     if not all(is_count(number) for number in (choice.parameters, choice.bytes, *optional)):
         raise TypeError(f"weight {choice.name!r}: a count is no whole number")
+    if choice.kl is not None and not isinstance(choice.kl, int | float):
+        raise TypeError(f"weight {choice.name!r}: its loss is no number")
     return choice

@@ -54,7 +54,10 @@ class WeightLosses:
 
 @dataclass(frozen=True)
 class Calibration:
-    """The text a profile was measured on: how much of it, and the sha256 of its token ids."""
+    """The text a profile was measured on: how much of it, and the sha256 of its token ids.
+
+    `sketch` is a sample of its passages, by which other text can be told apart from it.
+    """
 
     name: str
     licence: str
@@ -62,10 +65,19 @@ class Calibration:
     sequence_length: int
     seed: int
     sha256: str
+    sketch: str
 
     @property
     def tokens(self) -> int:
         return self.sequences * self.sequence_length
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "tokens": self.tokens}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "Calibration":
+        """Read back what `to_json` gave. Raises TypeError for what cannot be one."""
+        return cls(**{key: value for key, value in data.items() if key != "tokens"})
 
 
 @dataclass(frozen=True)
@@ -101,7 +113,7 @@ class Profile:
             "rounding": self.rounding,
             "draws": self.draws,
             "tiers": list(self.tiers),
-            "calibration": {**asdict(self.calibration), "tokens": self.calibration.tokens},
+            "calibration": self.calibration.to_json(),
             "versions": dict(self.versions),
             "expert_tokens": {name: list(seen) for name, seen in self.expert_tokens.items()},
             "weights": weights,
@@ -118,7 +130,6 @@ class Profile:
                 f"{FORMAT_VERSION}. Make it anew: quantkit profile SRC -o {where} --force"
             )
         try:
-            calibration = {k: v for k, v in data["calibration"].items() if k != "tokens"}
             return cls(
                 source=source_id(data["source"]),
                 model_type=data["model_type"],
@@ -126,7 +137,7 @@ class Profile:
                 rounding=data["rounding"],
                 draws=data["draws"],
                 tiers=tuple(data["tiers"]),
-                calibration=Calibration(**calibration),
+                calibration=Calibration.from_json(data["calibration"]),
                 weights=tuple(_weight(weight) for weight in data["weights"]),
                 expert_tokens={k: tuple(v) for k, v in data["expert_tokens"].items()},
                 versions=dict(data["versions"]),

@@ -1,5 +1,6 @@
 """From what a person asked for to a plan."""
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,3 +45,9 @@ def choose_plan(inventory: Inventory, recipe: str | None, plan_file: Path | None
         for number in idle_rules(inventory, loaded):
             console.note(f"recipe {loaded.name}: rule {number} decides no weight")
     return plan
+
+
+def require_plots() -> None:
+    """Raises InputError where matplotlib is not installed."""
+    if find_spec("matplotlib") is None:
+        raise InputError("--plot needs matplotlib: pip install 'quantkit[plot]'")

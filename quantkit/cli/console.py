@@ -5,9 +5,11 @@ import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from quantkit.artifacts.fidelity import Fidelity, Interval
 from quantkit.artifacts.inventory import Inventory
 from quantkit.artifacts.plan import Plan
 from quantkit.artifacts.profile import Profile
@@ -147,6 +149,26 @@ def print_check(check: Mapping[str, Any]) -> None:
     )
 
 
+def print_fidelity(results: Sequence[Fidelity], text: str) -> None:
+    """A column per repo, every value with its 95% interval."""
+    table = _table("", *(f"#{Path(found.repo).name}" for found in results))
+    table.add_row("size", *(size(found.bytes) for found in results))
+    table.add_row("bits per weight", *(f"{found.bits_per_weight:.3f}" for found in results))
+    table.add_row("KL mean", *(_spread(found.kl_mean) for found in results))
+    for kind in results[0].kl_by_text:
+        table.add_row(f"  {kind}", *(_spread(found.kl_by_text[kind]) for found in results))
+    table.add_row("KL median", *(_spread(found.kl_median) for found in results))
+    table.add_row("KL 95%", *(_spread(found.kl_p95) for found in results))
+    table.add_row("KL 99.9%", *(_spread(found.kl_p999) for found in results))
+    table.add_row("top-1 agreement", *(_spread(found.top1_agreement) for found in results))
+    table.add_row("perplexity ratio", *(_spread(found.perplexity_ratio) for found in results))
+    _show(table, f"Against native, over {results[0].tokens} tokens of {text}; KL in nats per token")
+
+
+def _spread(found: Interval) -> str:
+    return f"{found.value:.4g} ({found.low:.3g} to {found.high:.3g})"
+
+
 def print_checks(checks: Sequence[Any]) -> None:
     """A line per check, as it is made."""
     marks = {True: "ok  ", False: "FAIL", None: "skip"}
@@ -235,7 +257,7 @@ def _table(*columns: str) -> "Table":
 
     table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False, collapse_padding=True)
     for column in columns:
-        number = column[0] == "#"
+        number = column.startswith("#")
         wraps = column in ("roles", "shapes")
         table.add_column(
             column.lstrip("#"),

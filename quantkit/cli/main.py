@@ -10,6 +10,7 @@ from typer.core import TyperGroup
 
 from quantkit import __version__
 from quantkit.cli import console
+from quantkit.cli.compare import compare
 from quantkit.cli.demo import demo
 from quantkit.cli.inspect import inspect
 from quantkit.cli.plan import plan
@@ -82,7 +83,7 @@ def _options(
     pass
 
 
-for command in (inspect, profile, plan, quantize, report, verify, demo):
+for command in (inspect, profile, plan, quantize, report, verify, compare, demo):
     app.command()(command)
 
 

@@ -71,14 +71,14 @@ def profile(
 
     `quantkit profile demo -o demo-profile --tokens 1024 --check 48`
     """
-    from quantkit.cli.choose import open_model
+    from quantkit.cli.choose import open_model, require_plots
     from quantkit.errors import InputError
     from quantkit.profile.store import load_profile
 
     if (output is None) == (published is None):
         raise InputError("say where to write it with -o PROFILE, or which to show with --profile.")
     if plot:
-        _require_plots()
+        require_plots()
     source = open_model(src, revision)
     checked: dict[str, Any] = {}
     if published is not None:
@@ -135,12 +135,3 @@ def _warnings(seen: dict[str, tuple[int, ...]] | Any) -> list[str]:
             stack = name.rpartition(".")[0]
             lines.append(f"{stack}: fewer than {_FEW} tokens reached experts {listed}")
     return lines
-
-
-def _require_plots() -> None:
-    from importlib.util import find_spec
-
-    from quantkit.errors import InputError
-
-    if find_spec("matplotlib") is None:
-        raise InputError("--plot needs matplotlib: pip install 'quantkit[plot]'")

@@ -9,6 +9,7 @@ from functools import lru_cache
 import numpy as np
 
 MAGNITUDES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
+_AT_ONCE = 1 << 18  # pairs decoded in one go
 _SAFE_SCALE = 252  # 6 * 2^(252 - 127) is still finite in BF16
 
 
@@ -20,8 +21,13 @@ def to_bfloat16(packed: np.ndarray, scales: np.ndarray) -> np.ndarray:
     """
     rows, groups = scales.shape
     pairs = packed.view(np.uint8).reshape(rows, groups, 16)
-    index = pairs + (scales.astype(np.uint16) << 8)[..., None]
-    return np.take(_pair_table(), index).reshape(rows, groups * 16).view(np.uint16)
+    values = np.empty((rows, groups, 16), np.uint32)
+    step = max(1, _AT_ONCE // max(1, groups * 16))  # indexing goes through far more
+    for start in range(0, rows, step):
+        part = slice(start, start + step)
+        index = pairs[part] + (scales[part].astype(np.uint16) << 8)[..., None]
+        values[part] = np.take(_pair_table(), index)
+    return values.reshape(rows, groups * 16).view(np.uint16)
 
 
 def nonfinite(packed: np.ndarray, scales: np.ndarray) -> int:

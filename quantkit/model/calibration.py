@@ -21,12 +21,15 @@ from quantkit.source.checkpoint import Checkpoint
 from quantkit.source.layout import optional_int
 
 DEFAULT = "default"
-_KINDS = ("prose", "code", "chat", "maths")  # of the default set, in turn
+CHAT = "chat"
+_KINDS = ("prose", "code", CHAT, "maths")  # of the default set, in turn
 _LICENCE = "public domain, PSF-2.0, MIT, Apache-2.0 (evals/calibration/README.md)"
 _HELD_OUT = 5
 _LOADERS = {".jsonl": "json", ".json": "json", ".txt": "text", ".md": "text", ".parquet": "parquet"}
 _TEXTS = ("text", "content", "document")
 _DIALOGUES = ("messages", "conversations", "conversation")
+_PASSAGE = 16  # tokens
+_SKETCH = 1024  # passages
 _TODAY = "2025-08-05"  # what templates take for today, so that the same text gives the same tokens
 
 
@@ -46,11 +49,15 @@ class Request:
 
 @dataclass(frozen=True)
 class Text:
-    """Token ids (sequences, sequence length): those to calibrate on, and those held out."""
+    """Token ids (sequences, sequence length): those to calibrate on, and those held out.
+
+    `kinds` names the kind of text of every sequence that is held out.
+    """
 
     about: Calibration
     tokens: np.ndarray
     held_out: np.ndarray
+    kinds: tuple[str, ...]
 
 
 def read_text(checkpoint: Checkpoint, request: Request) -> Text:
@@ -59,17 +66,21 @@ def read_text(checkpoint: Checkpoint, request: Request) -> Text:
     Gives fewer sequences where there is not enough text. Raises CalibrationError.
     """
     _require_possible(checkpoint, request)
-    tokenizer = _tokenizer(checkpoint)
-    kinds = [_sequences(records, tokenizer, request) for records in _records(request)]
+    tokenizer = load_tokenizer(checkpoint)
+    name = Path(request.name).name if user_path(request.name).exists() else request.name
+    names = _KINDS if request.name == DEFAULT else (name,)
+    kinds = dict(
+        zip(names, (_sequences(r, tokenizer, request) for r in _records(request)), strict=True)
+    )
     chosen: list[list[int]] = []
-    held_out: list[list[int]] = []
+    held_out: list[tuple[str, list[int]]] = []
     while kinds and (len(chosen) < request.sequences or len(held_out) < request.sequences):
-        for kind in list(kinds):
-            part = list(islice(kind, _HELD_OUT))
+        for kind, sequences in list(kinds.items()):
+            part = list(islice(sequences, _HELD_OUT))
             if not part:
-                kinds.remove(kind)
+                kinds.pop(kind)
             chosen += part[: _HELD_OUT - 1]
-            held_out += part[_HELD_OUT - 1 :]
+            held_out += [(kind, sequence) for sequence in part[_HELD_OUT - 1 :]]
     if not chosen:
         raise CalibrationError(
             f"{request.name}: holds less than one sequence of {request.sequence_length} tokens. "
@@ -77,15 +88,45 @@ def read_text(checkpoint: Checkpoint, request: Request) -> Text:
         )
     tokens = np.array(_in_turn(chosen, request), np.int32)
     about = Calibration(
-        name=Path(request.name).name if user_path(request.name).exists() else request.name,
+        name=name,
         licence=_LICENCE if request.name == DEFAULT else "unknown",
         sequences=len(tokens),
         sequence_length=request.sequence_length,
         seed=request.seed,
         sha256=hashlib.sha256(tokens.tobytes()).hexdigest(),
+        sketch=sketch(tokens),
     )
-    rest = np.array(held_out[: request.sequences], np.int32).reshape(-1, request.sequence_length)
-    return Text(about, tokens, rest)
+    held_out = held_out[: request.sequences]
+    rest = np.array([sequence for _, sequence in held_out], np.int32)
+    rest = rest.reshape(-1, request.sequence_length)
+    return Text(about, tokens, rest, tuple(kind for kind, _ in held_out))
+
+
+def sketch(tokens: np.ndarray) -> str:
+    """The smallest of the hashes of all passages of `tokens` (sequences, length), 8 hex digits
+    each, in order: a sample by which `share_known` tells how much of another text is from it."""
+    return "".join(f"{hashed:08x}" for hashed in _passages(tokens)[:_SKETCH])
+
+
+def share_known(tokens: np.ndarray, sketched: str) -> float:
+    """What part of `tokens` (sequences, length) is from the text that was sketched, estimated from
+    the passages that the sketch would have sampled; 0 if there are none."""
+    known = np.array([int(sketched[i : i + 8], 16) for i in range(0, len(sketched), 8)], np.uint32)
+    passages = _passages(tokens)
+    if len(known) == _SKETCH:
+        passages = passages[passages <= known[-1]]
+    return float(np.isin(passages, known).mean()) if len(passages) else 0.0
+
+
+def _passages(tokens: np.ndarray) -> np.ndarray:
+    """Hashes (uint32, sorted, each once) of all runs of tokens of one length."""
+    length = min(_PASSAGE, tokens.shape[1])
+    runs = np.lib.stride_tricks.sliding_window_view(tokens.astype(np.uint64), length, axis=1)
+    factors = np.random.default_rng(0).integers(1, 1 << 63, length, np.uint64) * 2 + 1
+    mixed = (runs * factors).sum(axis=-1, dtype=np.uint64)  # wraps around, as hashes do
+    mixed ^= mixed >> np.uint64(29)
+    mixed *= np.uint64(0xBF58476D1CE4E5B9)
+    return np.unique((mixed >> np.uint64(32)).astype(np.uint32))
 
 
 def _in_turn(chosen: list[list[int]], request: Request) -> list[list[int]]:
@@ -114,12 +155,13 @@ def _require_possible(checkpoint: Checkpoint, request: Request) -> None:
         )
 
 
-def _tokenizer(checkpoint: Checkpoint) -> Any:
-    from mlx_lm.utils import load_tokenizer
+def load_tokenizer(checkpoint: Checkpoint) -> Any:
+    """mlx-lm's tokenizer of a checkpoint. Raises CalibrationError."""
+    from mlx_lm import utils
 
     folder = checkpoint.path("")
     try:
-        return load_tokenizer(folder)
+        return utils.load_tokenizer(folder)
     except (OSError, ValueError, KeyError, TypeError) as exc:
         raise CalibrationError(
             f"{checkpoint.name}: its tokenizer cannot be read ({first_line(exc)})."

@@ -59,37 +59,96 @@ def _normalizer(model: StreamingModel, h: mx.array) -> tuple[mx.array, mx.array]
 
 @dataclass(frozen=True)
 class Changed:
-    """A changed model from its last layer on: that layer's output, and the head's tier if any."""
+    """A changed model from its last layer on: that layer's output (batch, tokens, hidden), the tier
+    that the head is rounded to if any, and whose head it is if not the native one's."""
 
     h: mx.array
     tier: Tier | None = None
+    model: StreamingModel | None = None
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A changed model beside the native one, every array (batch, tokens).
+
+    `kl` is KL(native || changed) in nats, `same_top` whether both hold the same token for the most
+    likely, `native_loss` and `loss` are -log p of the target token.
+    """
+
+    kl: mx.array
+    same_top: mx.array
+    native_loss: mx.array
+    loss: mx.array
 
 
 def divergence(model: StreamingModel, h: mx.array, others: Sequence[Changed]) -> list[mx.array]:
-    """KL(native || changed) in nats for every token (batch, tokens), for each of `others`.
+    """KL(native || changed) in nats for every token (batch, tokens), for each of `others`."""
+    targets = mx.zeros(h.shape[:2], mx.int32)
+    return [found.kl for found in compared(model, h, others, targets)]
 
-    With d = changed - native logits it is log(1 + sum p (e^d - 1)) - sum p d, which stays exact
+
+def compared(
+    model: StreamingModel, h: mx.array, others: Sequence[Changed], targets: mx.array
+) -> list[Compared]:
+    """Each of `others` beside the native model, whose last layer gave `h`.
+
+    With d = changed - native logits, KL is log(1 + sum p (e^d - 1)) - sum p d, which stays exact
     where d is small.
     """
-    largest = mx.full(h.shape[:2], -mx.inf)
+    native = _Peak(h.shape[:2])
+    peaks = [_Peak(h.shape[:2]) for _ in others]
     total = mx.zeros(h.shape[:2])
     grown = [mx.zeros(h.shape[:2]) for _ in others]
     shift = [mx.zeros(h.shape[:2]) for _ in others]
     for rows in model.head_blocks(h.shape[0] * h.shape[1]):
         z = model.head_block(h, rows)
-        top = mx.maximum(largest, z.max(axis=-1))
-        scale = mx.exp(largest - top)
-        p = mx.exp(z - top[..., None])
+        before = native.top
+        native.see(z, rows, targets)
+        scale = mx.exp(before - native.top)
+        p = mx.exp(z - native.top[..., None])
         total = total * scale + p.sum(axis=-1)
-        mx.eval(z, p, top, scale, total)
+        mx.eval(z, p, scale, total)
         for i, other in enumerate(others):
-            changed = model.head_block(other.h, rows, other.tier)
+            changed = (other.model or model).head_block(other.h, rows, other.tier)
+            peaks[i].see(changed, rows, targets)
             d = changed - z
-            far = mx.exp(mx.minimum(changed - top[..., None], _LARGEST)) - p
+            far = mx.exp(mx.minimum(changed - native.top[..., None], _LARGEST)) - p
             near = p * mx.expm1(mx.clip(d, -1, 1))
             grown[i] = grown[i] * scale + mx.where(mx.abs(d) < 1, near, far).sum(axis=-1)
             shift[i] = shift[i] * scale + (p * d).sum(axis=-1)
             mx.eval(grown[i], shift[i])
-        largest = top
         mx.clear_cache()
-    return [mx.log1p(a / total) - b / total for a, b in zip(grown, shift, strict=True)]
+    normalizer = native.top + mx.log(total)
+    found = []
+    for peak, a, b in zip(peaks, grown, shift, strict=True):
+        change = mx.log1p(a / total)
+        found.append(
+            Compared(
+                kl=change - b / total,
+                same_top=peak.token == native.token,
+                native_loss=normalizer - native.at_target,
+                loss=normalizer + change - peak.at_target,
+            )
+        )
+    return found
+
+
+class _Peak:
+    """The largest logit so far, its token, and the logit of the target, for every token."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        self.top = mx.full(shape, -mx.inf)
+        self.token = mx.zeros(shape, mx.int32)
+        self.at_target = mx.zeros(shape)
+
+    def see(self, z: mx.array, rows: range, targets: mx.array) -> None:
+        """Logits `z` (batch, tokens, rows) of some rows of the vocabulary."""
+        place = z.argmax(axis=-1)
+        highest = mx.take_along_axis(z, place[..., None], axis=-1)[..., 0]
+        self.token = mx.where(highest > self.top, place.astype(mx.int32) + rows.start, self.token)
+        self.top = mx.maximum(self.top, highest)
+        here = (targets >= rows.start) & (targets < rows.stop)
+        index = mx.where(here, targets - rows.start, 0)
+        found = mx.take_along_axis(z, index[..., None], axis=-1)[..., 0]
+        self.at_target = mx.where(here, found, self.at_target)
+        mx.eval(self.top, self.token, self.at_target)

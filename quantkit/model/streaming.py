@@ -18,7 +18,7 @@ from typing import Any
 from quantkit.artifacts.inventory import Weight
 from quantkit.backend import mx, on_cpu
 from quantkit.errors import SourceError
-from quantkit.formats.codec import decode_mxfp4, to_mx
+from quantkit.formats.codec import decode, decode_mxfp4, to_mx
 from quantkit.formats.dtypes import FLOATS
 from quantkit.formats.tiers import MXFP4, Tier, parse_tier
 from quantkit.model.experts import plain_switch_linear
@@ -159,21 +159,32 @@ class StreamingModel:
             if name.startswith(prefix):
                 value = self.parameter(name)
                 if value is not None:
+                    mx.eval(value)  # or what it is computed from stays, of every weight at once
                     found[name[len(prefix) :]] = value
         return found
 
     def values(self, name: str, start: int = 0, stop: int | None = None) -> mx.array:
-        """A weight's values (..., out, in), or some of its rows (rows, in), in its float type."""
+        """A weight's values (..., out, in), or some of its rows (rows, in), in its float type;
+        those of affine tiers in float32, with scales and biases as kernels take them."""
         weight = self.weights[name]
-        view = self.source.views[f"{name}.weight"]
+        tier = parse_tier(weight.storage)
         whole = stop is None
-        rows = (start, view.rows if stop is None else stop)
-        carrier = self.source.read(f"{name}.weight", *rows)
-        if parse_tier(weight.storage) == MXFP4:
-            values = decode_mxfp4(carrier, self.source.read(f"{name}.scales", *rows))
+        rows = (start, self.source.views[f"{name}.weight"].rows if stop is None else stop)
+        if tier == MXFP4:
+            packed, scales = (self.source.read(f"{name}.{p}", *rows) for p in ("weight", "scales"))
+            values = decode_mxfp4(packed, scales)
+        elif tier.quantized:
+            values = decode(tuple(self._parts(name, *rows)), tier, "F32")
         else:
-            values = to_mx(carrier, view.dtype)
+            values = to_mx(self.source.read(f"{name}.weight", *rows), tier.name.upper())
         return values.reshape(weight.shape) if whole else values
+
+    def _parts(self, name: str, start: int, stop: int) -> Iterator[mx.array]:
+        """Rows of the tensors that hold a packed weight; scales and biases in float32 if float."""
+        for part in ("weight", "scales", "biases"):
+            if (view := self.source.views.get(f"{name}.{part}")) is not None:
+                values = to_mx(view.read(self.source.checkpoint, start, stop), view.dtype)
+                yield values.astype(mx.float32) if view.dtype in FLOATS else values
 
     def _rows(self, name: str, part: str, start: int, stop: int) -> mx.array:
         if part == "weight":
@@ -185,16 +196,15 @@ class StreamingModel:
         """A stored tensor as the model computes with it; None for the scales of an unpacked one."""
         owner, _, part = name.rpartition(".")
         weight = self.weights.get(owner)
-        if weight is not None and part == "weight" and not keeps_packed(weight):
-            return self.values(owner).astype(mx.float32)
-        if weight is not None and part == "scales" and not keeps_packed(weight):
-            return None
+        held = weight is not None and part in ("weight", "scales", "biases")
+        if weight is not None and held and not keeps_packed(weight):
+            return self.values(owner).astype(mx.float32) if part == "weight" else None
         view = self.source.views[name]
         values = to_mx(self.source.read(name, 0, view.rows), view.dtype)
-        if weight is not None and part in ("weight", "scales"):
-            return values.reshape(*weight.shape[:-1], -1)
         if view.dtype in FLOATS:
             values = values.astype(mx.float32)
+        if weight is not None and held:
+            return values.reshape(*weight.shape[:-1], -1)
         return values.reshape(self._kept_shapes[name])
 
     def _wrap_around(self) -> None:

@@ -1,8 +1,11 @@
-"""Pictures of a profile; needs matplotlib (extra `plot`)."""
+"""Pictures; they need matplotlib (extra `plot`)."""
 
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from quantkit.artifacts.fidelity import Fidelity
 from quantkit.artifacts.profile import Profile
 from quantkit.errors import OutputError
 from quantkit.roles import ROLES
@@ -15,10 +18,7 @@ def plot_profile(profile: Profile, path: Path) -> None:
 
     Raises OutputError.
     """
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
+    plt = _pyplot()
     from matplotlib.colors import LogNorm
 
     tier = next((t for t in (*_SHOWN[1:], _SHOWN[0]) if t in profile.tiers), profile.tiers[0])
@@ -45,12 +45,41 @@ def plot_profile(profile: Profile, path: Path) -> None:
         yscale="log",
     )
     right.legend(fontsize="small")
+    _save(figure, path)
+
+
+def plot_fidelity(results: Sequence[Fidelity], path: Path) -> None:
+    """The share of tokens below each KL divergence, a curve per repo. Raises OutputError."""
+    figure, axes = _pyplot().subplots(figsize=(8, 5), layout="constrained")
+    for found in results:
+        label = f"{found.repo} ({found.bits_per_weight:.2f} bpw, mean {found.kl_mean.value:.3g})"
+        axes.plot([max(kl, 1e-7) for kl in found.quantiles], range(101), label=label)
+    axes.set(
+        xscale="log",
+        xlabel="KL divergence to native, nats",
+        ylabel="tokens below it, %",
+        title=f"{results[0].tokens} tokens of held-out text",
+    )
+    axes.legend(fontsize="small")
+    _save(figure, path)
+
+
+def _pyplot() -> Any:
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def _save(figure: Any, path: Path) -> None:
     try:
         figure.savefig(path, dpi=120)
     except (OSError, ValueError) as exc:
         raise OutputError(f"{path}: cannot be drawn ({exc}). Name a .png file.") from exc
     finally:
-        plt.close(figure)
+        _pyplot().close(figure)
 
 
 def _curve(profile: Profile, role: str) -> list[tuple[float, float]]:

@@ -4,7 +4,9 @@ Shapes come from running `sanitize` on lazy placeholders that are never evaluate
 `sanitize` hands through untouched is read in rows straight from its shard; one that it computes
 (stacked experts, split or renamed parts) is evaluated whole, one at a time.
 
-For gpt-oss nothing of this is needed; everything else imports mlx here.
+A repo that mlx-lm quantized is described here, too: its packed modules are those with scales.
+
+For gpt-oss as published nothing of this is needed; everything else imports mlx here.
 """
 
 import re
@@ -19,7 +21,7 @@ from quantkit.backend import mx
 from quantkit.errors import SourceError
 from quantkit.formats.codec import to_numpy
 from quantkit.formats.dtypes import FLOATS
-from quantkit.formats.tiers import parse_tier
+from quantkit.formats.tiers import TIERS, Tier, parse_tier
 from quantkit.source.checkpoint import Checkpoint
 from quantkit.source.layout import Layout, Place, optional_int, text_scope
 from quantkit.source.views import ComputedView, View, plain_view
@@ -136,7 +138,8 @@ def describe(checkpoint: Checkpoint) -> Layout:
     placeholders = {t.name: _placeholder(t.dtype, t.shape) for t in checkpoint.tensors.values()}
     stored_name = {id(array): name for name, array in placeholders.items()}
     arrays = model.sanitize(dict(placeholders))
-    _require_loadable(arrays, model.shapes)
+    packed = _packed(checkpoint, arrays)
+    _require_loadable(arrays, model.shapes, packed)
     values = _Sanitized(checkpoint)
 
     def view(name: str) -> View:
@@ -147,13 +150,30 @@ def describe(checkpoint: Checkpoint) -> Layout:
         rows = array.size // width if width else 0
         return ComputedView(name, _NAMES[array.dtype], rows, width, values.compute)
 
-    return _layout(checkpoint, model, arrays, view)
+    return _layout(checkpoint, model, arrays, packed, view)
+
+
+def _packed(checkpoint: Checkpoint, arrays: dict[str, mx.array]) -> dict[str, Tier]:
+    """The tier of every packed module, by its path, as mlx-lm would take it to be."""
+    found = {}
+    entries = checkpoint.config.get("quantization") or {}
+    for path in (name.removesuffix(".scales") for name in arrays if name.endswith(".scales")):
+        entry = own if isinstance(own := entries.get(path), dict) else entries
+        wanted = {"mode": "affine"} | {
+            key: entry[key] for key in ("group_size", "bits", "mode") if key in entry
+        }
+        tiers = [t for t in TIERS.values() if t.quantized and t.config_entry() == wanted]
+        if not tiers or f"{path}.weight" not in arrays:
+            raise SourceError(f"config.json: {path} has scales, but its tier {wanted} is none.")
+        found[path] = tiers[0]
+    return found
 
 
 def _layout(
     checkpoint: Checkpoint,
     model: _Model,
     arrays: dict[str, mx.array],
+    packed: dict[str, Tier],
     view: Callable[[str], View],
 ) -> Layout:
     config = checkpoint.config
@@ -162,6 +182,8 @@ def _layout(
         for path, module in model.quantizable()
         if _NAMES[arrays[f"{path}.weight"].dtype] in FLOATS
     }
+    every = dict(model.model.named_modules())
+    modules |= {path: every[path] for path in packed}
     numbered = [layer for path in modules if (layer := layer_of(path)) is not None]
     layers = (
         optional_int(config, "num_hidden_layers", "n_layers", "n_layer")
@@ -176,11 +198,34 @@ def _layout(
         role = role_of(path, modules[path]) if path in modules else "other"
         if path in modules and name == f"{path}.weight":
             kind = kinds[layer] if layer is not None and layer < len(kinds) else None
-            storage = parse_tier(_NAMES[arrays[name].dtype])
-            layout.add_weight(Place(path, role, layer, kind), shape, storage, view(name))
+            at = Place(path, role, layer, kind)
+            if path in packed:
+                _add_packed(layout, at, shape, packed[path], arrays, view)
+            else:
+                layout.add_weight(at, shape, parse_tier(_NAMES[arrays[name].dtype]), view(name))
         else:
             layout.add_kept(Place(name, role, layer), shape, view(name))
     return layout
+
+
+def _add_packed(
+    layout: Layout,
+    at: Place,
+    shape: tuple[int, ...],
+    tier: Tier,
+    arrays: dict[str, mx.array],
+    view: Callable[[str], View],
+) -> None:
+    dtype = _NAMES[arrays[f"{at.name}.scales"].dtype] if tier.mode == "affine" else "BF16"
+    specs = tier.tensors(at.name, shape, dtype)
+    for spec in specs:
+        found = arrays.get(spec.name)
+        if found is None or tuple(found.shape) != spec.shape:
+            raise SourceError(
+                f"tensor {spec.name!r} is {'missing' if found is None else list(found.shape)}; "
+                f"tier {tier} needs {list(spec.shape)}."
+            )
+    layout.add_weight(at, shape, tier, *(view(spec.name) for spec in specs), dtype=dtype)
 
 
 def _placeholder(dtype: str, shape: tuple[int, ...]) -> mx.array:
@@ -191,7 +236,12 @@ def _placeholder(dtype: str, shape: tuple[int, ...]) -> mx.array:
     return mx.zeros(shape, _DTYPES[dtype])
 
 
-def _require_loadable(arrays: dict[str, mx.array], shapes: dict[str, tuple[int, ...]]) -> None:
+def _require_loadable(
+    arrays: dict[str, mx.array], shapes: dict[str, tuple[int, ...]], packed: dict[str, Tier]
+) -> None:
+    parts = {f"{path}.{part}" for path in packed for part in ("weight", "scales", "biases")}
+    shapes = {name: shape for name, shape in shapes.items() if name not in parts}
+    arrays = {name: array for name, array in arrays.items() if name not in parts}
     missing, unknown = shapes.keys() - arrays.keys(), arrays.keys() - shapes.keys()
     for names, what in ((missing, "is missing"), (unknown, "is not part of the model")):
         if names:

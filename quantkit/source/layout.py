@@ -34,9 +34,17 @@ class Layout:
     kept: list[KeptTensor] = field(default_factory=list)
     views: dict[str, View] = field(default_factory=dict)
 
-    def add_weight(self, at: Place, shape: tuple[int, ...], storage: Tier, *views: View) -> None:
-        """A weight whose tensors (weight, and scales where packed) are `views`, in that order."""
-        specs = storage.tensors(at.name, shape, float_dtype(storage))
+    def add_weight(
+        self,
+        at: Place,
+        shape: tuple[int, ...],
+        storage: Tier,
+        *views: View,
+        dtype: str | None = None,
+    ) -> None:
+        """A weight whose tensors (weight, and scales and biases where packed) are `views`, in that
+        order; `dtype` is the float type of affine scales, where it is not BF16."""
+        specs = storage.tensors(at.name, shape, dtype or float_dtype(storage))
         stored = sum(spec.nbytes for spec in specs)
         self.weights.append(
             Weight(at.name, at.role, at.layer, at.kind, shape, storage.name, stored)

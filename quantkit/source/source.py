@@ -43,8 +43,9 @@ class Source:
         return self.views[name].dtype
 
 
-def open_source(name: str, revision: str | None = None) -> Source:
-    """Open a local folder or a Hub id, from headers alone.
+def open_source(name: str, revision: str | None = None, *, quantized: bool = False) -> Source:
+    """Open a local folder or a Hub id, from headers alone; with `quantized` also a repo that mlx
+    has quantized, to be looked at.
 
     Raises SourceError or HubError.
     """
@@ -54,15 +55,15 @@ def open_source(name: str, revision: str | None = None) -> Source:
     except (OSError, ValueError) as exc:
         raise SourceError(f"{name[:80]}: not a path ({exc}).") from exc
     if there:
-        return _source(open_folder(folder))
+        return _source(open_folder(folder), quantized)
     if not hub.is_repo_id(name):
         raise SourceError(f"{name}: no such folder, and not a Hub id (user/name).")
     try:
-        return _source(hub.open_hub(name, revision))
+        return _source(hub.open_hub(name, revision), quantized)
     except HubUnreachableError:
         if (cached := hub.open_cached(name, revision)) is None:
             raise
-        return _source(cached)
+        return _source(cached, quantized)
 
 
 def with_values(source: Source) -> Source:
@@ -71,7 +72,8 @@ def with_values(source: Source) -> Source:
     if checkpoint.folder is not None:
         return source
     folder = hub.download(checkpoint)
-    return _source(open_folder(folder, checkpoint.name, checkpoint.revision))
+    quantized = "quantization" in checkpoint.config
+    return _source(open_folder(folder, checkpoint.name, checkpoint.revision), quantized)
 
 
 def file_hashes(source: Source, progress: Progress | None = None) -> dict[str, str]:
@@ -87,8 +89,9 @@ def file_hashes(source: Source, progress: Progress | None = None) -> dict[str, s
     return hashes
 
 
-def _source(checkpoint: Checkpoint) -> Source:
-    _require_unquantized(checkpoint)
+def _source(checkpoint: Checkpoint, quantized: bool) -> Source:
+    if not (quantized and "quantization" in checkpoint.config):
+        _require_unquantized(checkpoint)
     layout = _describe(checkpoint)
     experts, per_token = experts_of(checkpoint.config)
     inventory = Inventory(
@@ -112,7 +115,7 @@ def _describe(checkpoint: Checkpoint) -> Layout:
         raise SourceError(
             f"config.json: {layers} layers, but the shards hold {len(checkpoint.tensors)} tensors."
         )
-    if model_type == gpt_oss.MODEL_TYPE:
+    if model_type == gpt_oss.MODEL_TYPE and "quantization" not in checkpoint.config:
         return gpt_oss.describe(checkpoint)
     from quantkit.source import generic  # imports mlx and mlx-lm
 

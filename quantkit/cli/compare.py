@@ -1,0 +1,69 @@
+"""`quantkit compare`: how close quants are to the native model."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from quantkit.cli import console
+from quantkit.cli.options import Json
+
+
+def compare(
+    native: Annotated[
+        str,
+        typer.Argument(
+            metavar="NATIVE",
+            help="The published checkpoint: a local folder, a Hub id, demo or demo-llama.",
+        ),
+    ],
+    repos: Annotated[
+        list[str],
+        typer.Argument(metavar="OUT...", help="Quants of it: folders or Hub ids, by any tool."),
+    ],
+    text: Annotated[
+        str,
+        typer.Option(
+            help="Text to judge on: a Hub data set, a .jsonl, .txt or .parquet file, or the small "
+            "mix that ships with quantkit. Every fifth sequence of it is taken, and dialogues."
+        ),
+    ] = "default",
+    tokens: Annotated[int, typer.Option(help="How many tokens of it.")] = 4096,
+    sequence_length: Annotated[int, typer.Option(help="Tokens in a sequence.")] = 256,
+    seed: Annotated[int, typer.Option(help="Of the text's order.")] = 0,
+    plot: Annotated[
+        Path | None,
+        typer.Option(metavar="PNG", help="Draw the distributions (needs the extra `plot`)."),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Measure how close quants are to the native model: KL divergence, top-1 agreement, perplexity.
+
+    Runs one model after the other, a layer at a time, so it needs the memory of a layer only. The
+    text is held out: quants that were calibrated on it are refused. Intervals are 95%, by
+    bootstrap over sequences. The native model's last layer output is kept in the cache.
+
+    `quantkit compare openai/gpt-oss-20b gpt-oss-20b-q8 mlx-community/gpt-oss-20b-MXFP4-Q8`
+    """
+    from quantkit.backend import speed_hint
+    from quantkit.cli.choose import open_model, require_plots
+    from quantkit.judge import fidelity
+    from quantkit.model.calibration import Request
+
+    if plot:
+        require_plots()
+    source = open_model(native)
+    console.note(speed_hint())
+    request = Request(text, tokens, sequence_length, seed)
+    comparison = fidelity.prepare(source, repos, request)
+    with console.progress(comparison.steps, "Comparing", "steps") as progress:
+        results = fidelity.compare(comparison, progress)
+    if plot:
+        from quantkit.publish.plot import plot_fidelity
+
+        plot_fidelity(results, plot)
+    if json:
+        about = {"native": source.inventory.source.name, "text": comparison.text.name}
+        console.print_json(about | {"results": [result.to_json() for result in results]})
+    else:
+        console.print_fidelity(results, comparison.text.name)

@@ -1,0 +1,232 @@
+"""How close quants are to the native model, on text that none of them was made with.
+
+Both models run a layer at a time, and the head a block of the vocabulary at a time, so a machine
+that cannot hold the native model can judge its quants. What is kept of the native model is the
+output of its last layer, from which its head gives every log-probability exactly.
+"""
+
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from quantkit.artifacts.fidelity import Fidelity, Interval
+from quantkit.artifacts.profile import Calibration
+from quantkit.artifacts.report import REPORT_FILE, Report
+from quantkit.backend import mx, on_cpu
+from quantkit.errors import CalibrationError, InputError, SourceError
+from quantkit.jsonfile import digest, load_json, write_bytes_atomically
+from quantkit.model.calibration import (
+    CHAT,
+    DEFAULT,
+    Request,
+    load_tokenizer,
+    read_text,
+    share_known,
+)
+from quantkit.model.head import Changed, Compared, compared
+from quantkit.model.streamed import Call
+from quantkit.model.streaming import StreamingModel
+from quantkit.places import cache_folder
+from quantkit.progress import Progress
+from quantkit.source.source import Source, open_source, with_values
+from quantkit.staging import source_marks, versions
+from quantkit.units import bits_per_weight
+
+_RESAMPLES = 1000
+_MOST_KNOWN = 0.02  # of the judged text; dialogues share a template's opening with one another
+_TOKENS_AT_ONCE = 4096  # through the head
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Held-out token ids (sequences, length), and the kind of text each sequence is."""
+
+    name: str
+    tokens: np.ndarray
+    kinds: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is to be compared; all that can be refused has been."""
+
+    native: Source
+    repos: tuple[tuple[str, Source], ...]
+    text: Judged
+
+    @property
+    def steps(self) -> int:
+        """How many steps of progress `compare` will tell of."""
+        layers = self.native.inventory.layers + sum(s.inventory.layers for _, s in self.repos)
+        return layers + len(self.repos)
+
+
+def prepare(native: Source, repos: Sequence[str], request: Request) -> Comparison:
+    """Open the repos and read the text. Raises InputError for a repo with another tokenizer, or one
+    that was made with this very text."""
+    native = with_values(native)
+    text = _judged(native, request)
+    opened = []
+    for name in repos:
+        source = with_values(open_source(name, quantized=True))
+        _require_same_tokenizer(native, name, source)
+        _require_unseen(name, source, text)
+        opened.append((name, source))
+    return Comparison(native, tuple(opened), text)
+
+
+def compare(comparison: Comparison, progress: Progress) -> list[Fidelity]:
+    """How close each repo is to the native model. Raises SourceError for values that are not
+    finite."""
+    tokens = comparison.text.tokens
+    native = StreamingModel(comparison.native)
+    h = _native_output(native, tokens, progress)
+    found = []
+    for name, source in comparison.repos:
+        model = StreamingModel(source)
+        other = _output(model, tokens, progress)
+        parts = []
+        step = max(1, _TOKENS_AT_ONCE // tokens.shape[1])
+        for start in range(0, len(tokens), step):
+            part = slice(start, start + step)
+            targets = mx.array(np.roll(tokens[part], -1, axis=1))
+            parts += compared(native, h[part], [Changed(other[part], model=model)], targets)
+        progress(1, f"{name}: logits")
+        found.append(_fidelity(name, source, comparison.text.kinds, parts))
+    return found
+
+
+def _judged(native: Source, request: Request) -> Judged:
+    text = read_text(native.checkpoint, request)
+    tokens, kinds = [text.held_out], list(text.kinds)
+    if request.name != DEFAULT:  # how the model does in a dialogue is asked in any case
+        chat = read_text(native.checkpoint, replace(request, name=DEFAULT))
+        chosen = [kind == CHAT for kind in chat.kinds]
+        tokens.append(chat.held_out[chosen])
+        kinds += [CHAT] * sum(chosen)
+    if not len(text.held_out):
+        raise CalibrationError(
+            f"{request.name}: holds less than five sequences of {request.sequence_length} tokens, "
+            "of which every fifth is judged on. Give more text, or a smaller --sequence-length."
+        )
+    return Judged(text.about.name, np.concatenate(tokens), tuple(kinds))
+
+
+def _require_same_tokenizer(native: Source, name: str, source: Source) -> None:
+    try:
+        theirs = load_tokenizer(source.checkpoint)
+    except CalibrationError as exc:
+        raise CalibrationError(f"{name}: {exc}") from exc
+    if load_tokenizer(native.checkpoint).get_vocab() != theirs.get_vocab():
+        raise InputError(
+            f"{name}: has another tokenizer than {native.inventory.source.name}; what they say of "
+            "the next token cannot be compared."
+        )
+
+
+def _require_unseen(name: str, source: Source, text: Judged) -> None:
+    calibration = _calibration(source.checkpoint.path(""))
+    if calibration is None:
+        return
+    share = share_known(text.tokens, calibration.sketch)
+    if share > _MOST_KNOWN:
+        raise CalibrationError(
+            f"{name}: was made with this very text ({100 * share:.0f}% of what would be judged on "
+            f"is in its calibration text, {calibration.name}, seed {calibration.seed}). Give other "
+            "text, or the same --seed and --sequence-length, which leave every fifth sequence out."
+        )
+
+
+def _calibration(folder: Path) -> Calibration | None:
+    """The text that a repo of quantkit's was made with."""
+    path = folder / REPORT_FILE
+    if not path.is_file():
+        return None
+    return Report.from_json(load_json(path), str(path)).plan.calibration
+
+
+def _native_output(model: StreamingModel, tokens: np.ndarray, progress: Progress) -> mx.array:
+    """The native model's last layer output, from the cache where it is known."""
+    depends = {
+        **source_marks(model.source),
+        **versions(),
+        "tokens": digest(tokens.tolist()),
+        "device": "cpu" if on_cpu() else "gpu",
+    }
+    path = cache_folder() / "native" / f"{digest(depends)}.npy"
+    if path.is_file():
+        try:
+            h = mx.array(np.load(path))
+        except (OSError, ValueError):  # damaged: made anew
+            path.unlink()
+        else:
+            progress(len(model.layers), "native, from the cache")
+            return h
+    h = _output(model, tokens, progress)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    buffer = io.BytesIO()
+    np.save(buffer, np.array(h))
+    write_bytes_atomically(path, buffer.getvalue())
+    return h
+
+
+def _output(model: StreamingModel, tokens: np.ndarray, progress: Progress) -> mx.array:
+    name = model.source.inventory.source.name
+
+    def seen(number: int, _call: Call, _y: mx.array) -> None:
+        progress(1, f"{name}: layer {number}")
+
+    return model.run(mx.array(tokens), seen)
+
+
+def _fidelity(
+    name: str, source: Source, kinds: Sequence[str], parts: Sequence[Compared]
+) -> Fidelity:
+    kl, same, native_loss, loss = (
+        np.concatenate([np.array(getattr(part, field), np.float64) for part in parts])
+        for field in ("kl", "same_top", "native_loss", "loss")
+    )
+    if not np.isfinite(kl).all():
+        raise SourceError(f"{name}: its logits are not finite. Check it: quantkit verify {name}")
+    kl = np.maximum(kl, 0)
+    rng = np.random.default_rng(0)
+    chosen = rng.integers(0, len(kl), (_RESAMPLES, len(kl)))
+    worse = (loss - native_loss)[:, :-1].mean(axis=1)  # the last token's next one is not known
+    tail = (0.5, 0.95, 0.999)
+    drawn = np.array([np.quantile(kl[rows], tail) for rows in chosen])
+    at = [_interval(float(np.quantile(kl, q)), drawn[:, i]) for i, q in enumerate(tail)]
+    inventory = source.inventory
+    by_text = {}
+    for kind in dict.fromkeys(kinds):
+        own = kl[[k == kind for k in kinds]].mean(axis=1)
+        by_text[kind] = _mean(own, rng.integers(0, len(own), (_RESAMPLES, len(own))))
+    return Fidelity(
+        repo=name,
+        bytes=inventory.total_bytes,
+        bits_per_weight=bits_per_weight(inventory.total_bytes, inventory.parameters),
+        tokens=kl.size,
+        kl_mean=_mean(kl.mean(axis=1), chosen),
+        kl_median=at[0],
+        kl_p95=at[1],
+        kl_p999=at[2],
+        top1_agreement=_mean(same.mean(axis=1), chosen),
+        perplexity_ratio=_mean(worse, chosen, np.exp),
+        kl_by_text=by_text,
+        quantiles=tuple(np.quantile(kl, np.linspace(0, 1, 101)).tolist()),
+    )
+
+
+def _mean(
+    by_sequence: np.ndarray, chosen: np.ndarray, then: Callable[[Any], Any] = lambda x: x
+) -> Interval:
+    """The mean over sequences, resampled by the rows of `chosen`."""
+    return _interval(float(then(by_sequence.mean())), then(by_sequence[chosen].mean(axis=1)))
+
+
+def _interval(value: float, resampled: np.ndarray) -> Interval:
+    low, high = np.quantile(resampled, (0.025, 0.975))
+    return Interval(value, float(low), float(high))
