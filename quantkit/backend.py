@@ -42,6 +42,18 @@ def on_cpu() -> bool:
     return bool(mx.default_device() == mx.cpu)
 
 
+def free_memory() -> None:
+    """Give back what mlx and the C library keep of memory that is no longer used."""
+    mx.clear_cache()
+    if sys.platform == "linux":
+        _libc().malloc_trim(0)  # glibc keeps gigabytes between the buffers of experts
+
+
+@lru_cache(maxsize=1)
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None)
+
+
 def speed_hint() -> str | None:
     """What the user could install to make this machine faster; None where nothing is missing."""
     if _FAST_BLAS or not on_cpu():
@@ -65,4 +77,4 @@ def _cpu_streams() -> list[mx.Stream]:
     return [mx.new_stream(mx.cpu) for _ in range(min(4, os.cpu_count() or 1))]
 
 
-__all__ = ["mx", "on_cpu", "speed_hint", "streams"]
+__all__ = ["free_memory", "mx", "on_cpu", "speed_hint", "streams"]

@@ -60,11 +60,11 @@ def rounded(weight: mx.array, tier: Tier) -> mx.array:
     once more.
     """
     if weight.ndim > 2 and weight.size > _AT_ONCE:  # what decoding goes through is large, too
-        parts = []
-        for part in weight:
-            parts.append(rounded(part, tier))
-            mx.eval(parts[-1])
-        return mx.stack(parts)
+        values = mx.zeros(weight.shape)
+        for number, part in enumerate(weight):
+            values[number] = rounded(part, tier)
+            mx.eval(values)  # in place, as long as nothing else holds it
+        return values
     packed, *rest = encode(weight, tier)
     wide = [part.astype(mx.float32) if part.dtype != mx.uint8 else part for part in rest]
     return decode((packed, *wide), tier, "F32")

@@ -38,7 +38,8 @@ def _sorted_product(x: mx.array, indices: mx.array, weight: mx.array) -> mx.arra
     """x (n, 1, in), its rows in the order of their experts `indices` (n)."""
     counts = np.bincount(np.array(indices), minlength=weight.shape[0])
     parts = mx.split(x[:, 0], np.cumsum(counts)[:-1].tolist())
-    used = [part @ weight[e].T for e, part in enumerate(parts) if counts[e]]
+    # A slice is looked at where it lies; weight[e] would be a copy.
+    used = [part @ weight[e : e + 1].squeeze(0).T for e, part in enumerate(parts) if counts[e]]
     return mx.expand_dims(mx.concatenate(used), -2)
 
 

@@ -7,7 +7,7 @@ them is ever held.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from quantkit.backend import mx
+from quantkit.backend import free_memory, mx
 from quantkit.formats.tiers import Tier
 from quantkit.model.streaming import StreamingModel
 
@@ -40,7 +40,7 @@ def label_gradients(model: StreamingModel, h: mx.array, u: mx.array) -> list[mx.
             gradients[draw] = gradients[draw] + part
         below = cumulated[..., -1]
         mx.eval(gradients, below)
-        mx.clear_cache()
+        free_memory()
     return gradients
 
 
@@ -117,7 +117,7 @@ def compared(
             grown[i] = grown[i] * scale + mx.where(mx.abs(d) < 1, near, far).sum(axis=-1)
             shift[i] = shift[i] * scale + (p * d).sum(axis=-1)
             mx.eval(grown[i], shift[i])
-        mx.clear_cache()
+        free_memory()
     normalizer = native.top + mx.log(total)
     found = []
     for peak, a, b in zip(peaks, grown, shift, strict=True):

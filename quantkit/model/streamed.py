@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from quantkit.artifacts.inventory import Weight
-from quantkit.backend import mx
+from quantkit.backend import free_memory, mx
 from quantkit.formats.codec import rounded
 from quantkit.formats.tiers import Tier
 
@@ -76,7 +76,7 @@ class Streamed:
             self._depth -= 1
             if self._depth == 0:
                 self.module.update(self._empty)
-                mx.clear_cache()
+                free_memory()
 
 
 class Table(Streamed):

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from quantkit.artifacts.inventory import Weight
-from quantkit.backend import mx
+from quantkit.backend import free_memory, mx
 from quantkit.errors import SourceError
 from quantkit.model.replay import TappedLayer, Trace, tapped
 from quantkit.model.streamed import Call, Streamed
@@ -68,6 +68,8 @@ def probe_layer(
                     moved = (y - trace.output(until) for trace, y in changed)
                     found.losses[entry.key] = predicted(moved, at_sinks[until or ""])
                 done(weight.name)
+            del native
+            free_memory()
     return found
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from quantkit.backend import mx
+from quantkit.backend import free_memory, mx
 from quantkit.model.head import Changed, divergence, label_gradients
 from quantkit.model.streamed import Call
 from quantkit.model.streaming import StreamingModel
@@ -70,7 +70,7 @@ class Sweep:
                 started = time.monotonic()
                 found = step(progress)
                 self._keep(name, found, time.monotonic() - started)
-                mx.clear_cache()
+                free_memory()
             else:
                 progress(len(self._of(name)), name)
             tables.append(self._table(name))

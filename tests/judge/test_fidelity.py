@@ -22,7 +22,7 @@ LENGTH = 24
 def text(tmp_path_factory):
     rng = np.random.default_rng(1)
     path = tmp_path_factory.mktemp("text") / "judged.jsonl"
-    lines = [" ".join(f"w{i}" for i in rng.integers(3, 64, 60)) for _ in range(60)]
+    lines = [" ".join(f"w{i}" for i in rng.integers(3, 64, 61)) for _ in range(60)]
     path.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
     return path
 

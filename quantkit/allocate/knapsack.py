@@ -1,0 +1,258 @@
+"""The multiple-choice knapsack: one option for every item, least total loss, costs within limits.
+
+It knows no models: lists of options in, choices, bound and gap out. HiGHS (through scipy's `milp`)
+solves it to proven optimality. Before that two things make the problem small and lose no optimum:
+options that another one beats in every respect are dropped, and so are those that the Lagrangian
+relaxation proves to stand in no solution better than one that is already known (reduced-cost
+fixing; Fisher 1981, "The Lagrangian Relaxation Method for Solving Integer Programming Problems").
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import sparse
+from scipy.optimize import Bounds, LinearConstraint, linprog, milp
+
+_SLACK = 1e-9  # of a total: how far two sums of the same losses may differ by rounding
+
+
+@dataclass(frozen=True)
+class Option:
+    """One way to choose for an item: what it takes of every limit, in whole numbers, and loses."""
+
+    costs: tuple[int, ...]
+    loss: float
+
+
+@dataclass(frozen=True)
+class Solution:
+    """The option chosen for every item.
+
+    No choice within the limits loses less than `bound`. `prices` are the loss that one more unit of
+    every limit would save at the optimum of the relaxed problem.
+    """
+
+    chosen: tuple[int, ...]
+    loss: float
+    bound: float
+    prices: tuple[float, ...]
+
+    @property
+    def gap(self) -> float:
+        """What the solution may lose more than the best one, over its own loss."""
+        return max(0.0, self.loss - self.bound) / self.loss if self.loss > 0 else 0.0
+
+
+class ImpossibleError(Exception):
+    """No choice is within the limits; `least` is the least that each limit would have to be."""
+
+    def __init__(self, least: tuple[int, ...]) -> None:
+        super().__init__(f"at least {least} is needed")
+        self.least = least
+
+
+def solve(
+    items: Sequence[Sequence[Option]], limits: Sequence[int], seconds: float = 20
+) -> Solution:
+    """The choice of least loss whose costs are within `limits`.
+
+    Proven optimal, unless HiGHS is stopped after `seconds`: then `gap` says how far it may be off.
+    Of several choices with the same loss and costs one is taken in a fixed manner. Raises
+    ImpossibleError.
+    """
+    least = tuple(sum(min(o.costs[k] for o in item) for item in items) for k in range(len(limits)))
+    if any(need > limit for need, limit in zip(least, limits, strict=True)):
+        raise ImpossibleError(least)
+    problem = _Problem(items, limits)
+    prices, bound = problem.relaxed()
+    known = problem.repaired(prices)
+    if known is not None and problem.loss(known) <= bound * (1 + _SLACK):
+        return problem.solution(known, bound, prices)
+    found = problem.exact(prices, known, seconds)
+    if found is None:
+        raise ImpossibleError(least)
+    chosen, proven = found
+    return problem.solution(chosen, max(bound, proven), prices)
+
+
+def undominated(options: Sequence[Option]) -> list[int]:
+    """The options that no other one beats: with no more of any cost, and no more loss. Of equals
+    the first is kept."""
+    order = sorted(range(len(options)), key=lambda i: (options[i].costs, options[i].loss, i))
+    kept: list[int] = []
+    for i in order:
+        costs, loss = options[i].costs, options[i].loss
+        if not any(
+            options[j].loss <= loss
+            and all(a <= b for a, b in zip(options[j].costs, costs, strict=True))
+            for j in kept
+        ):
+            kept.append(i)
+    return sorted(kept)
+
+
+class _Problem:
+    """The undominated options of all items, in one row of arrays.
+
+    `item` and `number` say whose option each one is and which; `costs` (limits, options) are in
+    units of `limits`, so that 1 is all there is.
+    """
+
+    def __init__(self, items: Sequence[Sequence[Option]], limits: Sequence[int]) -> None:
+        kept = [(i, n) for i, item in enumerate(items) for n in undominated(item)]
+        self.items = items
+        self.limits = tuple(limits)
+        self.item = np.array([i for i, _ in kept])
+        self.number = np.array([n for _, n in kept])
+        self.loss_of = np.array([items[i][n].loss for i, n in kept])
+        self.whole = np.array([items[i][n].costs for i, n in kept], object).T  # exact, of any size
+        scale = np.array([max(1, limit) for limit in limits], float)
+        self.costs = self.whole.astype(float) / scale[:, None]
+        # In these units a quarter of the least difference is the solver's tolerance of 1e-6.
+        units = [max(1, int(np.gcd.reduce(row))) for row in self.whole]
+        self.sharp = np.array([max(1, b / u * 4e-6) for b, u in zip(limits, units, strict=True)])
+        self.starts = np.searchsorted(self.item, np.arange(len(items)))
+
+    def relaxed(self) -> tuple[np.ndarray, float]:
+        """(price of every whole limit, a bound on the loss) from the linear relaxation."""
+        spread = max(float(self.loss_of.sum()) / max(1, len(self.loss_of)), 1e-300)
+        result = linprog(
+            self.loss_of / spread,
+            A_ub=self.costs,
+            b_ub=np.ones(len(self.limits)),
+            A_eq=self._one_each(np.arange(len(self.item))),
+            b_eq=np.ones(len(self.items)),
+            bounds=(0, 1),
+            method="highs",
+        )
+        if result.status != 0:  # the limits exclude one another, or it is too hard: no prices
+            return np.zeros(len(self.limits)), self._bound(np.zeros(len(self.limits)))
+        prices = np.maximum(0, -result.ineqlin.marginals) * spread
+        return prices, self._bound(prices)
+
+    def _reduced(self, prices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(what every option costs at these prices, the least of each item)"""
+        priced = self.loss_of + prices @ self.costs
+        return priced, np.minimum.reduceat(priced, self.starts)
+
+    def _bound(self, prices: np.ndarray) -> float:
+        """No solution loses less (weak duality)."""
+        return max(0.0, float(self._reduced(prices)[1].sum() - prices.sum()))
+
+    def repaired(self, prices: np.ndarray) -> np.ndarray | None:
+        """A solution near the relaxed one: option indices, or None if none was found.
+
+        At prices raised until all fits, each item takes its cheapest option; what is left over is
+        spent on the changes that save the most.
+        """
+        low = high = prices
+        step, least = 1e-6, max(float(self.loss_of.max()), 1e-300) * 1e-9
+        while (over := self._over(self._cheapest(high))).any():
+            low, high = high, np.where(over, high * (1 + step) + least, high)
+            step, least = 2 * step, 2 * least
+            if step > 1e12:
+                return None
+        for _ in range(60):
+            middle = (low + high) / 2
+            if self._over(self._cheapest(middle)).any():
+                low = middle
+            else:
+                high = middle
+        return self._filled(self._cheapest(high))
+
+    def _cheapest(self, prices: np.ndarray) -> np.ndarray:
+        priced, least = self._reduced(prices)
+        first = np.flatnonzero(priced <= least[self.item])
+        return first[np.searchsorted(self.item[first], np.arange(len(self.items)))]
+
+    def _over(self, chosen: np.ndarray) -> np.ndarray:
+        """Which limits are passed; exactly, in whole numbers."""
+        used = self.whole[:, chosen].sum(axis=1)
+        return np.array([u > limit for u, limit in zip(used, self.limits, strict=True)])
+
+    def _filled(self, chosen: np.ndarray) -> np.ndarray:
+        """`chosen` with single changes that save loss and still fit, the greatest saving first."""
+        chosen = chosen.copy()
+        left = 1 - self.costs[:, chosen].sum(axis=1)
+        saving = self.loss_of[chosen][self.item] - self.loss_of
+        for option in np.argsort(-saving, kind="stable"):
+            if saving[option] <= 0:
+                break
+            at = self.item[option]
+            more = self.costs[:, option] - self.costs[:, chosen[at]]
+            if self.loss_of[option] < self.loss_of[chosen[at]] and (more <= left).all():
+                trial = chosen.copy()
+                trial[at] = option
+                if not self._over(trial).any():
+                    chosen, left = trial, left - more
+        return chosen
+
+    def loss(self, chosen: np.ndarray) -> float:
+        return float(self.loss_of[chosen].sum())
+
+    def exact(
+        self, prices: np.ndarray, known: np.ndarray | None, seconds: float
+    ) -> tuple[np.ndarray, float] | None:
+        """(the best solution, a bound that proves it), from the options that can stand in one."""
+        bound = self._bound(prices)
+        priced, least = self._reduced(prices)
+        excess = priced - least[self.item]
+        room = np.inf if known is None else self.loss(known) * (1 + _SLACK) - bound
+        open_ = np.flatnonzero(excess <= room)
+        if known is not None:
+            open_ = np.union1d(open_, known)
+        # In these terms the loss is the bound, plus the excess of every choice, plus the price of
+        # what is left over: small numbers, next to which the solver's tolerances are nothing.
+        largest = room if 0 < room < np.inf else max(float(excess.max()), float(prices.max()))
+        unit = max(largest, 1e-300) / 1e4
+        count, limits = len(open_), len(self.limits)
+        rows = self.costs[:, open_] * self.sharp[:, None]
+        within = sparse.hstack([sparse.csr_matrix(rows), sparse.eye(limits)])
+        one_each = sparse.hstack(
+            [self._one_each(open_), sparse.csr_matrix((len(self.items), limits))]
+        )
+        result = milp(
+            np.concatenate([excess[open_], prices / self.sharp]) / unit,
+            constraints=[
+                LinearConstraint(within, self.sharp, self.sharp),
+                LinearConstraint(one_each, 1, 1),
+            ],
+            integrality=np.concatenate([np.ones(count), np.zeros(limits)]),
+            bounds=Bounds(0, np.concatenate([np.ones(count), np.full(limits, np.inf)])),
+            options={"mip_rel_gap": 0, "time_limit": seconds},
+        )
+        if result.x is None:
+            return None if known is None else (known, bound)
+        chosen = open_[np.round(result.x[:count]).astype(bool)]
+        if self._over(chosen).any():
+            return None if known is None else (known, bound)
+        proven = self.loss(chosen)
+        if result.status != 0:
+            proven = bound + float(result.mip_dual_bound or 0) * unit
+        if known is not None and self.loss(known) < self.loss(chosen):
+            chosen = known
+        return chosen, proven
+
+    def _one_each(self, options: np.ndarray) -> sparse.csr_matrix:
+        ones = np.ones(len(options))
+        shape = (len(self.items), len(options))
+        return sparse.csr_matrix((ones, (self.item[options], np.arange(len(options)))), shape)
+
+    def solution(self, chosen: np.ndarray, bound: float, prices: np.ndarray) -> Solution:
+        numbers = self._in_order(self.number[chosen])
+        loss = sum(item[n].loss for item, n in zip(self.items, numbers, strict=True))
+        per_unit = tuple(float(p) / max(1, b) for p, b in zip(prices, self.limits, strict=True))
+        return Solution(tuple(numbers), loss, min(bound, loss), per_unit)
+
+    def _in_order(self, numbers: np.ndarray) -> list[int]:
+        """Items with the very same options may trade what they were given: the first of them takes
+        the option that comes first, so that which one does not depend on the solver."""
+        alike: dict[tuple[Option, ...], list[int]] = {}
+        for i, item in enumerate(self.items):
+            alike.setdefault(tuple(item), []).append(i)
+        ordered = [int(number) for number in numbers]
+        for same in alike.values():
+            for i, number in zip(same, sorted(ordered[i] for i in same), strict=True):
+                ordered[i] = number
+        return ordered
