@@ -11,6 +11,8 @@ import sys
 from functools import lru_cache
 from itertools import cycle
 
+from quantkit.errors import InputError
+
 _OPENBLAS = "libopenblas.so.0"
 
 
@@ -54,6 +56,14 @@ def _libc() -> ctypes.CDLL:
     return ctypes.CDLL(None)
 
 
+def wired_bytes() -> int:
+    """What macOS lets this machine's GPU wire. Raises InputError on a machine without Metal."""
+    info = mx.device_info() if mx.metal.is_available() else {}
+    if "max_recommended_working_set_size" not in info:
+        raise InputError("mac:this asks a Mac; this machine has no Metal. Say which: mac:64GB.")
+    return int(info["max_recommended_working_set_size"])
+
+
 def speed_hint() -> str | None:
     """What the user could install to make this machine faster; None where nothing is missing."""
     if _FAST_BLAS or not on_cpu():
@@ -77,4 +87,4 @@ def _cpu_streams() -> list[mx.Stream]:
     return [mx.new_stream(mx.cpu) for _ in range(min(4, os.cpu_count() or 1))]
 
 
-__all__ = ["free_memory", "mx", "on_cpu", "speed_hint", "streams"]
+__all__ = ["free_memory", "mx", "on_cpu", "speed_hint", "streams", "wired_bytes"]

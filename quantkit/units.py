@@ -34,6 +34,14 @@ def parse_bytes(text: str) -> int:
     return int(Fraction(number) * _UNITS[unit.upper()])
 
 
+def parse_count(text: str) -> int:
+    """A number of tokens such as `4096` or `32k` (1024 each). Raises InputError."""
+    match = re.fullmatch(r"\s*(\d+)\s*([kK]?)\s*", text)
+    if match is None:
+        raise InputError(f"{text!r} is not a number of tokens. Write it like 4096 or 32k.")
+    return int(match[1]) * (1024 if match[2] else 1)
+
+
 def bits_per_weight(stored_bytes: int, parameters: int) -> float:
     """All stored bits over the parameters of the source."""
     return 8 * stored_bytes / parameters if parameters else 0.0

@@ -1,10 +1,12 @@
 """Plans: one tier per weight, with exact bytes."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from quantkit.artifacts.inventory import Inventory, KeptTensor, Weight
 from quantkit.artifacts.plan import Choice, Plan, tiers_sha256
+from quantkit.artifacts.profile import Profile
 from quantkit.errors import PlanError, TierError
 from quantkit.formats.tiers import Tier, canonical, float_dtype, parse_tier, resolve
 from quantkit.jsonfile import require_kind
@@ -20,11 +22,19 @@ def make_plan(inventory: Inventory, tiers: Mapping[str, Tier], origin: str) -> P
     """
     _require_same_weights(inventory, tiers)
     choices = tuple(_choice(inventory, w, tiers[w.name]) for w in inventory.weights)
-    return Plan(inventory.source, inventory.model_type, origin, choices, _kept(inventory))
+    return Plan(inventory.source, inventory.model_type, origin, choices, kept_choice(inventory))
+
+
+def with_losses(plan: Plan, profile: Profile) -> Plan:
+    """`plan` with the losses that a profile predicts, None for tiers that it does not know."""
+    losses = {w.name: {loss.tier: loss.kl for loss in w.losses} for w in profile.weights}
+    choices = tuple(replace(c, kl=losses[c.name].get(c.tier)) for c in plan.choices)
+    return replace(plan, choices=choices, calibration=profile.calibration)
 
 
 def read_plan(data: Mapping[str, Any], inventory: Inventory, where: str) -> Plan:
-    """The plan in a JSON file, its bytes counted anew: only names and tiers are taken from it.
+    """The plan in a JSON file, its bytes counted anew: of an edited one only names and tiers are
+    taken, and the text it was calibrated on.
 
     Raises PlanError when it was made for another checkpoint, TierError for its tiers.
     """
@@ -48,7 +58,19 @@ def read_plan(data: Mapping[str, Any], inventory: Inventory, where: str) -> Plan
         )
     if edited and not origin.startswith("edited"):
         origin = f"edited from {origin}"
-    return make_plan(inventory, tiers, origin)
+    made = make_plan(inventory, tiers, origin)
+    saved = Plan.from_json(data, where)
+    if edited:
+        return replace(made, calibration=saved.calibration)
+    losses = {choice.name: choice.kl for choice in saved.choices}
+    choices = tuple(replace(choice, kl=losses[choice.name]) for choice in made.choices)
+    return replace(
+        made,
+        choices=choices,
+        proof=saved.proof,
+        calibration=saved.calibration,
+        measured_kl=saved.measured_kl,
+    )
 
 
 def _parse_tier(where: str, weight: str, name: str) -> Tier:
@@ -71,11 +93,17 @@ def _choice(inventory: Inventory, weight: Weight, tier: Tier) -> Choice:
         storage=physical.name,
         parameters=weight.parameters,
         bytes=stored,
-        active_bytes=_active(inventory, weight.role, weight.shape[0], stored),
+        active_bytes=active_bytes(inventory, weight, stored),
     )
 
 
-def _kept(inventory: Inventory) -> Choice:
+def active_bytes(inventory: Inventory, weight: Weight, stored: int) -> int | None:
+    """Of a weight's `stored` bytes those read per generated token; None where it is not known."""
+    return _active(inventory, weight.role, weight.shape[0], stored)
+
+
+def kept_choice(inventory: Inventory) -> Choice:
+    """The norms, biases and sinks, which no tier applies to."""
     active: list[int | None] = [_active_kept(inventory, tensor) for tensor in inventory.kept]
     return Choice(
         name="",

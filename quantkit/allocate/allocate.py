@@ -1,0 +1,231 @@
+"""From a profile and limits to the plan that loses least, proven."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+
+from quantkit.allocate.knapsack import ImpossibleError, Option, Solution, solve
+from quantkit.allocate.plan import active_bytes, kept_choice, make_plan, with_losses
+from quantkit.artifacts.inventory import Inventory, Weight
+from quantkit.artifacts.plan import Plan, Proof
+from quantkit.artifacts.profile import Loss, Profile
+from quantkit.errors import InputError, PlanError
+from quantkit.formats.tiers import Tier, canonical, parse_tier
+from quantkit.roles import ROLE_GROUPS, ROLES
+from quantkit.units import bits_per_weight, gb
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What a plan must keep to, beside its budget.
+
+    `pins` are (pattern, tier), the first that matches decides; `tiers` those that may be chosen
+    beside what the source holds; weights of one layer that match a pattern of `ties` share a tier;
+    routers stay as they are unless `routers`, or a pin, says otherwise. A pattern is a role, a
+    group of roles, or a shell pattern on the end of the module path (`experts.*`).
+    """
+
+    pins: tuple[tuple[str, Tier], ...] = ()
+    tiers: tuple[Tier, ...] | None = None
+    min_tier: Tier | None = None
+    ties: tuple[str, ...] = ()
+    routers: bool = False
+
+
+@dataclass(frozen=True)
+class Limits:
+    """At most so many bytes stored (None: no loss at all), and read per generated token.
+
+    `about` says the first in the words of whoever asked.
+    """
+
+    bytes: int | None
+    active: int | None = None
+    about: str = ""
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        stored = (
+            self.about if self.bytes is None else f"{self.about or 'budget'}: {self.bytes:,} bytes"
+        )
+        read = () if self.active is None else (f"{self.active:,} bytes read per token",)
+        return (stored, *read)
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Weights that share a tier, and what each tier costs and loses for all of them together."""
+
+    weights: tuple[Weight, ...]
+    tiers: tuple[str, ...]
+    options: tuple[Option, ...]
+
+
+def allocate(inventory: Inventory, profile: Profile, limits: Limits, wishes: Wishes) -> Plan:
+    """The plan of least predicted loss within `limits`. Raises PlanError when there is none."""
+    groups = _groups(inventory, profile, limits, wishes)
+    kept = kept_choice(inventory)
+    if limits.bytes is None:
+        groups = [_lossless(group) for group in groups]
+    total = sum(max(o.costs[0] for o in group.options) for group in groups)
+    stored = total if limits.bytes is None else limits.bytes - kept.bytes
+    left = [stored] if limits.active is None else [stored, limits.active - (kept.active_bytes or 0)]
+    try:
+        solution = solve([group.options for group in groups], left)
+    except ImpossibleError as exc:
+        raise PlanError(_impossible(inventory, groups, limits, exc.least, left)) from exc
+    tiers = {
+        weight.name: parse_tier(group.tiers[number])
+        for group, number in zip(groups, solution.chosen, strict=True)
+        for weight in group.weights
+    }
+    plan = make_plan(inventory, tiers, f"budget {limits.about}")
+    return replace(with_losses(plan, profile), proof=_proof(solution, limits))
+
+
+def frontier(
+    inventory: Inventory, profile: Profile, wishes: Wishes, points: int = 24
+) -> list[Plan]:
+    """The best plans at budgets spread evenly from the smallest possible to where nothing is lost.
+
+    Raises PlanError.
+    """
+    largest = allocate(inventory, profile, Limits(None, about="lossless"), wishes)
+    groups = _groups(inventory, profile, Limits(0), wishes)
+    least = sum(min(o.costs[0] for o in g.options) for g in groups) + largest.kept.bytes
+    plans = []
+    for step in range(points - 1):
+        limit = least + (largest.total_bytes - least) * step // (points - 1)
+        about = f"{bits_per_weight(limit, inventory.parameters):.3f}bpw"
+        plans.append(allocate(inventory, profile, Limits(limit, about=about), wishes))
+    return [*plans, largest]
+
+
+def matches(pattern: str, name: str, role: str) -> bool:
+    """Whether `pattern` (a role, a group of roles, or a shell pattern) means the weight `name`."""
+    if pattern in ROLES or pattern in ROLE_GROUPS:
+        return role in ROLE_GROUPS.get(pattern, (pattern,))
+    return fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")
+
+
+def parse_pins(texts: Iterable[str]) -> tuple[tuple[str, Tier], ...]:
+    """`PATTERN=TIER` each. Raises InputError."""
+    pins = []
+    for text in texts:
+        pattern, equals, tier = text.rpartition("=")
+        if not equals or not pattern:
+            raise InputError(
+                f"--pin {text!r}: write it like 'lm_head=q6g64' or 'experts.*=native'."
+            )
+        pins.append((pattern, parse_tier(tier)))
+    return tuple(pins)
+
+
+def _groups(inventory: Inventory, profile: Profile, limits: Limits, wishes: Wishes) -> list[_Group]:
+    losses = {weight.name: weight.by_tier for weight in profile.weights}
+    if lacking := {weight.name for weight in inventory.weights} - losses.keys():
+        raise PlanError(f"the profile lacks {min(lacking)}. Make it anew.")
+    for pattern in (*(pattern for pattern, _ in wishes.pins), *wishes.ties):
+        if not any(matches(pattern, w.name, w.role) for w in inventory.weights):
+            raise InputError(f"pattern {pattern!r} matches no weight.")
+    groups: dict[object, list[Weight]] = {}
+    for weight in inventory.weights:
+        tie = next((t for t in wishes.ties if matches(t, weight.name, weight.role)), None)
+        key = weight.name if tie is None else (tie, weight.layer)
+        groups.setdefault(key, []).append(weight)
+    return [_group(inventory, weights, losses, limits, wishes) for weights in groups.values()]
+
+
+def _group(
+    inventory: Inventory,
+    weights: Sequence[Weight],
+    losses: Mapping[str, Mapping[str, Loss]],
+    limits: Limits,
+    wishes: Wishes,
+) -> _Group:
+    allowed = [_allowed(weight, losses[weight.name], wishes) for weight in weights]
+    shared = [tier for tier in allowed[0] if all(tier in one for one in allowed[1:])]
+    if not shared:
+        raise PlanError(f"{weights[0].name}: no tier is left that all weights tied to it may have.")
+    options = []
+    for tier in shared:
+        entries = [(weight, losses[weight.name][tier]) for weight in weights]
+        costs = [sum(loss.bytes for _, loss in entries)]
+        if limits.active is not None:
+            costs.append(sum(_read(inventory, weight, loss.bytes) for weight, loss in entries))
+        options.append(Option(tuple(costs), sum(loss.kl for _, loss in entries)))
+    return _Group(tuple(weights), tuple(shared), tuple(options))
+
+
+def _read(inventory: Inventory, weight: Weight, stored: int) -> int:
+    read = active_bytes(inventory, weight, stored)
+    if read is None:
+        raise InputError(
+            "config.json does not say how many experts a token uses, so what is read per token is "
+            "not known. Leave --active-bytes and --speed out."
+        )
+    return read
+
+
+def _allowed(weight: Weight, losses: Mapping[str, Loss], wishes: Wishes) -> list[str]:
+    """The tiers that a weight may have, in the profile's order."""
+    storage = parse_tier(weight.storage)
+    native = canonical(storage, storage).name
+    for pattern, tier in wishes.pins:
+        if matches(pattern, weight.name, weight.role):
+            name = canonical(tier, storage).name
+            if name not in losses:
+                raise PlanError(
+                    f"{weight.name}: pinned to {tier}, of which the profile knows no loss. Profile "
+                    f"with --tiers {tier} (tiers larger than {native} can only lose)."
+                )
+            return [name]
+    if weight.role == "router" and not wishes.routers:
+        return [native]
+    return [tier for tier in losses if tier == native or _wanted(tier, wishes)]
+
+
+def _wanted(name: str, wishes: Wishes) -> bool:
+    tier = parse_tier(name)
+    if wishes.tiers is not None and tier not in wishes.tiers:
+        return False
+    least = wishes.min_tier
+    shape = (1, 1 << 12)  # bits per weight, whatever fits
+    return least is None or tier.stored_bytes(shape) >= least.stored_bytes(shape)
+
+
+def _lossless(group: _Group) -> _Group:
+    """The smallest of the options that lose nothing."""
+    free = [i for i, option in enumerate(group.options) if option.loss == 0]
+    if not free:
+        raise PlanError(
+            f"{group.weights[0].name}: is to lose nothing, but no tier that it may have does that."
+        )
+    best = min(free, key=lambda i: group.options[i].costs)
+    return _Group(group.weights, (group.tiers[best],), (group.options[best],))
+
+
+def _proof(solution: Solution, limits: Limits) -> Proof:
+    return Proof(limits.texts, solution.bound, solution.gap, solution.prices)
+
+
+def _impossible(
+    inventory: Inventory,
+    groups: Sequence[_Group],
+    limits: Limits,
+    least: Sequence[int],
+    left: Sequence[int],
+) -> str:
+    kept = kept_choice(inventory)
+    fixed = (kept.bytes, kept.active_bytes or 0)
+    for k, (need, limit) in enumerate(zip(least, left, strict=True)):
+        if need > limit:
+            loss = sum(min((o.costs[k], o.loss) for o in group.options)[1] for group in groups)
+            total = need + fixed[k]
+            bits = f", {bits_per_weight(total, inventory.parameters):.3f}bpw" if k == 0 else ""
+            return (
+                f"{limits.texts[k]} are not possible: with all pins kept, at least {total:,} bytes "
+                f"({gb(total)}{bits}) are needed, at a predicted KL divergence of {loss:.3g}."
+            )
+    both = " and ".join(limits.texts)
+    return f"{both} are not possible: each alone is, but no plan keeps to both."
