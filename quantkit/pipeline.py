@@ -1,11 +1,19 @@
 """The stages put together: a source and a plan in, a repo with its report and card out."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from quantkit.artifacts.plan import Plan
+import numpy as np
+
+from quantkit.allocate.allocate import Limits, Wishes, allocate, corrected_by, rivals
+from quantkit.artifacts.plan import Choice, Plan
 from quantkit.artifacts.profile import Profile
 from quantkit.artifacts.report import REPORT_FILE, Report
+from quantkit.backend import mx
+from quantkit.formats.tiers import Tier, parse_tier
+from quantkit.model import joint
+from quantkit.model.calibration import Request, read_text
+from quantkit.model.streaming import StreamingModel
 from quantkit.places import plain_path
 from quantkit.profile.profile import Settings, make, prepare
 from quantkit.progress import Progress
@@ -46,6 +54,72 @@ def quantize(
 
     rewrite(source, plan, out, documents, shard_bytes=shard_bytes, force=force, progress=progress)
     return read_report(out)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A plan that was measured."""
+
+    plan: Plan
+    kl: float
+
+
+def refine(
+    source: Source,
+    profile: Profile,
+    limits: Limits,
+    wishes: Wishes,
+    *,
+    rounds: int = 1,
+    tokens: int = 2048,
+    progress: Progress | None = None,
+) -> tuple[Plan, list[Trial]]:
+    """The best of the plans that were really measured, and all of them.
+
+    Losses add up only approximately. So the plan is measured, whole and one role at a time, the
+    predictions of each role are corrected by what was found, and the budget is solved anew,
+    `rounds` times. Shipped recipes that fit the limits and are as large stand for election, too.
+    Measured on calibration text, `tokens` of it; what is held out is left for the judge. Raises
+    InputError.
+    """
+    tell = progress or (lambda _done, _name: None)
+    source = with_values(source)
+    request = Request(tokens=tokens, sequence_length=256, seed=profile.calibration.seed)
+    text = mx.array(read_text(source.checkpoint, request).tokens)
+    model = StreamingModel(source)
+    corrected, plan = profile, allocate(source.inventory, profile, limits, wishes)
+    trials: list[Trial] = []
+    waiting = [plan, *rivals(source.inventory, profile, limits, wishes)]
+    for number in range(rounds + 1):
+        plan = waiting[0]
+        roles = list(dict.fromkeys(c.role for c in plan.choices if _change(source, c)))
+        wanted = roles if number < rounds else []  # after the last one nothing is corrected
+        changes = [_changes(source, p) for p in waiting]
+        changes += [_changes(source, plan, role) for role in wanted]
+        losses = joint.measured(model, text, changes, lambda _: tell(1, "measuring"))
+        found = [float(loss.mean(dtype=np.float64)) for loss in losses]
+        trials += [Trial(p, kl) for p, kl in zip(waiting, found, strict=False)]
+        known = {trial.plan.tiers_sha256 for trial in trials}
+        by_role = dict(zip(wanted, found[len(waiting) :], strict=True))
+        corrected = corrected_by(corrected, plan, by_role)
+        waiting = [allocate(source.inventory, corrected, limits, wishes)]
+        if not wanted or waiting[0].tiers_sha256 in known:
+            break
+    best = min(trials, key=lambda trial: trial.kl)
+    return replace(best.plan, measured_kl=best.kl), trials
+
+
+def _change(source: Source, choice: Choice) -> bool:
+    return choice.storage != source.storage(choice.name)
+
+
+def _changes(source: Source, plan: Plan, role: str | None = None) -> dict[str, Tier]:
+    """Weight -> tier where the plan stores it otherwise than the source; of one role only."""
+    return {
+        choice.name: parse_tier(choice.storage)
+        for choice in plan.choices
+        if _change(source, choice) and role in (None, choice.role)
+    }
 
 
 def make_profile(

@@ -41,9 +41,14 @@ def check() -> str:
     """The demo model's whole profile, and 48 of its entries measured on held-out text."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "quantkit", "profile", "demo", "-o", f"{folder}/profile"]
-        options = ["--tokens", "1024", "--check", "48", "--json"]
-        done = subprocess.run([*command, *options], stdout=subprocess.PIPE, check=True)
-    made = json.loads(done.stdout)
+        done = subprocess.run(
+            [*command, "--check", "48", "--json"], stdout=subprocess.PIPE, check=True
+        )
+    return check_table(json.loads(done.stdout))
+
+
+def check_table(made: dict) -> str:
+    """The table of what `quantkit profile --check --json` printed."""
     found = made["check"]
     entries = sum(len(weight["losses"]) - 1 for weight in made["weights"])
     share = found["seconds_measured"] / found["seconds_predicted"]
@@ -81,13 +86,13 @@ def memory() -> str:
 
 
 def working_set(experts: int, tokens: int = TOKENS) -> float:
-    """Bytes: a layer's weights in float32, one stack once more with what it is rounded through (4 +
-    4 + 2 bytes a value), and what the layer's modules gave on all tokens, in float32."""
+    """Bytes: a layer's weights in float32, one stack once more in BF16 and, rounded, in float32
+    (6 bytes a value), and what the layer's modules gave on all tokens, in float32."""
     hidden, heads, keys = 2880, 4096, 512
     stack = experts * hidden * hidden
     layer = 4 * (3 * stack + 2 * hidden * heads + 2 * hidden * keys)
     activations = 4 * tokens * (3 * hidden + heads + 2 * keys + 4 * 3 * hidden)
-    return layer + 10 * stack + activations
+    return layer + 6 * stack + activations
 
 
 def sweep(name: str) -> None:

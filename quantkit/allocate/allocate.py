@@ -1,11 +1,13 @@
 """From a profile and limits to the plan that loses least, proven."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 from quantkit.allocate.knapsack import ImpossibleError, Option, Solution, solve
 from quantkit.allocate.plan import active_bytes, kept_choice, make_plan, with_losses
+from quantkit.allocate.recipe import load_recipe, plan_by_recipe, recipe_names
 from quantkit.artifacts.inventory import Inventory, Weight
 from quantkit.artifacts.plan import Plan, Proof
 from quantkit.artifacts.profile import Loss, Profile
@@ -93,12 +95,57 @@ def frontier(
     largest = allocate(inventory, profile, Limits(None, about="lossless"), wishes)
     groups = _groups(inventory, profile, Limits(0), wishes)
     least = sum(min(o.costs[0] for o in g.options) for g in groups) + largest.kept.bytes
-    plans = []
+    plans: list[Plan] = []
     for step in range(points - 1):
         limit = least + (largest.total_bytes - least) * step // (points - 1)
         about = f"{bits_per_weight(limit, inventory.parameters):.3f}bpw"
-        plans.append(allocate(inventory, profile, Limits(limit, about=about), wishes))
+        plan = allocate(inventory, profile, Limits(limit, about=about), wishes)
+        if not plans or plan.total_bytes != plans[-1].total_bytes:
+            plans.append(plan)
     return [*plans, largest]
+
+
+def rivals(inventory: Inventory, profile: Profile, limits: Limits, wishes: Wishes) -> list[Plan]:
+    """The shipped recipes' plans that `limits` and `wishes` allow and that use up the bytes."""
+    found = []
+    allowed = allowed_losses(inventory, profile, wishes)
+    for plan in recipe_plans(inventory, profile):
+        if limits.bytes is None or not limits.bytes * 0.99 <= plan.total_bytes <= limits.bytes:
+            continue
+        if limits.active is not None and (plan.active_bytes or 0) > limits.active:
+            continue
+        if not wishes.ties and all(c.tier in allowed[c.name] for c in plan.choices):
+            found.append(plan)
+    return found
+
+
+def recipe_plans(inventory: Inventory, profile: Profile) -> list[Plan]:
+    """The plans of the shipped recipes that suit a checkpoint, with their predicted losses."""
+    found = []
+    for name in recipe_names():
+        with suppress(InputError):  # not made for this model
+            plan = plan_by_recipe(inventory, load_recipe(name))
+            found.append(with_losses(plan, profile))
+    return found
+
+
+def corrected_by(profile: Profile, plan: Plan, measured: Mapping[str, float]) -> Profile:
+    """`profile` with the losses of each role scaled so that `plan`, of that role alone, would be
+    predicted what was measured."""
+    predicted: dict[str, float] = {}
+    for choice in plan.choices:
+        predicted[choice.role] = predicted.get(choice.role, 0.0) + (choice.kl or 0.0)
+    factors = {
+        role: min(max(kl / predicted[role], 0.1), 10.0)
+        for role, kl in measured.items()
+        if predicted[role] > 0
+    }
+    weights = []
+    for weight in profile.weights:
+        factor = factors.get(weight.role, 1.0)
+        losses = tuple(replace(loss, kl=loss.kl * factor) for loss in weight.losses)
+        weights.append(replace(weight, losses=losses))
+    return replace(profile, weights=tuple(weights))
 
 
 def matches(pattern: str, name: str, role: str) -> bool:
@@ -122,9 +169,7 @@ def parse_pins(texts: Iterable[str]) -> tuple[tuple[str, Tier], ...]:
 
 
 def _groups(inventory: Inventory, profile: Profile, limits: Limits, wishes: Wishes) -> list[_Group]:
-    losses = {weight.name: weight.by_tier for weight in profile.weights}
-    if lacking := {weight.name for weight in inventory.weights} - losses.keys():
-        raise PlanError(f"the profile lacks {min(lacking)}. Make it anew.")
+    losses = allowed_losses(inventory, profile, wishes)
     for pattern in (*(pattern for pattern, _ in wishes.pins), *wishes.ties):
         if not any(matches(pattern, w.name, w.role) for w in inventory.weights):
             raise InputError(f"pattern {pattern!r} matches no weight.")
@@ -133,7 +178,23 @@ def _groups(inventory: Inventory, profile: Profile, limits: Limits, wishes: Wish
         tie = next((t for t in wishes.ties if matches(t, weight.name, weight.role)), None)
         key = weight.name if tie is None else (tie, weight.layer)
         groups.setdefault(key, []).append(weight)
-    return [_group(inventory, weights, losses, limits, wishes) for weights in groups.values()]
+    return [_group(inventory, weights, losses, limits) for weights in groups.values()]
+
+
+def allowed_losses(
+    inventory: Inventory, profile: Profile, wishes: Wishes
+) -> dict[str, dict[str, Loss]]:
+    """Weight -> tier -> loss, of the tiers that `wishes` allow, largest first. Raises PlanError for
+    a profile that lacks a weight, or a pin's tier."""
+    known = {weight.name: weight.by_tier for weight in profile.weights}
+    if lacking := {weight.name for weight in inventory.weights} - known.keys():
+        raise PlanError(f"the profile lacks {min(lacking)}. Make it anew.")
+    return {
+        weight.name: {
+            tier: known[weight.name][tier] for tier in _allowed(weight, known[weight.name], wishes)
+        }
+        for weight in inventory.weights
+    }
 
 
 def _group(
@@ -141,10 +202,9 @@ def _group(
     weights: Sequence[Weight],
     losses: Mapping[str, Mapping[str, Loss]],
     limits: Limits,
-    wishes: Wishes,
 ) -> _Group:
-    allowed = [_allowed(weight, losses[weight.name], wishes) for weight in weights]
-    shared = [tier for tier in allowed[0] if all(tier in one for one in allowed[1:])]
+    first, *rest = (losses[weight.name] for weight in weights)
+    shared = [tier for tier in first if all(tier in one for one in rest)]
     if not shared:
         raise PlanError(f"{weights[0].name}: no tier is left that all weights tied to it may have.")
     options = []

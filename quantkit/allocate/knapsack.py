@@ -9,10 +9,9 @@ fixing; Fisher 1981, "The Lagrangian Relaxation Method for Solving Integer Progr
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-from scipy import sparse
-from scipy.optimize import Bounds, LinearConstraint, linprog, milp
 
 _SLACK = 1e-9  # of a total: how far two sums of the same losses may differ by rounding
 
@@ -116,6 +115,8 @@ class _Problem:
 
     def relaxed(self) -> tuple[np.ndarray, float]:
         """(price of every whole limit, a bound on the loss) from the linear relaxation."""
+        from scipy.optimize import linprog  # takes half a second, which not every command has
+
         spread = max(float(self.loss_of.sum()) / max(1, len(self.loss_of)), 1e-300)
         result = linprog(
             self.loss_of / spread,
@@ -195,6 +196,9 @@ class _Problem:
         self, prices: np.ndarray, known: np.ndarray | None, seconds: float
     ) -> tuple[np.ndarray, float] | None:
         """(the best solution, a bound that proves it), from the options that can stand in one."""
+        from scipy import sparse
+        from scipy.optimize import Bounds, LinearConstraint, milp
+
         bound = self._bound(prices)
         priced, least = self._reduced(prices)
         excess = priced - least[self.item]
@@ -234,7 +238,9 @@ class _Problem:
             chosen = known
         return chosen, proven
 
-    def _one_each(self, options: np.ndarray) -> sparse.csr_matrix:
+    def _one_each(self, options: np.ndarray) -> Any:
+        from scipy import sparse
+
         ones = np.ones(len(options))
         shape = (len(self.items), len(options))
         return sparse.csr_matrix((ones, (self.item[options], np.arange(len(options)))), shape)

@@ -1,16 +1,21 @@
 """From what a person asked for to a plan."""
 
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from quantkit.allocate.plan import read_plan
+from quantkit.allocate.allocate import Limits, Wishes, allocate, parse_pins
+from quantkit.allocate.budget import parse_budget, parse_room, parse_speed
+from quantkit.allocate.plan import read_plan, with_losses
 from quantkit.allocate.recipe import idle_rules, load_recipe, plan_by_recipe, recipe_names
-from quantkit.artifacts.inventory import Inventory
 from quantkit.artifacts.plan import Plan
+from quantkit.artifacts.profile import Profile
 from quantkit.cli import console
 from quantkit.errors import InputError, PlanError
+from quantkit.formats.tiers import parse_tier
 from quantkit.jsonfile import load_json
+from quantkit.units import parse_bytes
 
 if TYPE_CHECKING:
     from quantkit.source.source import Source
@@ -31,19 +36,136 @@ def open_model(name: str, revision: str | None = None) -> "Source":
     return open_source(name, revision)
 
 
-def choose_plan(inventory: Inventory, recipe: str | None, plan_file: Path | None) -> Plan:
-    """The plan of a recipe, or of a plan file. Raises InputError unless just one is given."""
-    if (recipe is None) == (plan_file is None):
-        ways = "--recipe NAME or --plan FILE, just one of them"
-        raise InputError(f"say how to choose tiers: {ways}. Recipes: {', '.join(recipe_names())}.")
-    if plan_file is not None:
-        return read_plan(load_json(plan_file, PlanError), inventory, str(plan_file))
-    assert recipe is not None
-    loaded = load_recipe(recipe)
-    plan = plan_by_recipe(inventory, loaded)
-    if recipe not in recipe_names():  # those that ship are made for many models
-        for number in idle_rules(inventory, loaded):
-            console.note(f"recipe {loaded.name}: rule {number} decides no weight")
+@dataclass(frozen=True)
+class Asked:
+    """What a person asked for, as they wrote it."""
+
+    recipe: str | None = None
+    plan: Path | None = None
+    budget: str | None = None
+    profile: str | None = None
+    pins: tuple[str, ...] = ()
+    ties: tuple[str, ...] = ()
+    tiers: str | None = None
+    min_tier: str | None = None
+    routers: bool = False
+    active_bytes: str | None = None
+    speed: str | None = None
+    context: str = "8k"
+    reserve: str = "1.5GB"
+
+    def require_one_way(self) -> None:
+        """Raises InputError unless there is just one way to choose tiers."""
+        if (self.recipe, self.plan, self.budget).count(None) != 2:
+            raise InputError(
+                "say how to choose tiers: --budget B, --recipe NAME or --plan FILE, just one of "
+                f"them. Recipes: {', '.join(recipe_names())}."
+            )
+        if self.budget is None and self.wishes() != Wishes():
+            raise InputError("--pin, --tie, --tiers, --min-tier and --routers go with --budget.")
+        if self.budget is None and (self.active_bytes or self.speed):
+            raise InputError("--active-bytes and --speed go with --budget.")
+        if self.active_bytes and self.speed:
+            raise InputError("--active-bytes and --speed say the same; give one of them.")
+
+    def wishes(self) -> Wishes:
+        """Raises InputError."""
+        names = () if self.tiers is None else self.tiers.split(",")
+        tiers = tuple(parse_tier(name) for name in names if name.strip())
+        return Wishes(
+            pins=parse_pins(self.pins),
+            tiers=None if self.tiers is None else tiers,
+            min_tier=None if self.min_tier is None else parse_tier(self.min_tier),
+            ties=self.ties,
+            routers=self.routers,
+        )
+
+    @property
+    def bandwidth(self) -> int | None:
+        """Bytes per second, where a speed is asked for."""
+        return parse_speed(self.speed)[1] if self.speed else None
+
+    def limits(self, source: "Source") -> Limits:
+        """Raises InputError."""
+        assert self.budget is not None
+        room = parse_room(self.context, self.reserve)
+        config = source.checkpoint.config
+        budget = parse_budget(self.budget, source.inventory, config, room)
+        active = parse_bytes(self.active_bytes) if self.active_bytes else None
+        if self.speed:
+            active = parse_speed(self.speed)[0]
+        return Limits(budget.bytes, active, budget.about)
+
+
+def choose_plan(source: "Source", asked: Asked, profile: Profile | None = None) -> Plan:
+    """The plan of a budget, a recipe, or a plan file. Raises InputError.
+
+    With a `profile`, which a budget needs, recipes and plans carry their predicted losses.
+    """
+    asked.require_one_way()
+    inventory = source.inventory
+    if asked.plan is not None:
+        plan = read_plan(load_json(asked.plan, PlanError), inventory, str(asked.plan))
+        return plan if profile is None else with_losses(plan, profile)
+    if asked.recipe is not None:
+        loaded = load_recipe(asked.recipe)
+        plan = plan_by_recipe(inventory, loaded)
+        if asked.recipe not in recipe_names():  # those that ship are made for many models
+            for number in idle_rules(inventory, loaded):
+                console.note(f"recipe {loaded.name}: rule {number} decides no weight")
+        return plan if profile is None else with_losses(plan, profile)
+    assert profile is not None
+    return allocate(inventory, profile, asked.limits(source), asked.wishes())
+
+
+def profile_for(
+    source: "Source", asked: Asked, out: Path, calibration: str, tokens: int
+) -> Profile | None:
+    """The profile that is named, else for a budget the one beside `out`, made first if it is not
+    there. None where none is needed. Raises InputError."""
+    from quantkit.profile.store import load_profile
+
+    if asked.profile is not None:
+        return load_profile(asked.profile, source.inventory)
+    if asked.budget is None:
+        return None
+    asked.limits(source)  # what is wrong with them is better known before the work
+    asked.wishes()
+    from quantkit.backend import speed_hint
+    from quantkit.model.calibration import Request
+    from quantkit.profile.profile import Settings, make, prepare
+    from quantkit.source.source import with_values
+
+    folder = out.with_name(f"{out.name}-profile")
+    settings = Settings(Request(calibration, tokens))
+    console.note(speed_hint())
+    profiling = prepare(with_values(source), folder, settings)
+    with console.progress(profiling.steps, "Profiling", "steps") as progress:
+        return make(profiling, progress)
+
+
+def refined_plan(source: "Source", profile: Profile, asked: Asked, rounds: int) -> Plan:
+    """The plan of a budget, corrected by measurements, which are shown. Raises InputError."""
+    from quantkit.backend import speed_hint
+    from quantkit.pipeline import refine
+
+    if asked.budget is None:
+        raise InputError("--refine goes with --budget.")
+    console.note(speed_hint())
+    with console.progress(0, "Measuring plans,") as progress:
+        plan, trials = refine(
+            source,
+            profile,
+            asked.limits(source),
+            asked.wishes(),
+            rounds=rounds,
+            progress=progress,
+        )
+    for trial in trials:
+        console.note(
+            f"measured {trial.kl:.4g}, predicted {trial.plan.predicted_kl or 0:.4g}: "
+            f"{trial.plan.origin}"
+        )
     return plan
 
 

@@ -24,6 +24,8 @@ _MOST_FILES = 8
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from quantkit.allocate.explain import Difference, Explanation
+
 
 def error(message: str) -> None:
     """One line on stderr."""
@@ -77,10 +79,75 @@ def print_inventory(inventory: Inventory) -> None:
     _totals(inventory.total_bytes, inventory.parameters, None)
 
 
-def print_plan(plan: Plan) -> None:
-    """The tier table of a plan, and its totals."""
+def print_plan(plan: Plan, bandwidth: int | None = None) -> None:
+    """The tier table of a plan, its totals, and what is predicted of it."""
     _show(_tier_table(plan), f"{plan.source.name}: {plan.origin}")
     _totals(plan.total_bytes, plan.parameters, plan.active_bytes)
+    _predictions(plan)
+    if bandwidth and plan.active_bytes:
+        rate = bandwidth / plan.active_bytes
+        print(f"speed             {rate:.0f} tokens/s at most, at {gb(bandwidth)}/s (no KV cache)")
+
+
+def _predictions(plan: Plan) -> None:
+    if plan.predicted_kl is not None:
+        print(f"KL divergence     {plan.predicted_kl:.4g} nats per token predicted (sum of losses)")
+    if plan.measured_kl is not None:
+        print(f"                  {plan.measured_kl:.4g} measured, on calibration text")
+    if plan.proof is not None:
+        bound, gap = plan.proof.bound, plan.proof.gap
+        print(f"within            {' and '.join(plan.proof.limits)}")
+        print(f"proven            no such plan is predicted below {bound:.4g}; gap {gap:.2g}")
+
+
+def print_explanation(found: "Explanation") -> None:
+    """Why weights have their tiers, and which would change next."""
+    table = _table("weight", "tier", "#KL", "#up saves", "to", "#down costs", "to")
+    for choice, up, down in found.weights:
+        table.add_row(
+            choice.name.removeprefix("model."),
+            choice.tier,
+            "" if choice.kl is None else f"{choice.kl:.3g}",
+            *(("", "") if up is None else (f"{up.rate * 1e9:.3g}", up.to)),
+            *(("", "") if down is None else (f"{down.rate * 1e9:.3g}", down.to)),
+        )
+    _show(table, "per GB: a step up pays above the price, a step down below it")
+    if found.price is not None:
+        print(f"price             {found.price * 1e9:.4g} nats per token and GB at the optimum")
+    for title, steps in (("more budget", found.up), ("less budget", found.down)):
+        print(f"{title}       next to change, the best first:")
+        for step in steps:
+            loss = f"saves {step.saves:.3g}" if step.saves >= 0 else f"costs {-step.saves:.3g}"
+            print(f"  {step.weight}: {step.tier} to {step.to}, {step.bytes:+,} bytes, {loss}")
+
+
+def print_differences(found: Sequence["Difference"]) -> None:
+    """A line per weight that two plans store differently."""
+    table = _table("weight", "first", "second", "#bytes", "#KL")
+    for one in found:
+        kl = "" if one.kl is None else f"{one.kl:+.3g}"
+        table.add_row(one.weight, one.before, one.after, f"{one.bytes:+,}", kl)
+    _show(table, f"{len(found)} weights differ, {sum(one.bytes for one in found):+,} bytes")
+
+
+def plan_row(plan: Plan) -> dict[str, Any]:
+    """A plan in one line, as JSON."""
+    return {
+        "origin": plan.origin,
+        "total_bytes": plan.total_bytes,
+        "bits_per_weight": plan.bits_per_weight,
+        "predicted_kl": plan.predicted_kl,
+    }
+
+
+def print_frontier(plans: Sequence[Plan], recipes: Sequence[Plan]) -> None:
+    """Plans and recipes by size, each recipe beside the best plan of no more bytes."""
+    table = _table("plan", "#bytes", "#bpw", "#KL predicted")
+    for plan in sorted([*plans, *recipes], key=lambda p: p.total_bytes):
+        kl = "tiers not in the profile" if plan.predicted_kl is None else f"{plan.predicted_kl:.4g}"
+        name = plan.origin if plan.origin.startswith("recipe") else "best"
+        table.add_row(name, size(plan.total_bytes), f"{plan.bits_per_weight:.3f}", kl)
+    _show(table, f"{plans[0].source.name}: the least loss at every size")
 
 
 def print_report(report: Report, where: str) -> None:
@@ -88,6 +155,7 @@ def print_report(report: Report, where: str) -> None:
     plan = report.plan
     _show(_tier_table(plan), f"{where}: {plan.origin}, from {plan.source.name}")
     _totals(report.total_bytes, plan.parameters, plan.active_bytes)
+    _predictions(plan)
     for title, files in (("shards", report.shards), ("source", plan.source.files)):
         print(f"{title:<18}{len(files)} (size with header, sha256; whole in --json)")
         for file in files[:_MOST_FILES]:

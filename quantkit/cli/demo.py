@@ -28,7 +28,7 @@ def demo(
     layout; it is built once (15 s) and kept in the cache ($QUANTKIT_CACHE, else ~/.cache/quantkit).
     """
     from quantkit.backend import speed_hint
-    from quantkit.cli.choose import choose_plan
+    from quantkit.cli.choose import Asked, choose_plan
     from quantkit.demo.build import demo_checkpoint
     from quantkit.judge.answer import answer
     from quantkit.pipeline import quantize
@@ -39,7 +39,7 @@ def demo(
     with console.progress(0, "Building the demo model,") as progress:
         checkpoint = demo_checkpoint(lambda done, of: progress(0, f"layer {done} of {of}"))
     source = open_source(str(checkpoint))
-    plan = choose_plan(source.inventory, recipe, None)
+    plan = choose_plan(source, Asked(recipe=recipe))
     out = output or cache_folder() / f"demo-{Path(recipe).stem}"
     with console.progress(plan.total_bytes, f"Writing {out.name}") as progress:
         report = quantize(source, plan, out, force=output is None, progress=progress)

@@ -29,4 +29,78 @@ RecipeName = Annotated[
 PlanFile = Annotated[
     Path | None, typer.Option("--plan", "-p", help="A plan that `quantkit plan -o` saved.")
 ]
+BudgetOption = Annotated[
+    str | None,
+    typer.Option(
+        "--budget",
+        "-b",
+        help="How large it may be: 4.25bpw, 12GB, 48GiB, mac:64GB, mac:this, like:RECIPE, "
+        "like:FOLDER, or lossless. Exact, everything stored counted.",
+    ),
+]
+ProfileName = Annotated[
+    str | None,
+    typer.Option(
+        "--profile",
+        metavar="PROFILE",
+        help="What every weight loses in every tier: a folder that `quantkit profile` wrote, or "
+        "a Hub id (user/name).",
+    ),
+]
+Pins = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--pin",
+        metavar="PATTERN=TIER",
+        help="Give weights a tier, such as lm_head=q6g64 or 'experts.*=native': a role, or a shell "
+        "pattern on the end of the path. Several may be given; the first that matches decides.",
+    ),
+]
+Ties = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--tie", metavar="PATTERN", help="Weights of a layer that match share a tier: 'experts.*'."
+    ),
+]
+Tiers = Annotated[
+    str | None,
+    typer.Option(help="Tiers that may be chosen beside the native one. Default: the profile's."),
+]
+MinTier = Annotated[
+    str | None, typer.Option(help="No tier with fewer bits per weight than this one, as q3g64.")
+]
+Routers = Annotated[
+    bool, typer.Option("--routers", help="Routers may be quantized, too (they stay as they are).")
+]
+ActiveBytes = Annotated[
+    str | None,
+    typer.Option(
+        help="At most this much read per generated token, such as 2.1GB (KV cache aside)."
+    ),
+]
+Speed = Annotated[
+    str | None,
+    typer.Option(help="The same as a speed at a memory bandwidth, such as 60tok/s@400GB/s."),
+]
+Context = Annotated[
+    str, typer.Option(help="With mac: the tokens of context that must fit beside the weights.")
+]
+Reserve = Annotated[str, typer.Option(help="With mac: memory left for activations and all else.")]
+CalibrationName = Annotated[
+    str,
+    typer.Option(
+        "--calibration",
+        help="Text to measure on: a Hub data set, a .jsonl, .txt or .parquet file, or the small "
+        "mix that ships with quantkit.",
+    ),
+]
+Tokens = Annotated[int, typer.Option(help="How many tokens of it.")]
+Refine = Annotated[
+    int,
+    typer.Option(
+        metavar="N",
+        help="Measure the plan, correct the predictions of each role by what was found, and solve "
+        "anew, N times; the best that was measured wins. Runs the model a layer at a time.",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]

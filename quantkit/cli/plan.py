@@ -1,48 +1,200 @@
 """`quantkit plan`: a tier for every weight, and what that takes."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from quantkit.cli import console
-from quantkit.cli.options import Json, PlanFile, RecipeName, Revision, Src
+from quantkit.cli.options import (
+    ActiveBytes,
+    BudgetOption,
+    Context,
+    Json,
+    MinTier,
+    Pins,
+    PlanFile,
+    ProfileName,
+    RecipeName,
+    Refine,
+    Reserve,
+    Revision,
+    Routers,
+    Speed,
+    Tiers,
+    Ties,
+)
+
+if TYPE_CHECKING:
+    from quantkit.artifacts.profile import Profile
+    from quantkit.cli.choose import Asked
+    from quantkit.source.source import Source
 
 
 def plan(
-    src: Src,
+    src: Annotated[
+        str,
+        typer.Argument(
+            metavar="SRC | diff",
+            help="A checkpoint: a local folder, a Hub id, demo or demo-llama. Or `diff A.json "
+            "B.json`: what two saved plans store differently.",
+        ),
+    ],
+    files: Annotated[list[Path] | None, typer.Argument(metavar="[A B]", hidden=True)] = None,
+    budget: BudgetOption = None,
+    profile: ProfileName = None,
     recipe: RecipeName = None,
+    plan: PlanFile = None,
     output: Annotated[
         Path | None,
         typer.Option(
             "--output", "-o", help="Save the plan as JSON, to read, edit and quantize by."
         ),
     ] = None,
+    pin: Pins = None,
+    tie: Ties = None,
+    tiers: Tiers = None,
+    min_tier: MinTier = None,
+    routers: Routers = False,
+    active_bytes: ActiveBytes = None,
+    speed: Speed = None,
+    context: Context = "8k",
+    reserve: Reserve = "1.5GB",
+    refine: Refine = 0,
+    frontier: Annotated[
+        bool, typer.Option("--frontier", help="Solve a whole range of budgets; recipes beside it.")
+    ] = False,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="PNG", help="Draw the frontier (needs the extra `plot`).")
+    ] = None,
+    explain: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PATTERN",
+            help="Say why these weights have their tiers, and what would change next: a role, or "
+            "a shell pattern on the end of the path; '*' for all.",
+        ),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the file.")] = False,
-    plan: PlanFile = None,
     revision: Revision = None,
     json: Json = False,
 ) -> None:
     """Choose a tier for every weight and count the bytes, before anything is downloaded.
 
-    Sizes are exact: the repo that `quantkit quantize` writes has just these bytes.
+    By a budget and a profile: the tiers of least predicted loss, proven optimal. By a recipe: its
+    rules. Sizes are exact: the repo that `quantkit quantize` writes has just these bytes.
 
     `quantkit plan openai/gpt-oss-120b --recipe moringlabs-3.6bit`
 
-    `quantkit plan SRC -r mxfp4-q8 -o plan.json`, then edit a `tier` in plan.json, then
-    `quantkit plan SRC --plan plan.json` to count anew, and
-    `quantkit quantize SRC --plan plan.json -o OUT`
-    """
-    from quantkit.cli.choose import choose_plan, open_model
-    from quantkit.errors import OutputError
-    from quantkit.jsonfile import dump_json, write_atomically
+    `quantkit plan openai/gpt-oss-20b --profile gpt-oss-20b-profile --budget mac:16GB -o plan.json`
 
+    `quantkit plan SRC --profile P --frontier --plot frontier.png`
+
+    Saved plans may be edited by hand: change a `tier`, count anew with
+    `quantkit plan SRC --plan plan.json`, write it with `quantkit quantize SRC --plan plan.json -o
+    OUT`. `quantkit plan diff a.json b.json` shows how two of them differ.
+    """
+    from quantkit.cli.choose import Asked, choose_plan, open_model, refined_plan, require_plots
+    from quantkit.errors import InputError, OutputError
+    from quantkit.jsonfile import dump_json, write_atomically
+    from quantkit.profile.store import load_profile
+
+    if src == "diff" and files and not Path("diff").exists():
+        _diff(files, json)
+        return
+    if files:
+        raise InputError(f"{files[0]}: one checkpoint at a time. Two plans: quantkit plan diff A B")
+    if plot and not frontier:
+        raise InputError("--plot draws the frontier; give --frontier, too.")
+    if plot:
+        require_plots()
+    asked = Asked(
+        recipe=recipe,
+        plan=plan,
+        budget=budget,
+        profile=profile,
+        pins=tuple(pin or ()),
+        ties=tuple(tie or ()),
+        tiers=tiers,
+        min_tier=min_tier,
+        routers=routers,
+        active_bytes=active_bytes,
+        speed=speed,
+        context=context,
+        reserve=reserve,
+    )
+    if not frontier:
+        asked.require_one_way()
+    if profile is None and (budget or frontier or explain or refine):
+        raise InputError(
+            "a budget is spent by what weights lose. Give --profile PROFILE; make one with: "
+            f"quantkit profile {src} -o PROFILE"
+        )
     if output is not None and output.exists() and not force:
         raise OutputError(f"{output}: exists. Choose another file, or replace it with --force.")
-    chosen = choose_plan(open_model(src, revision).inventory, recipe, plan)
+    source = open_model(src, revision)
+    known = None if profile is None else load_profile(profile, source.inventory)
+    if frontier:
+        assert known is not None
+        _frontier(source, known, asked, plot, json)
+        return
+    if refine:
+        assert known is not None
+        chosen = refined_plan(source, known, asked, refine)
+    else:
+        chosen = choose_plan(source, asked, known)
     if output is not None:
         write_atomically(output, dump_json(chosen.to_json()))
-    if json:
+    if explain:
+        from quantkit.allocate.explain import explain as find_reasons
+        from quantkit.allocate.explain import explanation_json
+
+        assert known is not None
+        reasons = find_reasons(chosen, source.inventory, known, asked.wishes(), explain)
+        if json:
+            console.print_json(explanation_json(reasons))
+        else:
+            console.print_explanation(reasons)
+    elif json:
         console.print_json(chosen.to_json())
     else:
-        console.print_plan(chosen)
+        console.print_plan(chosen, asked.bandwidth)
+
+
+def _frontier(
+    source: "Source", profile: "Profile", asked: "Asked", plot: Path | None, json: bool
+) -> None:
+    from quantkit.allocate.allocate import frontier, recipe_plans
+
+    plans = frontier(source.inventory, profile, asked.wishes())
+    recipes = recipe_plans(source.inventory, profile)
+    if plot:
+        from quantkit.publish.plot import plot_frontier
+
+        plot_frontier(plans, recipes, plot)
+    if json:
+        rows = {
+            "frontier": [console.plan_row(p) for p in plans],
+            "recipes": [console.plan_row(p) for p in recipes],
+        }
+        console.print_json(rows)
+    else:
+        console.print_frontier(plans, recipes)
+
+
+def _diff(files: list[Path], json: bool) -> None:
+    from dataclasses import asdict
+
+    from quantkit.allocate.explain import diff
+    from quantkit.artifacts.plan import Plan
+    from quantkit.errors import InputError, PlanError
+    from quantkit.jsonfile import load_json
+
+    if len(files) != 2:
+        raise InputError("quantkit plan diff takes two saved plans.")
+    before, after = (Plan.from_json(load_json(path, PlanError), str(path)) for path in files)
+    found = diff(before, after)
+    if json:
+        console.print_json([asdict(difference) for difference in found])
+    else:
+        console.print_differences(found)

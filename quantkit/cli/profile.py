@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from quantkit.cli import console
-from quantkit.cli.options import Json, Revision, Src
+from quantkit.cli.options import CalibrationName, Json, Revision, Src, Tokens
 
 
 def profile(
@@ -24,14 +24,8 @@ def profile(
             help="Measure nothing: show this profile, a folder or a Hub id (user/name).",
         ),
     ] = None,
-    calibration: Annotated[
-        str,
-        typer.Option(
-            help="Text to measure on: a Hub data set, a .jsonl, .txt or .parquet file, or the "
-            "small mix that ships with quantkit."
-        ),
-    ] = "default",
-    tokens: Annotated[int, typer.Option(help="How many tokens of it.")] = 4096,
+    calibration: CalibrationName = "default",
+    tokens: Tokens = 4096,
     sequence_length: Annotated[int, typer.Option(help="Tokens in a sequence.")] = 256,
     seed: Annotated[int, typer.Option(help="Of the text's order and of the labels drawn.")] = 0,
     draws: Annotated[int, typer.Option(help="Labels drawn per token (fisher).")] = 2,

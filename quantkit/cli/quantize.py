@@ -6,7 +6,27 @@ from typing import Annotated
 import typer
 
 from quantkit.cli import console
-from quantkit.cli.options import Json, PlanFile, RecipeName, Revision, Src
+from quantkit.cli.options import (
+    ActiveBytes,
+    BudgetOption,
+    CalibrationName,
+    Context,
+    Json,
+    MinTier,
+    Pins,
+    PlanFile,
+    ProfileName,
+    RecipeName,
+    Refine,
+    Reserve,
+    Revision,
+    Routers,
+    Speed,
+    Src,
+    Tiers,
+    Ties,
+    Tokens,
+)
 
 
 def quantize(
@@ -14,8 +34,22 @@ def quantize(
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="OUT", help="The folder to write.")
     ],
+    budget: BudgetOption = None,
+    profile: ProfileName = None,
     recipe: RecipeName = None,
     plan: PlanFile = None,
+    pin: Pins = None,
+    tie: Ties = None,
+    tiers: Tiers = None,
+    min_tier: MinTier = None,
+    routers: Routers = False,
+    active_bytes: ActiveBytes = None,
+    speed: Speed = None,
+    context: Context = "8k",
+    reserve: Reserve = "1.5GB",
+    refine: Refine = 0,
+    calibration: CalibrationName = "default",
+    tokens: Tokens = 4096,
     shard_size: Annotated[
         str, typer.Option(help="Largest shard, such as 5GB or 4GiB (tensors; headers aside).")
     ] = "5GB",
@@ -27,15 +61,20 @@ def quantize(
 ) -> None:
     """Rewrite a checkpoint into a repo that stock mlx-lm loads.
 
+    With --budget the tiers of least predicted loss are chosen, by --profile, or else by a profile
+    that is made first (in OUT-profile, kept for later budgets).
+
     Streams through the source block by block: for gpt-oss and dense models a few hundred MB of
     memory are enough, whatever their size. OUT appears when it is finished and not before; a killed
     run leaves OUT.partial, and the same command goes on from there.
+
+    `quantkit quantize openai/gpt-oss-20b --budget mac:16GB -o gpt-oss-20b-16GB`
 
     `quantkit quantize openai/gpt-oss-20b -r mxfp4-q8 -o gpt-oss-20b-q8`
     """
     from quantkit.artifacts.report import REPORT_FILE
     from quantkit.backend import speed_hint
-    from quantkit.cli.choose import choose_plan, open_model
+    from quantkit.cli.choose import Asked, choose_plan, open_model, profile_for, refined_plan
     from quantkit.errors import InputError
     from quantkit.pipeline import quantize as write_repo
     from quantkit.units import parse_bytes
@@ -43,8 +82,29 @@ def quantize(
     shard_bytes = parse_bytes(shard_size)
     if shard_bytes == 0:
         raise InputError("--shard-size: shards of 0 bytes hold nothing. Write it like 5GB.")
+    asked = Asked(
+        recipe=recipe,
+        plan=plan,
+        budget=budget,
+        profile=profile,
+        pins=tuple(pin or ()),
+        ties=tuple(tie or ()),
+        tiers=tiers,
+        min_tier=min_tier,
+        routers=routers,
+        active_bytes=active_bytes,
+        speed=speed,
+        context=context,
+        reserve=reserve,
+    )
+    asked.require_one_way()
     source = open_model(src, revision)
-    chosen = choose_plan(source.inventory, recipe, plan)
+    known = profile_for(source, asked, output, calibration, tokens)
+    if refine:
+        assert known is not None
+        chosen = refined_plan(source, known, asked, refine)
+    else:
+        chosen = choose_plan(source, asked, known)
     console.note(speed_hint())
     was_there = (output / REPORT_FILE).exists() and not force
     resumed = Path(f"{output}.partial", "state.json").exists() and not force

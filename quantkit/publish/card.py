@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+from quantkit.artifacts.plan import Plan
 from quantkit.artifacts.report import Report
 from quantkit.roles import group_roles
 from quantkit.units import count, gb, gib, size
@@ -43,6 +44,7 @@ def card(report: Report, base_model: str | None, license_id: str | None) -> str:
         f"- Size: {gb(report.total_bytes)} ({gib(report.total_bytes)})",
         f"- Bits per weight, everything stored counted: {plan.bits_per_weight:.3f}",
         *([] if active is None else [f"- Read per generated token: {gb(active)}"]),
+        *_divergence(plan),
         "",
         "| tier | roles | parameters | share | size |",
         "|---|---|---|---|---|",
@@ -56,6 +58,19 @@ def card(report: Report, base_model: str | None, license_id: str | None) -> str:
         "Hashes, versions and the tier of every weight are in `quantkit.json`.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _divergence(plan: Plan) -> list[str]:
+    lines = []
+    if plan.predicted_kl is not None:
+        text = f" (profile on {plan.calibration.tokens} tokens)" if plan.calibration else ""
+        lines.append(
+            "- Predicted KL divergence to the native model, nats per token: "
+            f"{plan.predicted_kl:.4g}{text}"
+        )
+    if plan.measured_kl is not None:
+        lines.append(f"- Measured on calibration text: {plan.measured_kl:.4g}")
+    return lines
 
 
 def license_of(folder: Path) -> str | None:

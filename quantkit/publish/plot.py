@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from quantkit.artifacts.fidelity import Fidelity
+from quantkit.artifacts.plan import Plan
 from quantkit.artifacts.profile import Profile
 from quantkit.errors import OutputError
 from quantkit.roles import ROLES
@@ -59,6 +60,33 @@ def plot_fidelity(results: Sequence[Fidelity], path: Path) -> None:
         xlabel="KL divergence to native, nats",
         ylabel="tokens below it, %",
         title=f"{results[0].tokens} tokens of held-out text",
+    )
+    axes.legend(fontsize="small")
+    _save(figure, path)
+
+
+def plot_frontier(plans: Sequence[Plan], recipes: Sequence[Plan], path: Path) -> None:
+    """Predicted loss against size: the best plans as a line, recipes as points. Raises
+    OutputError."""
+    figure, axes = _pyplot().subplots(figsize=(8, 5), layout="constrained")
+    points = [(plan.total_bytes / 1e9, plan.predicted_kl) for plan in plans if plan.predicted_kl]
+    axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label="the best plan")
+    for plan in recipes:
+        if plan.predicted_kl:
+            name = plan.origin.removeprefix("recipe ")
+            axes.scatter([plan.total_bytes / 1e9], [plan.predicted_kl], marker="x", color="black")
+            axes.annotate(
+                name,
+                (plan.total_bytes / 1e9, plan.predicted_kl),
+                textcoords="offset points",
+                xytext=(5, 3),
+                fontsize="small",
+            )
+    axes.set(
+        yscale="log",
+        xlabel="size, GB",
+        ylabel="predicted KL divergence, nats per token",
+        title=plans[0].source.name,
     )
     axes.legend(fontsize="small")
     _save(figure, path)

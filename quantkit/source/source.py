@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -37,6 +38,14 @@ class Source:
     def read(self, name: str, start: int, stop: int) -> np.ndarray:
         """Rows [start, stop) of a tensor, as its numpy carrier (rows, width)."""
         return self.views[name].read(self.checkpoint, start, stop)
+
+    def storage(self, weight: str) -> str:
+        """The tier in which a weight is held."""
+        return self._storages[weight]
+
+    @cached_property
+    def _storages(self) -> dict[str, str]:
+        return {weight.name: weight.storage for weight in self.inventory.weights}
 
     def dtype(self, name: str) -> str:
         """The element type of a tensor as `read` carries it."""

@@ -1,5 +1,4 @@
 import json
-from pathlib import Path
 
 import pytest
 
@@ -11,31 +10,14 @@ from quantkit.allocate.recipe import (
     tomllib,
 )
 from quantkit.errors import RecipeError, TierError
-from quantkit.source.gpt_oss import stored_tensors
 from quantkit.source.source import open_source
-from tests import tiny
 
-DATA = Path(__file__).parent.parent / "data"
 SHIPPED = ["moringlabs-3.6bit", "mxfp4-q4", "mxfp4-q8", "optiq-style-4-8", "uniform-3", "uniform-4"]
 
 
 @pytest.fixture(scope="module")
 def inventory(checkpoint):
     return open_source(str(checkpoint)).inventory
-
-
-@pytest.fixture(scope="module")
-def published(tmp_path_factory):
-    """The published 20b and 120b: true headers, no values."""
-    folders = {}
-    for size in ("20b", "120b"):
-        folder = DATA / f"gpt-oss-{size}"
-        config = json.loads((folder / "config.json").read_text())
-        weight_map = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
-        to = tmp_path_factory.mktemp(size) / "src"
-        tiny.write_headers_only(to, config, stored_tensors(config), weight_map)
-        folders[size] = to
-    return folders
 
 
 def recipe(text):
