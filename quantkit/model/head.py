@@ -11,6 +11,7 @@ from quantkit.backend import free_memory, mx
 from quantkit.formats.tiers import Tier
 from quantkit.model.streaming import StreamingModel
 
+_SMALL = 0.5  # growth of the normalizer up to which its log is taken by log1p
 _LARGEST = 80.0  # exponents above it overflow float32
 
 
@@ -46,15 +47,10 @@ def label_gradients(model: StreamingModel, h: mx.array, u: mx.array) -> list[mx.
 
 def _normalizer(model: StreamingModel, h: mx.array) -> tuple[mx.array, mx.array]:
     """(largest logit, sum of exp(logit - largest)) for every token."""
-    largest = mx.full(h.shape[:2], -mx.inf)
-    total = mx.zeros(h.shape[:2])
+    peak, targets = _Peak(h.shape[:2]), mx.zeros(h.shape[:2], mx.int32)
     for rows in model.head_blocks(h.shape[0] * h.shape[1]):
-        z = model.head_block(h, rows)
-        top = mx.maximum(largest, z.max(axis=-1))
-        total = total * mx.exp(largest - top) + mx.exp(z - top[..., None]).sum(axis=-1)
-        largest = top
-        mx.eval(largest, total)
-    return largest, total
+        peak.see(model.head_block(h, rows), rows, targets)
+    return peak.top, peak.total
 
 
 @dataclass(frozen=True)
@@ -93,21 +89,18 @@ def compared(
     """Each of `others` beside the native model, whose last layer gave `h`.
 
     With d = changed - native logits, KL is log(1 + sum p (e^d - 1)) - sum p d, which stays exact
-    where d is small.
+    where d is small; where the sum is not, the log is taken of both normalizers.
     """
     native = _Peak(h.shape[:2])
     peaks = [_Peak(h.shape[:2]) for _ in others]
-    total = mx.zeros(h.shape[:2])
     grown = [mx.zeros(h.shape[:2]) for _ in others]
     shift = [mx.zeros(h.shape[:2]) for _ in others]
     for rows in model.head_blocks(h.shape[0] * h.shape[1]):
         z = model.head_block(h, rows)
         before = native.top
-        native.see(z, rows, targets)
+        p = native.see(z, rows, targets)
         scale = mx.exp(before - native.top)
-        p = mx.exp(z - native.top[..., None])
-        total = total * scale + p.sum(axis=-1)
-        mx.eval(z, p, scale, total)
+        mx.eval(z, p, scale)
         for i, other in enumerate(others):
             changed = (other.model or model).head_block(other.h, rows, other.tier)
             peaks[i].see(changed, rows, targets)
@@ -118,37 +111,49 @@ def compared(
             shift[i] = shift[i] * scale + (p * d).sum(axis=-1)
             mx.eval(grown[i], shift[i])
         free_memory()
-    normalizer = native.top + mx.log(total)
     found = []
     for peak, a, b in zip(peaks, grown, shift, strict=True):
-        change = mx.log1p(a / total)
+        growth = a / native.total
+        far_off = peak.normalizer - native.normalizer
+        change = mx.where(mx.abs(growth) < _SMALL, mx.log1p(mx.maximum(growth, -_SMALL)), far_off)
         found.append(
             Compared(
-                kl=change - b / total,
+                kl=change - b / native.total,
                 same_top=peak.token == native.token,
-                native_loss=normalizer - native.at_target,
-                loss=normalizer + change - peak.at_target,
+                native_loss=native.normalizer - native.at_target,
+                loss=native.normalizer + change - peak.at_target,
             )
         )
     return found
 
 
 class _Peak:
-    """The largest logit so far, its token, and the logit of the target, for every token."""
+    """Of the logits so far, for every token: the largest and its token, the sum of exp(logit -
+    largest), and the logit of the target."""
 
     def __init__(self, shape: tuple[int, ...]) -> None:
         self.top = mx.full(shape, -mx.inf)
+        self.total = mx.zeros(shape)
         self.token = mx.zeros(shape, mx.int32)
         self.at_target = mx.zeros(shape)
 
-    def see(self, z: mx.array, rows: range, targets: mx.array) -> None:
-        """Logits `z` (batch, tokens, rows) of some rows of the vocabulary."""
+    @property
+    def normalizer(self) -> mx.array:
+        """log of the sum of exp(logit)."""
+        return self.top + mx.log(self.total)
+
+    def see(self, z: mx.array, rows: range, targets: mx.array) -> mx.array:
+        """Add logits `z` (batch, tokens, rows) of some rows of the vocabulary; gives their
+        exp(logit - largest)."""
         place = z.argmax(axis=-1)
         highest = mx.take_along_axis(z, place[..., None], axis=-1)[..., 0]
         self.token = mx.where(highest > self.top, place.astype(mx.int32) + rows.start, self.token)
-        self.top = mx.maximum(self.top, highest)
+        before, self.top = self.top, mx.maximum(self.top, highest)
+        p = mx.exp(z - self.top[..., None])
+        self.total = self.total * mx.exp(before - self.top) + p.sum(axis=-1)
         here = (targets >= rows.start) & (targets < rows.stop)
         index = mx.where(here, targets - rows.start, 0)
         found = mx.take_along_axis(z, index[..., None], axis=-1)[..., 0]
         self.at_target = mx.where(here, found, self.at_target)
-        mx.eval(self.top, self.token, self.at_target)
+        mx.eval(self.top, self.total, self.token, self.at_target)
+        return p

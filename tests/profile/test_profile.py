@@ -130,6 +130,19 @@ def test_divergence_of_nothing_and_of_little(checkpoint):
     assert 0 < little.mean().item() < 1e-6
 
 
+def test_divergence_of_logits_that_are_shifted(checkpoint):
+    """A softmax does not see it when all logits move together, however far."""
+    model = StreamingModel(open_source(str(checkpoint)))
+    h = mx.random.normal((1, 3, 128), key=mx.random.key(0))
+    other = mx.random.normal((1, 3, 128), key=mx.random.key(1))
+    block = model.head_block
+    (plain,) = divergence(model, h, [Changed(other)])
+    for shift in (-60.0, 60.0):
+        moved = SimpleNamespace(head_block=lambda h, rows, tier, s=shift: block(h, rows, tier) + s)
+        (shifted,) = divergence(model, h, [Changed(other, model=moved)])
+        assert mx.allclose(shifted, plain, rtol=1e-3).item()
+
+
 def test_predictions_rank_like_the_truth(checkpoint, profiled):
     source = open_source(str(checkpoint))
     entries = candidates(source.inventory.weights, ["q3g64", "q2g64"])
