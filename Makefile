@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.quantkit-env
 
-.PHONY: help env demo test test-slow lint bench bench-profile clean
+.PHONY: help env demo test test-slow lint bench bench-profile bench-allocation clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -38,6 +38,9 @@ bench: env ## time and memory of a full-shape 20b rewrite; needs 45 GB of disk
 
 bench-profile: env ## predictions checked, memory, and mlx_lm's own beside them
 	$(BIN)/python evals/bench/profiling.py
+
+bench-allocation: env ## plans by budget against the shipped recipes, really measured
+	$(BIN)/python evals/bench/allocation.py
 
 clean: ## remove the environment and the linters' caches
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache

@@ -9,8 +9,11 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from quantkit.allocate.allocate import Limits, Wishes, frontier, plan_by_budget
+    from quantkit.allocate.budget import parse_budget
     from quantkit.allocate.plan import make_plan, read_plan
     from quantkit.allocate.recipe import Recipe, load_recipe, plan_by_recipe, recipe_names
+    from quantkit.artifacts.fidelity import Fidelity
     from quantkit.artifacts.inventory import Inventory, Weight
     from quantkit.artifacts.plan import Plan
     from quantkit.artifacts.profile import Profile
@@ -20,7 +23,7 @@ if TYPE_CHECKING:
     from quantkit.formats.tiers import TIERS, Tier, parse_tier
     from quantkit.judge.verify import Check, verify
     from quantkit.model.calibration import Request
-    from quantkit.pipeline import make_profile, quantize
+    from quantkit.pipeline import compare, make_profile, quantize, refine
     from quantkit.profile.profile import Settings
     from quantkit.profile.store import load_profile
     from quantkit.publish.report import read_report
@@ -28,7 +31,9 @@ if TYPE_CHECKING:
 
 _HOME = {
     "Check": "judge.verify",
+    "Fidelity": "artifacts.fidelity",
     "Inventory": "artifacts.inventory",
+    "Limits": "allocate.allocate",
     "Plan": "artifacts.plan",
     "Profile": "artifacts.profile",
     "QuantkitError": "errors",
@@ -40,26 +45,34 @@ _HOME = {
     "TIERS": "formats.tiers",
     "Tier": "formats.tiers",
     "Weight": "artifacts.inventory",
+    "Wishes": "allocate.allocate",
+    "compare": "pipeline",
     "decode": "formats.codec",
     "encode": "formats.codec",
+    "frontier": "allocate.allocate",
     "load_profile": "profile.store",
     "load_recipe": "allocate.recipe",
     "make_plan": "allocate.plan",
     "make_profile": "pipeline",
     "open_source": "source.source",
+    "parse_budget": "allocate.budget",
     "parse_tier": "formats.tiers",
+    "plan_by_budget": "allocate.allocate",
     "plan_by_recipe": "allocate.recipe",
     "quantize": "pipeline",
     "read_plan": "allocate.plan",
     "read_report": "publish.report",
     "recipe_names": "allocate.recipe",
+    "refine": "pipeline",
     "verify": "judge.verify",
 }
 
 __all__ = [
     "TIERS",
     "Check",
+    "Fidelity",
     "Inventory",
+    "Limits",
     "Plan",
     "Profile",
     "QuantkitError",
@@ -70,19 +83,25 @@ __all__ = [
     "Source",
     "Tier",
     "Weight",
+    "Wishes",
+    "compare",
     "decode",
     "encode",
+    "frontier",
     "load_profile",
     "load_recipe",
     "make_plan",
     "make_profile",
     "open_source",
+    "parse_budget",
     "parse_tier",
+    "plan_by_budget",
     "plan_by_recipe",
     "quantize",
     "read_plan",
     "read_report",
     "recipe_names",
+    "refine",
     "verify",
 ]
 

@@ -1,16 +1,19 @@
 """The stages put together: a source and a plan in, a repo with its report and card out."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from quantkit.allocate.allocate import Limits, Wishes, allocate, corrected_by, rivals
-from quantkit.artifacts.plan import Choice, Plan
+from quantkit.allocate.allocate import Limits, Wishes, corrected_by, plan_by_budget, rivals
+from quantkit.artifacts.fidelity import Fidelity
+from quantkit.artifacts.plan import Plan
 from quantkit.artifacts.profile import Profile
 from quantkit.artifacts.report import REPORT_FILE, Report
 from quantkit.backend import mx
 from quantkit.formats.tiers import Tier, parse_tier
+from quantkit.judge import fidelity
 from quantkit.model import joint
 from quantkit.model.calibration import Request, read_text
 from quantkit.model.streaming import StreamingModel
@@ -56,6 +59,10 @@ def quantize(
     return read_report(out)
 
 
+def _silent(_done: int, _name: str) -> None:
+    pass
+
+
 @dataclass(frozen=True)
 class Trial:
     """A plan that was measured."""
@@ -82,44 +89,55 @@ def refine(
     Measured on calibration text, `tokens` of it; what is held out is left for the judge. Raises
     InputError.
     """
-    tell = progress or (lambda _done, _name: None)
+    tell = progress or _silent
     source = with_values(source)
     request = Request(tokens=tokens, sequence_length=256, seed=profile.calibration.seed)
     text = mx.array(read_text(source.checkpoint, request).tokens)
     model = StreamingModel(source)
-    corrected, plan = profile, allocate(source.inventory, profile, limits, wishes)
+    corrected, plan = profile, plan_by_budget(source.inventory, profile, limits, wishes)
     trials: list[Trial] = []
     waiting = [plan, *rivals(source.inventory, profile, limits, wishes)]
     for number in range(rounds + 1):
         plan = waiting[0]
-        roles = list(dict.fromkeys(c.role for c in plan.choices if _change(source, c)))
+        roles = list(dict.fromkeys(source.weights[name].role for name in changes(source, plan)))
         wanted = roles if number < rounds else []  # after the last one nothing is corrected
-        changes = [_changes(source, p) for p in waiting]
-        changes += [_changes(source, plan, role) for role in wanted]
-        losses = joint.measured(model, text, changes, lambda _: tell(1, "measuring"))
+        tried = [changes(source, p) for p in waiting]
+        tried += [changes(source, plan, role) for role in wanted]
+        losses = joint.measured(model, text, tried, lambda _: tell(1, "measuring"))
         found = [float(loss.mean(dtype=np.float64)) for loss in losses]
         trials += [Trial(p, kl) for p, kl in zip(waiting, found, strict=False)]
         known = {trial.plan.tiers_sha256 for trial in trials}
         by_role = dict(zip(wanted, found[len(waiting) :], strict=True))
         corrected = corrected_by(corrected, plan, by_role)
-        waiting = [allocate(source.inventory, corrected, limits, wishes)]
+        waiting = [plan_by_budget(source.inventory, corrected, limits, wishes)]
         if not wanted or waiting[0].tiers_sha256 in known:
             break
     best = min(trials, key=lambda trial: trial.kl)
     return replace(best.plan, measured_kl=best.kl), trials
 
 
-def _change(source: Source, choice: Choice) -> bool:
-    return choice.storage != source.storage(choice.name)
-
-
-def _changes(source: Source, plan: Plan, role: str | None = None) -> dict[str, Tier]:
-    """Weight -> tier where the plan stores it otherwise than the source; of one role only."""
+def changes(source: Source, plan: Plan, role: str | None = None) -> dict[str, Tier]:
+    """Weight -> tier where `plan` stores it otherwise than the source; of one role if asked."""
     return {
         choice.name: parse_tier(choice.storage)
         for choice in plan.choices
-        if _change(source, choice) and role in (None, choice.role)
+        if choice.storage != source.weights[choice.name].storage and role in (None, choice.role)
     }
+
+
+def compare(
+    native: Source,
+    repos: Sequence[str],
+    request: Request | None = None,
+    *,
+    progress: Progress | None = None,
+) -> list[Fidelity]:
+    """How close each of `repos` (folders or Hub ids) is to `native`, on text that is held out.
+
+    Raises InputError for a repo with another tokenizer, or one that was made with this text.
+    """
+    comparison = fidelity.prepare(native, repos, request or Request())
+    return fidelity.compare(comparison, progress or _silent)
 
 
 def make_profile(
@@ -135,4 +153,4 @@ def make_profile(
     A source on the Hub is downloaded first. Raises InputError.
     """
     profiling = prepare(with_values(source), out, settings or Settings(), force)
-    return make(profiling, progress or (lambda _done, _name: None))
+    return make(profiling, progress or _silent)

@@ -63,7 +63,7 @@ class _Group:
     options: tuple[Option, ...]
 
 
-def allocate(inventory: Inventory, profile: Profile, limits: Limits, wishes: Wishes) -> Plan:
+def plan_by_budget(inventory: Inventory, profile: Profile, limits: Limits, wishes: Wishes) -> Plan:
     """The plan of least predicted loss within `limits`. Raises PlanError when there is none."""
     groups = _groups(inventory, profile, limits, wishes)
     kept = kept_choice(inventory)
@@ -92,14 +92,14 @@ def frontier(
 
     Raises PlanError.
     """
-    largest = allocate(inventory, profile, Limits(None, about="lossless"), wishes)
+    largest = plan_by_budget(inventory, profile, Limits(None, about="lossless"), wishes)
     groups = _groups(inventory, profile, Limits(0), wishes)
     least = sum(min(o.costs[0] for o in g.options) for g in groups) + largest.kept.bytes
     plans: list[Plan] = []
     for step in range(points - 1):
         limit = least + (largest.total_bytes - least) * step // (points - 1)
         about = f"{bits_per_weight(limit, inventory.parameters):.3f}bpw"
-        plan = allocate(inventory, profile, Limits(limit, about=about), wishes)
+        plan = plan_by_budget(inventory, profile, Limits(limit, about=about), wishes)
         if not plans or plan.total_bytes != plans[-1].total_bytes:
             plans.append(plan)
     return [*plans, largest]

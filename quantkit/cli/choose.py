@@ -5,7 +5,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from quantkit.allocate.allocate import Limits, Wishes, allocate, parse_pins
+from quantkit.allocate.allocate import Limits, Wishes, parse_pins, plan_by_budget
 from quantkit.allocate.budget import parse_budget, parse_room, parse_speed
 from quantkit.allocate.plan import read_plan, with_losses
 from quantkit.allocate.recipe import idle_rules, load_recipe, plan_by_recipe, recipe_names
@@ -115,7 +115,7 @@ def choose_plan(source: "Source", asked: Asked, profile: Profile | None = None) 
                 console.note(f"recipe {loaded.name}: rule {number} decides no weight")
         return plan if profile is None else with_losses(plan, profile)
     assert profile is not None
-    return allocate(inventory, profile, asked.limits(source), asked.wishes())
+    return plan_by_budget(inventory, profile, asked.limits(source), asked.wishes())
 
 
 def profile_for(

@@ -23,9 +23,9 @@ from quantkit.model.calibration import (
     CHAT,
     DEFAULT,
     Request,
+    known_sequences,
     load_tokenizer,
     read_text,
-    share_known,
 )
 from quantkit.model.head import Changed, Compared, compared
 from quantkit.model.streamed import Call
@@ -37,7 +37,6 @@ from quantkit.staging import source_marks, versions
 from quantkit.units import bits_per_weight
 
 _RESAMPLES = 1000
-_MOST_KNOWN = 0.02  # of the judged text; dialogues share a template's opening with one another
 _TOKENS_AT_ONCE = 4096  # through the head
 
 
@@ -132,12 +131,12 @@ def _require_unseen(name: str, source: Source, text: Judged) -> None:
     calibration = _calibration(source.checkpoint.path(""))
     if calibration is None:
         return
-    share = share_known(text.tokens, calibration.sketch)
-    if share > _MOST_KNOWN:
+    if known := known_sequences(text.tokens, calibration.sketch):
+        about = f"{calibration.name}, seed {calibration.seed}"
         raise CalibrationError(
-            f"{name}: was made with this very text ({100 * share:.0f}% of what would be judged on "
-            f"is in its calibration text, {calibration.name}, seed {calibration.seed}). Give other "
-            "text, or the same --seed and --sequence-length, which leave every fifth sequence out."
+            f"{name}: was made with this text: {len(known)} of the {len(text.tokens)} sequences to "
+            f"judge on are in its calibration text ({about}). Give other text, or its own --seed "
+            "and --sequence-length, which leave every fifth sequence out."
         )
 
 

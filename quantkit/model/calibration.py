@@ -30,6 +30,7 @@ _TEXTS = ("text", "content", "document")
 _DIALOGUES = ("messages", "conversations", "conversation")
 _PASSAGE = 16  # tokens
 _SKETCH = 1024  # passages
+_FEWEST = 4  # passages to judge a sequence by
 _TODAY = "2025-08-05"  # what templates take for today, so that the same text gives the same tokens
 
 
@@ -104,18 +105,23 @@ def read_text(checkpoint: Checkpoint, request: Request) -> Text:
 
 def sketch(tokens: np.ndarray) -> str:
     """The smallest of the hashes of all passages of `tokens` (sequences, length), 8 hex digits
-    each, in order: a sample by which `share_known` tells how much of another text is from it."""
+    each, in order: a sample by which `known_sequences` tells what else is from this text."""
     return "".join(f"{hashed:08x}" for hashed in _passages(tokens)[:_SKETCH])
 
 
-def share_known(tokens: np.ndarray, sketched: str) -> float:
-    """What part of `tokens` (sequences, length) is from the text that was sketched, estimated from
-    the passages that the sketch would have sampled; 0 if there are none."""
+def known_sequences(tokens: np.ndarray, sketched: str) -> list[int]:
+    """Those of `tokens` (sequences, length) that are from the text that was sketched: more than
+    half of their passages that the sketch would have sampled, at least four, are in it. What
+    dialogues have in common, a template's opening, is less than that."""
     known = np.array([int(sketched[i : i + 8], 16) for i in range(0, len(sketched), 8)], np.uint32)
-    passages = _passages(tokens)
-    if len(known) == _SKETCH:
-        passages = passages[passages <= known[-1]]
-    return float(np.isin(passages, known).mean()) if len(passages) else 0.0
+    limit = known[-1] if len(known) == _SKETCH else np.iinfo(np.uint32).max
+    found = []
+    for number, sequence in enumerate(tokens):
+        passages = _passages(sequence[None])
+        sampled = passages[passages <= limit]
+        if len(sampled) >= _FEWEST and np.isin(sampled, known).mean() > 0.5:
+            found.append(number)
+    return found
 
 
 def _passages(tokens: np.ndarray) -> np.ndarray:

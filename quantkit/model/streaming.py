@@ -37,7 +37,7 @@ class StreamingModel:
     def __init__(self, source: Source) -> None:
         """Raises SourceError for an architecture whose layers cannot be wrapped."""
         self.source = source
-        self.weights = {weight.name: weight for weight in source.inventory.weights}
+        self.weights = source.weights
         self._kept_shapes = {tensor.name: tensor.shape for tensor in source.inventory.kept}
         self._names = list(source.views)
         self.model = _build(source)

@@ -6,7 +6,7 @@ from functools import cached_property
 
 import numpy as np
 
-from quantkit.artifacts.inventory import Inventory
+from quantkit.artifacts.inventory import Inventory, Weight
 from quantkit.errors import DamagedError, HubUnreachableError, SourceError
 from quantkit.formats.dtypes import numpy_dtype
 from quantkit.places import user_path
@@ -39,13 +39,10 @@ class Source:
         """Rows [start, stop) of a tensor, as its numpy carrier (rows, width)."""
         return self.views[name].read(self.checkpoint, start, stop)
 
-    def storage(self, weight: str) -> str:
-        """The tier in which a weight is held."""
-        return self._storages[weight]
-
     @cached_property
-    def _storages(self) -> dict[str, str]:
-        return {weight.name: weight.storage for weight in self.inventory.weights}
+    def weights(self) -> Mapping[str, Weight]:
+        """The weights by their names."""
+        return {weight.name: weight for weight in self.inventory.weights}
 
     def dtype(self, name: str) -> str:
         """The element type of a tensor as `read` carries it."""

@@ -7,7 +7,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from quantkit.allocate.allocate import Limits, Wishes, allocate, corrected_by, frontier, rivals
+from quantkit.allocate.allocate import (
+    Limits,
+    Wishes,
+    corrected_by,
+    frontier,
+    plan_by_budget,
+    rivals,
+)
 from quantkit.allocate.budget import Room, cache_bytes, parse_budget, parse_speed
 from quantkit.allocate.plan import with_losses
 from quantkit.allocate.recipe import load_recipe, plan_by_recipe
@@ -241,7 +248,7 @@ def test_recipes_of_the_same_bytes_stand_for_election(inventory, profile):
 
 
 def test_corrections_by_role(inventory, profile):
-    plan = allocate(inventory, profile, Limits(int(4 * inventory.parameters / 8)), Wishes())
+    plan = plan_by_budget(inventory, profile, Limits(int(4 * inventory.parameters / 8)), Wishes())
     before = sum(c.kl for c in plan.choices if c.role == "q")
     assert before > 0
     after = corrected_by(profile, plan, {"q": 3 * before})
@@ -340,7 +347,7 @@ def test_a_budget_wants_a_profile(cli, checkpoint, tmp_path, saved):
 def test_a_profile_that_lacks_a_weight(inventory, profile):
     short = replace(profile, weights=profile.weights[1:])
     with pytest.raises(PlanError, match="lacks model.embed_tokens"):
-        allocate(inventory, short, Limits(10**6), Wishes())
+        plan_by_budget(inventory, short, Limits(10**6), Wishes())
 
 
 def test_a_cache_of_unknown_size():

@@ -10,7 +10,7 @@ import pytest
 from quantkit.artifacts.report import REPORT_FILE
 from quantkit.backend import mx, on_cpu
 from quantkit.judge.fidelity import prepare
-from quantkit.model.calibration import Request, read_text, share_known, sketch
+from quantkit.model.calibration import Request, known_sequences, read_text, sketch
 from quantkit.source.source import open_source
 from tests import tiny
 from tests.model.test_streaming import plainly_loaded
@@ -159,7 +159,7 @@ def test_text_that_the_quant_was_made_with(cli, checkpoint, quants, text, tmp_pa
     about = read_text(source.checkpoint, request).about
     report["plan"]["calibration"] = about.to_json()
     (made / REPORT_FILE).write_text(json.dumps(report))
-    assert "this very text" in refusal(cli, checkpoint, made, *options(text))
+    assert "was made with this text" in refusal(cli, checkpoint, made, *options(text))
     # With the same seed every fifth sequence has been left out, and may be judged on.
     assert compared(cli, checkpoint, made, *options(text), "--seed", 5)
 
@@ -181,7 +181,9 @@ def test_no_such_repo(cli, checkpoint, text, repo, tmp_path, monkeypatch):
 def test_a_sketch_knows_its_text():
     rng = np.random.default_rng(0)
     known, other = rng.integers(0, 50000, (2, 200, 256), np.int32)
-    assert share_known(known[:3], sketch(known)) == 1
-    assert share_known(other, sketch(known)) == 0
-    half = np.concatenate([known[:20], other[:20]])
-    assert 0.3 < share_known(half, sketch(known)) < 0.7
+    assert known_sequences(known[:3], sketch(known[:50])) == [0, 1, 2]
+    assert known_sequences(other, sketch(known)) == []
+    mixed = np.concatenate([other[:5], known[7:9], other[5:9]])
+    assert known_sequences(mixed, sketch(known[:50])) == [5, 6]
+    opening = np.concatenate([known[:1, :100], other[:1, :156]], axis=1)  # as of a template
+    assert known_sequences(opening, sketch(known[:50])) == []

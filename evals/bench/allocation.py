@@ -1,0 +1,97 @@
+"""The allocator against the shipped recipes: the same bytes, the same rounding, KL really measured.
+
+    python evals/bench/allocation.py [PROFILE]
+
+On the demo model and text that is held out. PROFILE is a profile of it (`quantkit profile demo -o
+PROFILE`); it is made first where none is given. Puts its table into README.md here.
+"""
+
+import argparse
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from rewrite import machine, save
+
+from quantkit.allocate.allocate import Limits, Wishes, plan_by_budget, recipe_plans
+from quantkit.artifacts.inventory import Inventory
+from quantkit.artifacts.plan import Plan
+from quantkit.artifacts.profile import Profile
+from quantkit.backend import mx
+from quantkit.demo.build import demo_checkpoint
+from quantkit.formats.tiers import parse_tier
+from quantkit.model import joint
+from quantkit.model.calibration import Request, read_text
+from quantkit.model.streaming import StreamingModel
+from quantkit.pipeline import changes, make_profile
+from quantkit.profile.store import load_profile
+from quantkit.roles import EXPERT_ROLES
+from quantkit.source.source import Source, open_source
+
+BIG = "moringlabs-3.6bit"
+
+
+def experts_alone(inventory: Inventory, profile: Profile, recipe: Plan) -> Plan:
+    """The 120B's situation: all but the experts pinned to the recipe's tiers, the same bytes."""
+    rest = [c for c in recipe.choices if c.role not in EXPERT_ROLES]
+    pins = tuple((choice.name, parse_tier(choice.tier)) for choice in rest)
+    return plan_by_budget(inventory, profile, Limits(recipe.total_bytes), Wishes(pins=pins))
+
+
+def table(source: Source, profile: Profile) -> str:
+    inventory = source.inventory
+    pairs = []
+    for recipe in recipe_plans(inventory, profile):
+        name = recipe.origin.removeprefix("recipe ")
+        wishes = Wishes(
+            routers=any(c.role == "router" and c.tier != "bf16" for c in recipe.choices)
+        )
+        ours = plan_by_budget(inventory, profile, Limits(recipe.total_bytes, about=name), wishes)
+        pairs.append((f"`{name}`", recipe, ours))
+        if name == BIG:
+            pinned = experts_alone(inventory, profile, recipe)
+            pairs.append((f"`{name}`, all but experts pinned to it", recipe, pinned))
+    plans = [plan for _, recipe, ours in pairs for plan in (recipe, ours)]
+    tokens = mx.array(read_text(source.checkpoint, Request()).held_out)
+    wanted = [changes(source, plan) for plan in plans]
+    losses = joint.measured(StreamingModel(source), tokens, wanted, lambda _: None)
+    found = [float(loss.mean(dtype=np.float64)) for loss in losses]
+    rows = []
+    for i, (name, recipe, ours) in enumerate(pairs):
+        theirs_kl, ours_kl = found[2 * i : 2 * i + 2]
+        guess = "-" if recipe.predicted_kl is None else f"{recipe.predicted_kl:.4f}"
+        rows.append(
+            f"| {name} | {recipe.bits_per_weight:.3f} | {guess} | {theirs_kl:.4f} | "
+            f"{ours.bits_per_weight:.3f} | {ours.predicted_kl:.4f} | {ours_kl:.4f} | "
+            f"{ours_kl / theirs_kl:.3f} |"
+        )
+    return "\n".join(
+        [
+            f"{machine()}; profile on {profile.calibration.tokens} tokens, KL divergence on "
+            f"{tokens.size} held out; round-to-nearest everywhere.",
+            "",
+            "| bytes of | bpw | predicted | measured | ours | predicted | measured | ratio |",
+            "|---|---|---|---|---|---|---|---|",
+            *rows,
+        ]
+    )
+
+
+def main() -> None:
+    """Make the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("profile", nargs="?")
+    args = parser.parse_args()
+    source = open_source(str(demo_checkpoint()))
+    if args.profile:
+        profile = load_profile(args.profile, source.inventory)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            profile = make_profile(source, Path(folder) / "profile")
+    text = table(source, profile)
+    print(text)
+    save(text, "allocation")
+
+
+if __name__ == "__main__":
+    main()
