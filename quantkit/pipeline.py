@@ -22,10 +22,14 @@ from quantkit.profile.profile import Settings, make, prepare
 from quantkit.progress import Progress
 from quantkit.publish.card import card, license_of
 from quantkit.publish.report import read_report, report_text
-from quantkit.rewrite.rewrite import SHARD_BYTES, Written, rewrite
+from quantkit.rewrite.rewrite import SHARD_BYTES, Rounder, Rounding, Written, rewrite
+from quantkit.rounding.round import require_method
+from quantkit.rounding.rounder import LayerRounder
 from quantkit.source.hub import is_repo_id
 from quantkit.source.source import Source, with_values
 from quantkit.staging import require_apart, require_free, versions
+
+ROUNDING_TEXT = Request(tokens=16384)
 
 
 def quantize(
@@ -33,13 +37,15 @@ def quantize(
     plan: Plan,
     out: Path,
     *,
+    text: Request | None = None,
     shard_bytes: int = SHARD_BYTES,
     force: bool = False,
     progress: Progress | None = None,
 ) -> Report:
     """Carry `plan` out: write the repo `out`, its report and card included, and give the report.
 
-    A source on the Hub is downloaded first. Raises what `rewrite` raises, and HubError.
+    `text` is what to round on where the plan's rounding is a calibrated one. A source on the Hub is
+    downloaded first. Raises what `rewrite` raises, and HubError.
     """
     if source.checkpoint.folder is None:  # what `rewrite` checks too, before the download
         require_apart(plain_path(out), None)
@@ -51,12 +57,40 @@ def quantize(
     license_id = license_of(source.checkpoint.path(""))
 
     def documents(written: Written) -> dict[str, str]:
-        made = replace(plan, source=written.source)
+        made = replace(carried, source=written.source)
         report = Report(made, written.shards, written.files, versions())
         return {REPORT_FILE: report_text(report), "README.md": card(report, base_model, license_id)}
 
-    rewrite(source, plan, out, documents, shard_bytes=shard_bytes, force=force, progress=progress)
+    carried, rounding = _calibrated(source, plan, text or ROUNDING_TEXT)
+    rewrite(
+        source,
+        carried,
+        out,
+        documents,
+        rounding=rounding,
+        shard_bytes=shard_bytes,
+        force=force,
+        progress=progress,
+    )
     return read_report(out)
+
+
+def _calibrated(source: Source, plan: Plan, request: Request) -> tuple[Plan, Rounding | None]:
+    """How to round, and the plan with the text that it is done on."""
+    if plan.rounding == "rtn":
+        return plan, None
+    require_method(plan.rounding)
+    text = read_text(source.checkpoint, request)
+    plan = replace(plan, calibrations=tuple(dict.fromkeys((*plan.calibrations, text.about))))
+    model = StreamingModel(source)
+    layers = [sum(c.bytes for c in plan.choices if c.layer == i) for i in range(len(model.layers))]
+
+    def make(folder: Path, progress: Progress) -> Rounder:
+        return LayerRounder(model, plan, plan.rounding, text.tokens, folder, progress)
+
+    depends = {"rounding": plan.rounding, "text to round on": text.about.sha256}
+    streams = 2 * 4 * text.tokens.size * model.head_weight.shape[-1]
+    return plan, Rounding(depends, make, 2 * max(layers, default=0) + streams)
 
 
 def _silent(_done: int, _name: str) -> None:

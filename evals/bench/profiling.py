@@ -30,7 +30,7 @@ from quantkit.profile.candidates import candidates
 from quantkit.profile.check import spearman
 from quantkit.profile.reference import measured
 from quantkit.profile.sweep import Sweep
-from quantkit.profile.work import Work
+from quantkit.profile.work import ProfileWork
 from quantkit.source.source import open_source
 
 LAYERS, TOKENS = 4, 512
@@ -100,7 +100,7 @@ def sweep(name: str) -> None:
     source = open_source(str(Path(name) / "source"))
     tokens = np.random.default_rng(0).integers(0, 201088, (TOKENS // 256, 256), np.int32)
     entries = candidates(source.inventory.weights, ["q3g64"])
-    Sweep(StreamingModel(source), tokens, entries, 1, 0, Work(Path(name) / "work")).run(
+    Sweep(StreamingModel(source), tokens, entries, 1, 0, ProfileWork(Path(name) / "work")).run(
         lambda *_: None
     )
 
@@ -146,9 +146,9 @@ def scores(name: str) -> None:
     if name == "quantkit":
         entries = candidates(source.inventory.weights, ["q4g64"])
         with tempfile.TemporaryDirectory() as folder:
-            tables = Sweep(StreamingModel(source), tokens, entries, 2, 0, Work(Path(folder))).run(
-                lambda *_: None
-            )
+            tables = Sweep(
+                StreamingModel(source), tokens, entries, 2, 0, ProfileWork(Path(folder))
+            ).run(lambda *_: None)
         found = {key[0]: float(v.mean()) for table in tables for key, v in table.losses.items()}
     else:
         from mlx_lm import load

@@ -24,7 +24,9 @@ class Wishes:
     `pins` are (pattern, tier), the first that matches decides; `tiers` those that may be chosen
     beside what the source holds; weights of one layer that match a pattern of `ties` share a tier;
     routers stay as they are unless `routers`, or a pin, says otherwise. A pattern is a role, a
-    group of roles, or a shell pattern on the end of the module path (`experts.*`).
+    group of roles, or a shell pattern on the end of the module path (`experts.*`). With a
+    `rounding` other than to nearest (rtn), tiers are those that it knows: affine ones, save for
+    embeddings.
     """
 
     pins: tuple[tuple[str, Tier], ...] = ()
@@ -32,6 +34,7 @@ class Wishes:
     min_tier: Tier | None = None
     ties: tuple[str, ...] = ()
     routers: bool = False
+    rounding: str = "rtn"
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,8 @@ def plan_by_budget(inventory: Inventory, profile: Profile, limits: Limits, wishe
         for weight in group.weights
     }
     plan = make_plan(inventory, tiers, f"budget {limits.about}")
-    return replace(with_losses(plan, profile), proof=_proof(solution, limits))
+    plan = replace(with_losses(plan, profile), rounding=wishes.rounding)
+    return replace(plan, proof=_proof(solution, limits))
 
 
 def frontier(
@@ -242,11 +246,14 @@ def _allowed(weight: Weight, losses: Mapping[str, Loss], wishes: Wishes) -> list
             return [name]
     if weight.role == "router" and not wishes.routers:
         return [native]
-    return [tier for tier in losses if tier == native or _wanted(tier, wishes)]
+    return [tier for tier in losses if tier == native or _wanted(tier, weight, wishes)]
 
 
-def _wanted(name: str, wishes: Wishes) -> bool:
+def _wanted(name: str, weight: Weight, wishes: Wishes) -> bool:
     tier = parse_tier(name)
+    calibrated = wishes.rounding != "rtn" and weight.role != "embedding"
+    if calibrated and tier.mode != "affine":
+        return False
     if wishes.tiers is not None and tier not in wishes.tiers:
         return False
     least = wishes.min_tier

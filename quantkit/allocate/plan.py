@@ -29,7 +29,7 @@ def with_losses(plan: Plan, profile: Profile) -> Plan:
     """`plan` with the losses that a profile predicts, None for tiers that it does not know."""
     losses = {w.name: {loss.tier: loss.kl for loss in w.losses} for w in profile.weights}
     choices = tuple(replace(c, kl=losses[c.name].get(c.tier)) for c in plan.choices)
-    return replace(plan, choices=choices, calibration=profile.calibration)
+    return replace(plan, choices=choices, calibrations=(profile.calibration,))
 
 
 def read_plan(data: Mapping[str, Any], inventory: Inventory, where: str) -> Plan:
@@ -61,14 +61,15 @@ def read_plan(data: Mapping[str, Any], inventory: Inventory, where: str) -> Plan
     made = make_plan(inventory, tiers, origin)
     saved = Plan.from_json(data, where)
     if edited:
-        return replace(made, calibration=saved.calibration)
+        return replace(made, calibrations=saved.calibrations, rounding=saved.rounding)
     losses = {choice.name: choice.kl for choice in saved.choices}
     choices = tuple(replace(choice, kl=losses[choice.name]) for choice in made.choices)
     return replace(
         made,
         choices=choices,
         proof=saved.proof,
-        calibration=saved.calibration,
+        calibrations=saved.calibrations,
+        rounding=saved.rounding,
         measured_kl=saved.measured_kl,
     )
 

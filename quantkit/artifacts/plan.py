@@ -70,8 +70,9 @@ class Plan:
     """Weight -> tier for one checkpoint, with exact bytes.
 
     `origin` says where the tiers came from. The kept tensors (norms, biases, sinks) count in every
-    total. `calibration` is the text of the profile that chose; `measured_kl` the divergence of the
-    whole plan where it was measured.
+    total. `calibrations` are the texts it was made with: that of the profile, that of the rounding;
+    `rounding` is how numbers are chosen inside a tier; `measured_kl` the divergence of the whole
+    plan where it was measured, rounded to nearest.
     """
 
     source: SourceId
@@ -80,7 +81,8 @@ class Plan:
     choices: tuple[Choice, ...]
     kept: Choice
     proof: Proof | None = None
-    calibration: Calibration | None = None
+    calibrations: tuple[Calibration, ...] = ()
+    rounding: str = "rtn"
     measured_kl: float | None = None
 
     @property
@@ -156,7 +158,8 @@ class Plan:
             "predicted_kl": self.predicted_kl,
             "measured_kl": self.measured_kl,
             "proof": None if self.proof is None else asdict(self.proof),
-            "calibration": None if self.calibration is None else self.calibration.to_json(),
+            "rounding": self.rounding,
+            "calibrations": [text.to_json() for text in self.calibrations],
             "tiers": [asdict(row) for row in self.tiers()],
             "weights": [asdict(choice) for choice in self.choices],
             "kept": asdict(self.kept),
@@ -174,7 +177,8 @@ class Plan:
                 choices=tuple(_choice(choice) for choice in data["weights"]),
                 kept=_choice(data["kept"]),
                 proof=_proof(data.get("proof")),
-                calibration=_calibration(data.get("calibration")),
+                calibrations=tuple(map(Calibration.from_json, data.get("calibrations", []))),
+                rounding=str(data.get("rounding", "rtn")),
                 measured_kl=data.get("measured_kl"),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as exc:
@@ -191,10 +195,6 @@ def _proof(data: Mapping[str, Any] | None) -> Proof | None:
         return None
     limits, prices = tuple(map(str, data["limits"])), tuple(map(float, data["prices"]))
     return Proof(limits, float(data["bound"]), float(data["gap"]), prices)
-
-
-def _calibration(data: Mapping[str, Any] | None) -> Calibration | None:
-    return None if data is None else Calibration.from_json(data)
 
 
 def _choice(data: Mapping[str, Any]) -> Choice:

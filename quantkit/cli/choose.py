@@ -1,6 +1,6 @@
 """From what a person asked for to a plan."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +13,7 @@ from quantkit.artifacts.plan import Plan
 from quantkit.artifacts.profile import Profile
 from quantkit.cli import console
 from quantkit.errors import InputError, PlanError
-from quantkit.formats.tiers import parse_tier
+from quantkit.formats.tiers import ROUNDINGS, parse_tier
 from quantkit.jsonfile import load_json
 from quantkit.units import parse_bytes
 
@@ -53,6 +53,7 @@ class Asked:
     speed: str | None = None
     context: str = "8k"
     reserve: str = "1.5GB"
+    rounding: str | None = None
 
     def require_one_way(self) -> None:
         """Raises InputError unless there is just one way to choose tiers."""
@@ -61,7 +62,7 @@ class Asked:
                 "say how to choose tiers: --budget B, --recipe NAME or --plan FILE, just one of "
                 f"them. Recipes: {', '.join(recipe_names())}."
             )
-        if self.budget is None and self.wishes() != Wishes():
+        if self.budget is None and replace(self, rounding="rtn").wishes() != Wishes():
             raise InputError("--pin, --tie, --tiers, --min-tier and --routers go with --budget.")
         if self.budget is None and (self.active_bytes or self.speed):
             raise InputError("--active-bytes and --speed go with --budget.")
@@ -70,6 +71,9 @@ class Asked:
 
     def wishes(self) -> Wishes:
         """Raises InputError."""
+        if self.rounding is not None and self.rounding not in ROUNDINGS:
+            known = ", ".join(ROUNDINGS)
+            raise InputError(f"there is no rounding {self.rounding!r}. Roundings: {known}.")
         names = () if self.tiers is None else self.tiers.split(",")
         tiers = tuple(parse_tier(name) for name in names if name.strip())
         return Wishes(
@@ -78,6 +82,7 @@ class Asked:
             min_tier=None if self.min_tier is None else parse_tier(self.min_tier),
             ties=self.ties,
             routers=self.routers,
+            rounding=self.rounding or "gptq",
         )
 
     @property
@@ -104,18 +109,20 @@ def choose_plan(source: "Source", asked: Asked, profile: Profile | None = None) 
     """
     asked.require_one_way()
     inventory = source.inventory
+    if asked.budget is not None:
+        assert profile is not None
+        return plan_by_budget(inventory, profile, asked.limits(source), asked.wishes())
     if asked.plan is not None:
         plan = read_plan(load_json(asked.plan, PlanError), inventory, str(asked.plan))
-        return plan if profile is None else with_losses(plan, profile)
-    if asked.recipe is not None:
+    else:
+        assert asked.recipe is not None
         loaded = load_recipe(asked.recipe)
         plan = plan_by_recipe(inventory, loaded)
         if asked.recipe not in recipe_names():  # those that ship are made for many models
             for number in idle_rules(inventory, loaded):
                 console.note(f"recipe {loaded.name}: rule {number} decides no weight")
-        return plan if profile is None else with_losses(plan, profile)
-    assert profile is not None
-    return plan_by_budget(inventory, profile, asked.limits(source), asked.wishes())
+    plan = plan if profile is None else with_losses(plan, profile)
+    return plan if asked.rounding is None else replace(plan, rounding=asked.rounding)
 
 
 def profile_for(

@@ -95,6 +95,14 @@ CalibrationName = Annotated[
     ),
 ]
 Tokens = Annotated[int, typer.Option(help="How many tokens of it.")]
+RoundingName = Annotated[
+    str | None,
+    typer.Option(
+        "--rounding",
+        help="How numbers are chosen inside a tier: rtn (to nearest, mlx's own), search, or gptq. "
+        "Default: gptq with --budget, rtn with --recipe, the plan's own with --plan.",
+    ),
+]
 Refine = Annotated[
     int,
     typer.Option(

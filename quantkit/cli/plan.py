@@ -19,6 +19,7 @@ from quantkit.cli.options import (
     Refine,
     Reserve,
     Revision,
+    RoundingName,
     Routers,
     Speed,
     Tiers,
@@ -60,6 +61,7 @@ def plan(
     speed: Speed = None,
     context: Context = "8k",
     reserve: Reserve = "1.5GB",
+    rounding: RoundingName = None,
     refine: Refine = 0,
     frontier: Annotated[
         bool, typer.Option("--frontier", help="Solve a whole range of budgets; recipes beside it.")
@@ -122,6 +124,7 @@ def plan(
         speed=speed,
         context=context,
         reserve=reserve,
+        rounding=rounding,
     )
     if not frontier:
         asked.require_one_way()

@@ -20,6 +20,7 @@ from quantkit.cli.options import (
     Refine,
     Reserve,
     Revision,
+    RoundingName,
     Routers,
     Speed,
     Src,
@@ -47,9 +48,13 @@ def quantize(
     speed: Speed = None,
     context: Context = "8k",
     reserve: Reserve = "1.5GB",
+    rounding: RoundingName = None,
     refine: Refine = 0,
     calibration: CalibrationName = "default",
     tokens: Tokens = 4096,
+    rounding_tokens: Annotated[
+        int, typer.Option(help="How many tokens of the text to round on (search, gptq).")
+    ] = 16384,
     shard_size: Annotated[
         str, typer.Option(help="Largest shard, such as 5GB or 4GiB (tensors; headers aside).")
     ] = "5GB",
@@ -76,6 +81,7 @@ def quantize(
     from quantkit.backend import speed_hint
     from quantkit.cli.choose import Asked, choose_plan, open_model, profile_for, refined_plan
     from quantkit.errors import InputError
+    from quantkit.model.calibration import Request
     from quantkit.pipeline import quantize as write_repo
     from quantkit.units import parse_bytes
 
@@ -96,6 +102,7 @@ def quantize(
         speed=speed,
         context=context,
         reserve=reserve,
+        rounding=rounding,
     )
     asked.require_one_way()
     source = open_model(src, revision)
@@ -110,7 +117,13 @@ def quantize(
     resumed = Path(f"{output}.partial", "state.json").exists() and not force
     with console.progress(chosen.total_bytes, f"Writing {output.name}") as progress:
         report = write_repo(
-            source, chosen, output, shard_bytes=shard_bytes, force=force, progress=progress
+            source,
+            chosen,
+            output,
+            text=Request(calibration, rounding_tokens),
+            shard_bytes=shard_bytes,
+            force=force,
+            progress=progress,
         )
     if json:
         console.print_json(report.to_json())

@@ -128,24 +128,22 @@ def _require_same_tokenizer(native: Source, name: str, source: Source) -> None:
 
 
 def _require_unseen(name: str, source: Source, text: Judged) -> None:
-    calibration = _calibration(source.checkpoint.path(""))
-    if calibration is None:
-        return
-    if known := known_sequences(text.tokens, calibration.sketch):
-        about = f"{calibration.name}, seed {calibration.seed}"
-        raise CalibrationError(
-            f"{name}: was made with this text: {len(known)} of the {len(text.tokens)} sequences to "
-            f"judge on are in its calibration text ({about}). Give other text, or its own --seed "
-            "and --sequence-length, which leave every fifth sequence out."
-        )
+    for calibration in _calibrations(source.checkpoint.path("")):
+        if known := known_sequences(text.tokens, calibration.sketch):
+            about = f"{calibration.name}, seed {calibration.seed}"
+            raise CalibrationError(
+                f"{name}: was made with this text: {len(known)} of {len(text.tokens)} sequences to "
+                f"judge on are in its calibration text ({about}). Give other text, or its own "
+                "--seed and --sequence-length, which leave every fifth sequence out."
+            )
 
 
-def _calibration(folder: Path) -> Calibration | None:
-    """The text that a repo of quantkit's was made with."""
+def _calibrations(folder: Path) -> tuple[Calibration, ...]:
+    """The texts that a repo of quantkit's was made with."""
     path = folder / REPORT_FILE
     if not path.is_file():
-        return None
-    return Report.from_json(load_json(path), str(path)).plan.calibration
+        return ()
+    return Report.from_json(load_json(path), str(path)).plan.calibrations
 
 
 def _native_output(model: StreamingModel, tokens: np.ndarray, progress: Progress) -> mx.array:

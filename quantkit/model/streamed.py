@@ -82,7 +82,8 @@ class Streamed:
 class Table(Streamed):
     """An embedding or a head: a row for every token of the vocabulary, read as they are needed.
 
-    `rows` are those of which a head gives logits; `tier` is one to round its values to.
+    `rows` are those of which a head gives logits; `tier` is one to round its values to; `heard`
+    holds the input of the last call as a head.
     """
 
     def __init__(self, module: Any, weight: Weight, read: Rows) -> None:
@@ -90,6 +91,7 @@ class Table(Streamed):
         self.weight = weight
         self.rows = range(weight.shape[0])
         self.tier: Tier | None = None
+        self.heard: list[mx.array] = []
         self._read = read
 
     def __call__(self, x: mx.array, *_: Any, **__: Any) -> mx.array:
@@ -107,6 +109,7 @@ class Table(Streamed):
 
     def as_linear(self, x: mx.array) -> mx.array:
         """Logits (..., rows) for `x` (..., hidden)."""
+        self.heard = [x]
         step = max(1, BLOCK_VALUES // self.weight.shape[1])
         parts = []
         for start in range(self.rows.start, self.rows.stop, step):

@@ -122,6 +122,12 @@ class StreamingModel:
         with self.tables[self.head_weight.name].seen_as(rows, tier):
             return self.head(h)
 
+    def head_input(self, h: mx.array) -> mx.array:
+        """What the head itself sees (batch, tokens, hidden) for `h`, the last layer's output."""
+        self.head_block(h, range(1))
+        (x,) = self.tables[self.head_weight.name].heard
+        return x
+
     def embedded(self, tokens: mx.array, name: str, tier: Tier) -> mx.array:
         """The first layer's input, the embedding `name` rounded to `tier`."""
         table = self.tables[name]

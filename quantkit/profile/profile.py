@@ -28,7 +28,7 @@ from quantkit.profile.check import Check, check
 from quantkit.profile.reference import measured_in_steps
 from quantkit.profile.store import load_profile
 from quantkit.profile.sweep import Sweep, Table
-from quantkit.profile.work import Work
+from quantkit.profile.work import ProfileWork
 from quantkit.progress import Progress
 from quantkit.source.source import Source, file_hashes
 from quantkit.staging import Staging, require_apart, require_free, source_marks, versions
@@ -123,7 +123,7 @@ def make(profiling: Profiling, progress: Progress) -> Profile:
         try:
             model = StreamingModel(profiling.source)
             staging.require_space(_work_bytes(model, profiling))
-            tables, seconds = _tables(model, profiling, Work(staging.work), progress)
+            tables, seconds = _tables(model, profiling, ProfileWork(staging.work), progress)
         except SourceError:
             staging.discard()
             raise
@@ -229,7 +229,7 @@ def _work_bytes(model: StreamingModel, profiling: Profiling) -> int:
 
 
 def _tables(
-    model: StreamingModel, profiling: Profiling, work: Work, progress: Progress
+    model: StreamingModel, profiling: Profiling, work: ProfileWork, progress: Progress
 ) -> tuple[list[Table], float]:
     settings, tokens = profiling.settings, profiling.text.tokens
     if settings.method == "fisher":

@@ -9,7 +9,7 @@ from quantkit.backend import mx
 from quantkit.model import joint
 from quantkit.model.streaming import StreamingModel
 from quantkit.profile.candidates import Candidate, Key
-from quantkit.profile.work import Work
+from quantkit.profile.work import ProfileWork
 
 
 def measured(
@@ -34,7 +34,7 @@ def measured_in_steps(
     model: StreamingModel,
     tokens: mx.array,
     entries: Sequence[Candidate],
-    work: Work,
+    work: ProfileWork,
     done: Callable[[str], None],
 ) -> tuple[dict[Key, np.ndarray], float]:
     """The same, one layer's entries after the other, each kept in `work` for an interrupted run to

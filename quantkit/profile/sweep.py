@@ -16,7 +16,7 @@ from quantkit.model.streamed import Call
 from quantkit.model.streaming import StreamingModel
 from quantkit.profile.candidates import Candidate, Key
 from quantkit.profile.probe import Found, predicted, probe_layer
-from quantkit.profile.work import Work
+from quantkit.profile.work import ProfileWork
 from quantkit.progress import Progress
 
 EMBEDDING = "embedding"
@@ -43,7 +43,7 @@ class Sweep:
         entries: Sequence[Candidate],
         draws: int,
         seed: int,
-        work: Work,
+        work: ProfileWork,
     ) -> None:
         self.model = model
         self.entries = entries
@@ -161,10 +161,9 @@ class Sweep:
 
     def _table(self, name: str) -> Table:
         sums: dict[str, dict[str, np.ndarray]] = {"importance": {}, "seen": {}}
-        with np.load(self.work.folder / f"{name}.npz") as arrays:
-            for key in arrays.files:
-                kind, _, weight = key.partition(".")
-                sums[kind][weight] = arrays[key]
+        for key, values in self.work.arrays(f"{name}.npz").items():
+            kind, _, weight = key.partition(".")
+            sums[kind][weight] = values
         return Table(self.work.losses(f"{name}.json"), sums["importance"], sums["seen"])
 
     def _gathered(self, loss: np.ndarray) -> list[float]:

@@ -1,62 +1,15 @@
-"""What an interrupted profile goes on from: arrays and tables, each written whole or not at all."""
+"""What an interrupted profile goes on from: the parts of its table."""
 
-import json
-import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
-from typing import IO, Any
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from quantkit.backend import mx
-from quantkit.errors import OutputError
-from quantkit.jsonfile import load_json, write_atomically
 from quantkit.profile.candidates import Key
+from quantkit.work import Work
 
 
-@dataclass(frozen=True)
-class Work:
-    """A folder of named parts."""
-
-    folder: Path
-
-    def has(self, name: str) -> bool:
-        return (self.folder / name).exists()
-
-    def save_array(self, name: str, values: mx.array) -> None:
-        """Raises OutputError when the disk is full."""
-        with self._written(name) as file:
-            np.save(file, np.array(values))
-
-    def save_arrays(self, name: str, arrays: Mapping[str, np.ndarray]) -> None:
-        """Raises OutputError when the disk is full."""
-        with self._written(name) as file:
-            np.savez(file, **arrays)  # type: ignore[arg-type]
-
-    @contextmanager
-    def _written(self, name: str) -> Iterator[IO[bytes]]:
-        temporary = self.folder / f"{name}.tmp"
-        try:
-            with open(temporary, "wb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(self.folder / name)
-        except OSError as exc:
-            temporary.unlink(missing_ok=True)
-            raise OutputError(
-                f"{self.folder / name}: cannot be written ({exc.strerror}). Make room, and run the "
-                "same command again to go on."
-            ) from exc
-
-    def array(self, name: str) -> mx.array:
-        return mx.array(np.load(self.folder / name))
-
-    def save_table(self, name: str, value: Mapping[str, Any]) -> None:
-        """Raises OutputError."""
-        write_atomically(self.folder / name, json.dumps(value))
+class ProfileWork(Work):
+    """A folder of named parts, losses among them."""
 
     def save_losses(self, name: str, losses: Mapping[Key, Sequence[float]], seconds: float) -> None:
         """Losses per entry and sequence, and the seconds they took. Raises OutputError."""
@@ -70,6 +23,3 @@ class Work:
             weight, tier = key.split("\t")
             found[weight, tier] = np.array(values, np.float32)
         return found
-
-    def table(self, name: str) -> dict[str, Any]:
-        return load_json(self.folder / name, OutputError)

@@ -63,7 +63,7 @@ def card(report: Report, base_model: str | None, license_id: str | None) -> str:
 def _divergence(plan: Plan) -> list[str]:
     lines = []
     if plan.predicted_kl is not None:
-        text = f" (profile on {plan.calibration.tokens} tokens)" if plan.calibration else ""
+        text = f" (profile on {plan.calibrations[0].tokens} tokens)" if plan.calibrations else ""
         lines.append(
             "- Predicted KL divergence to the native model, nats per token: "
             f"{plan.predicted_kl:.4g}{text}"

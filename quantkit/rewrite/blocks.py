@@ -19,17 +19,26 @@ from quantkit.formats.dtypes import FLOATS, nan_scales, nonfinite
 from quantkit.formats.tiers import MXFP4, Tier, parse_tier
 from quantkit.rewrite.shards import Unit
 from quantkit.source.source import Source
+from quantkit.work import Tensors
 
 _AHEAD = 4  # blocks being encoded while the oldest is written
 
 
-def unit_blocks(source: Source, unit: Unit, storage: str | None) -> Iterator[np.ndarray]:
+def unit_blocks(
+    source: Source, unit: Unit, storage: str | None, rounded: Tensors | None = None
+) -> Iterator[np.ndarray]:
     """The bytes of `unit`, in the order of its tensors.
 
-    `storage` names the tier the source holds the weight in; None for a kept tensor. Raises
+    `storage` names the tier the source holds the weight in; None for a kept tensor. `rounded` are
+    the tensors where they are made already; else they are rounded to nearest. Raises
     DamagedError, naming the tensor and the count, if a weight to be encoded, or an MXFP4 scale, is
     NaN or infinite.
     """
+    if unit.tier is not None and rounded is not None:
+        for spec, values in zip(unit.tensors, rounded, strict=True):
+            _require_in_range(unit.name, unit.tier, spec.dtype, values)
+            yield values.reshape(-1)
+        return
     if unit.tier is not None and storage is not None:
         yield from _encoded(source, unit, unit.tier, parse_tier(storage))
         return

@@ -1,11 +1,12 @@
 """Source and plan in, repo out."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
+from typing import Protocol
 
 from quantkit.artifacts.inventory import SourceFile, SourceId, with_hashes
 from quantkit.artifacts.plan import Plan
@@ -21,6 +22,7 @@ from quantkit.rewrite.shards import Shard, ShardWriter, lay_out
 from quantkit.source.checkpoint import INDEX_FILE, hash_file
 from quantkit.source.source import Source, file_hashes
 from quantkit.staging import Staging, require_apart, require_free, source_marks, versions
+from quantkit.work import Tensors
 
 SHARD_BYTES = 5_000_000_000
 
@@ -39,22 +41,46 @@ Documents = Callable[[Written], Mapping[str, str]]
 """Makes the files that describe a repo (name -> text) once its shards are written."""
 
 
+class Rounder(Protocol):
+    """Gives the tensors of weights, asked for in the order of the model."""
+
+    def __call__(self, name: str) -> Tensors | None:
+        """None for a weight that is to be rounded to nearest."""
+        ...
+
+    def written(self, weights: Sequence[str]) -> None:
+        """Those weights are in a finished shard."""
+        ...
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """Calibrated rounding: `depends` names all that its results depend on, `make` gives the rounder
+    that works in a folder, in which it needs `space` bytes."""
+
+    depends: Mapping[str, str]
+    make: Callable[[Path, Progress], Rounder]
+    space: int
+
+
 def rewrite(
     source: Source,
     plan: Plan,
     out: Path,
     documents: Documents,
     *,
+    rounding: Rounding | None = None,
     shard_bytes: int = SHARD_BYTES,
     force: bool = False,
     progress: Progress | None = None,
 ) -> None:
     """Write the repo that `plan` describes to `out`, which appears finished or not at all.
 
-    A killed run is taken up where it was by the next with the same source, plan and shard size;
-    a repo that is there already, whole, is left alone unless `force`. `progress` is called with
-    bytes of `plan.total_bytes`. Raises OutputError (nothing replaced), DamagedError (nothing left
-    behind) or SourceError.
+    Weights are rounded by `rounding`, to nearest where that is None. A killed run is taken up where
+    it was by the next with the same source, plan, rounding and shard size; a repo that is there
+    already, whole, is left alone unless `force`. `progress` is called with bytes of
+    `plan.total_bytes`. Raises OutputError (nothing replaced), DamagedError (nothing left behind) or
+    SourceError.
     """
     folder = source.checkpoint.path("")
     progress = progress or _silent
@@ -62,7 +88,8 @@ def rewrite(
     require_apart(out, folder)
     beside = companions(folder)
     shards = lay_out(source.inventory, plan, shard_bytes)
-    staging = Staging(out, _depends(source, plan, shard_bytes), force)
+    depends = _depends(source, plan, shard_bytes) | dict(rounding.depends if rounding else {})
+    staging = Staging(out, depends, force)
     if not force and is_current(out, source, plan, shards):
         progress(plan.total_bytes, out.name)
         staging.tidy()
@@ -70,7 +97,7 @@ def rewrite(
     require_free(out, force)
     with staging:
         try:
-            read, records = _write_shards(source, plan, shards, staging, progress)
+            read, records = _write_shards(source, plan, shards, staging, rounding, progress)
         except (DamagedError, TierError):
             staging.discard()
             raise
@@ -98,6 +125,8 @@ def is_current(out: Path, source: Source, plan: Plan, shards: tuple[Shard, ...])
     ]
     if not same_shards or report.plan.choices != plan.choices or report.versions != versions():
         return False
+    if (report.plan.rounding, report.plan.calibrations) != (plan.rounding, plan.calibrations):
+        return False
     if report.plan.source.structure != plan.source.structure:
         return False
     if not all(_has_hash(out / name, sha256) for name, sha256 in report.sha256s.items()):
@@ -110,24 +139,32 @@ def _has_hash(path: Path, sha256: str | None) -> bool:
 
 
 def _write_shards(
-    source: Source, plan: Plan, shards: tuple[Shard, ...], staging: Staging, progress: Progress
+    source: Source,
+    plan: Plan,
+    shards: tuple[Shard, ...],
+    staging: Staging,
+    rounding: Rounding | None,
+    progress: Progress,
 ) -> tuple[SourceId, tuple[ShardRecord, ...]]:
     """Gives the source with the hashes of its files, and the records of the shards."""
     missing = [shard for shard in shards if staging.finished(shard.name) is None]
     try:
-        staging.require_space(sum(shard.tensor_bytes for shard in missing))
+        space = sum(shard.tensor_bytes for shard in missing)
+        staging.require_space(space + (rounding.space if rounding and missing else 0))
     except OutputError:
         if len(missing) == len(shards):
             staging.discard()
         raise
-    storage = {weight.name: weight.storage for weight in source.inventory.weights}
+    rounder = rounding.make(staging.work, progress) if rounding and missing else None
     records = []
     with _hashing(source) as hashes:
         for shard in shards:
             record = staging.finished(shard.name)
             if record is None:
-                record = _write_shard(source, shard, storage, staging, progress)
+                record = _write_shard(source, shard, rounder, staging, progress)
                 staging.add(record)
+                if rounder:
+                    rounder.written([unit.name for unit in shard.units])
             else:
                 progress(shard.tensor_bytes, shard.name)
             records.append(record)
@@ -151,11 +188,13 @@ def _hashing(source: Source) -> Iterator["Future[dict[str, str]]"]:
 
 
 def _write_shard(
-    source: Source, shard: Shard, storage: Mapping[str, str], staging: Staging, progress: Progress
+    source: Source, shard: Shard, rounder: Rounder | None, staging: Staging, progress: Progress
 ) -> ShardRecord:
     with ShardWriter(staging.repo, shard) as writer:
         for unit in shard.units:
-            for block in unit_blocks(source, unit, storage.get(unit.name)):
+            weight = source.weights.get(unit.name)
+            rounded = rounder(unit.name) if rounder and unit.tier is not None else None
+            for block in unit_blocks(source, unit, weight.storage if weight else None, rounded):
                 writer.write(block)
                 progress(block.nbytes, unit.name)
         return writer.finish()

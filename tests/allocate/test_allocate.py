@@ -101,7 +101,7 @@ def test_within_budget_and_proven(cli, checkpoint, saved, profile, bits):
     losses = {w.name: w.by_tier for w in profile.weights}
     expected = sum(losses[name][tier].kl for name, tier in tiers(plan).items())
     assert plan["predicted_kl"] == pytest.approx(expected)
-    assert plan["calibration"]["name"] == "default"
+    assert plan["calibrations"][0]["name"] == "default"
 
 
 def test_more_bytes_never_lose_more(inventory, profile):
@@ -198,7 +198,7 @@ def test_a_saved_plan_is_whole_again_and_an_edited_one_forgets_its_proof(
     after = json.loads(cli("plan", checkpoint, "--plan", path, "--json").stdout)
     assert after["proof"] is None
     assert after["predicted_kl"] is None
-    assert after["calibration"] == first["calibration"]
+    assert after["calibrations"] == first["calibrations"]
 
 
 def test_why_a_weight_got_its_tier(cli, checkpoint, saved):

@@ -157,7 +157,7 @@ def test_text_that_the_quant_was_made_with(cli, checkpoint, quants, text, tmp_pa
     source = open_source(str(checkpoint))
     request = Request(str(text), 2400, LENGTH, seed=5)
     about = read_text(source.checkpoint, request).about
-    report["plan"]["calibration"] = about.to_json()
+    report["plan"]["calibrations"] = [about.to_json()]
     (made / REPORT_FILE).write_text(json.dumps(report))
     assert "was made with this text" in refusal(cli, checkpoint, made, *options(text))
     # With the same seed every fifth sequence has been left out, and may be judged on.

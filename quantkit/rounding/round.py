@@ -1,0 +1,57 @@
+"""One weight rounded under its Hessians."""
+
+from quantkit.backend import mx
+from quantkit.errors import InputError
+from quantkit.formats.affine import Rounded, feedback, gptq, objective, refit, search
+from quantkit.formats.tiers import ROUNDINGS, Tier
+
+_AT_ONCE = 32_000_000  # values rounded in one go
+
+
+def require_method(method: str) -> None:
+    """Raises InputError for a rounding that there is not."""
+    if method not in ROUNDINGS:
+        raise InputError(f"there is no rounding {method!r}. Roundings: {', '.join(ROUNDINGS)}.")
+
+
+def rounded_under(
+    weight: mx.array, hessian: mx.array, tier: Tier, method: str, dtype: mx.Dtype
+) -> Rounded:
+    """`weight` (matrices, out, in) in float32, in an affine `tier`, under `hessian` (matrices, in,
+    in), by `method`: search or gptq.
+
+    gptq takes the groups as they are stored and by the size of their inputs, and keeps for every
+    matrix what is better; then the refit.
+    """
+    importance = mx.diagonal(hessian, axis1=-2, axis2=-1)
+    ways = []
+    if method == "gptq":
+        ways = [feedback(hessian, tier.group_size, by_size=by_size) for by_size in (False, True)]
+        ways = ways[: len({way.order for way in ways})]
+
+    def rows(part: mx.array) -> Rounded:
+        if method == "search":
+            return search(part, importance, tier, dtype)
+        tries = [refit(part, hessian, gptq(part, way, tier, dtype), tier) for way in ways]
+        best = tries[0]
+        for other in tries[1:]:
+            before, after = (objective(part, x.values(tier), hessian) for x in (best, other))
+            best = _chosen((after < before)[..., None, None], other, best)
+        return best
+
+    step = max(1, _AT_ONCE // (weight.shape[0] * weight.shape[-1]))
+    parts = []
+    for start in range(0, weight.shape[-2], step):
+        parts.append(rows(weight[..., start : start + step, :]))
+        mx.eval(parts[-1].q, parts[-1].scales, parts[-1].biases)
+    return parts[0] if len(parts) == 1 else _joined(parts)
+
+
+def _chosen(which: mx.array, a: Rounded, b: Rounded) -> Rounded:
+    pairs = ((a.q, b.q), (a.scales, b.scales), (a.biases, b.biases))
+    return Rounded(*(mx.where(which, x, y) for x, y in pairs))
+
+
+def _joined(parts: list[Rounded]) -> Rounded:
+    columns = ([p.q for p in parts], [p.scales for p in parts], [p.biases for p in parts])
+    return Rounded(*(mx.concatenate(column, axis=-2) for column in columns))

@@ -1,0 +1,169 @@
+"""A plan's weights rounded one layer after the other, from one pass of the native model.
+
+Inputs come from the native model, not from the one that is being quantized: measured, that is as
+good, and so every weight is rounded by itself. A layer's results wait on disk until its shard is
+written, with the input of the layer after it, so that a killed run goes on at the layer it had
+reached.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from quantkit.artifacts.plan import Plan
+from quantkit.backend import free_memory, mx
+from quantkit.errors import SourceError
+from quantkit.formats.codec import to_numpy
+from quantkit.formats.tiers import Tier, float_dtype, parse_tier
+from quantkit.model.replay import tapped
+from quantkit.model.streamed import Call
+from quantkit.model.streaming import StreamingModel
+from quantkit.progress import Progress
+from quantkit.rounding.inputs import Inputs, inputs_of, shared_inputs
+from quantkit.rounding.round import rounded_under
+from quantkit.work import Tensors, Work
+
+_FLOATS = {"BF16": mx.bfloat16, "F16": mx.float16, "F32": mx.float32}
+
+
+class LayerRounder:
+    """Gives the tensors of `plan`'s weights, rounded by `method` on `tokens` (sequences, length).
+
+    Weights are asked for in the order of the model. What is not of an affine tier, or no input is
+    known of (an embedding), is not given: it is rounded to nearest.
+    """
+
+    def __init__(
+        self,
+        model: StreamingModel,
+        plan: Plan,
+        method: str,
+        tokens: np.ndarray,
+        folder: Path,
+        progress: Progress,
+    ) -> None:
+        self._model = model
+        self._method = method
+        self._tokens = mx.array(tokens)
+        self._work = Work(folder)
+        self._progress = progress
+        self._tiers: dict[str, Tier] = {}
+        for choice in plan.choices:
+            tier, weight = parse_tier(choice.storage), model.weights[choice.name]
+            if choice.storage != weight.storage and tier.mode == "affine":
+                self._tiers[choice.name] = tier
+        self._held: tuple[str, dict[str, Tensors]] = ("", {})
+
+    def __call__(self, name: str) -> Tensors | None:
+        """The tensors of a weight; None for one to be rounded to nearest."""
+        if name not in self._tiers:
+            return None
+        step = self._step_of(name)
+        if step is None:
+            return None
+        if self._held[0] != step:
+            self._held = (step, self._load(step))
+        return self._held[1].get(name)
+
+    def _step_of(self, name: str) -> str | None:
+        """The step in which a weight is rounded: its layer's, or the head's."""
+        for number, layer in enumerate(self._model.layers):
+            if name.startswith(f"{layer.path}."):
+                return f"rounded-{number}"
+        role = self._model.weights[name].role
+        return "rounded-head" if role == "lm_head" else None
+
+    def _load(self, step: str) -> dict[str, Tensors]:
+        if not self._work.has(f"{step}.npz"):
+            last = len(self._model.layers) if step == "rounded-head" else int(step.split("-")[1])
+            for number in range(self._reached(last), last + 1):
+                self._round(number)
+        found: dict[str, dict[int, np.ndarray]] = {}
+        for key, values in self._work.arrays(f"{step}.npz").items():
+            place, _, name = key.partition(" ")
+            found.setdefault(name, {})[int(place)] = values
+        return {name: tuple(parts[i] for i in sorted(parts)) for name, parts in found.items()}
+
+    def _reached(self, wanted: int) -> int:
+        """The last layer, up to `wanted`, whose input is known."""
+        known = [n for n in range(1, wanted + 1) if self._work.has(f"x-{n}.npy")]
+        return max(known, default=0)
+
+    def _round(self, number: int) -> None:
+        """Round a layer, and leave its output for the next; after the last one the head."""
+        layers = self._model.layers
+        done: dict[str, Tensors] = {}
+        if number == len(layers):
+            self._round_head(done)
+            step = "rounded-head"
+        else:
+            step = f"rounded-{number}"
+            dry = self._model.calls(self._tokens[:1])[number]
+            x = self._work.array(f"x-{number}.npy") if number else self._embedded()
+            layer = layers[number]
+            own = [w for n, w in self._model.weights.items() if n.startswith(f"{layer.path}.")]
+            with tapped(layer, [w.name for w in own]) as module:
+                call = Call(x, dry.args, dry.kwargs)
+                traces = [module.record(part) for part in call.parts()]
+            y = mx.concatenate([trace.y for trace in traces])
+            if not mx.isfinite(y).all().item():
+                raise SourceError(f"layer {number} ({layer.path}): its output is not finite.")
+            steps = [[replace(step, y=trace.y) for step in trace.steps] for trace in traces]
+            wanted = [w.name for w in own if w.name in self._tiers]
+            for group in shared_inputs(wanted, steps[0]):
+                self._round_group(group, inputs_of(group[0], steps), done)
+            self._work.save_array(f"x-{number + 1}.npy", y)
+        self._keep(step, done)
+        self._work.drop(f"x-{number}.npy")
+        free_memory()
+
+    def _embedded(self) -> mx.array:
+        return self._model.calls(self._tokens)[0].x
+
+    def _round_head(self, done: dict[str, Tensors]) -> None:
+        head = self._model.head_weight
+        if head.name in self._tiers:
+            h = self._work.array(f"x-{len(self._model.layers)}.npy")
+            x = self._model.head_input(h)
+            self._round_group([head.name], Inputs(x.reshape(-1, x.shape[-1]), None), done)
+
+    def _round_group(self, names: Sequence[str], inputs: Inputs, done: dict[str, Tensors]) -> None:
+        """Weights that see the same inputs."""
+        weights = [self._model.weights[name] for name in names]
+        values = [_stacked(self._model.values(name)) for name in names]
+        parts: dict[str, list[Tensors]] = {name: [] for name in names}
+        for some, hessian in inputs.hessians(len(values[0])):
+            for weight, stack in zip(weights, values, strict=True):
+                tier = self._tiers[weight.name]
+                chunk = stack[some].astype(mx.float32)
+                dtype = _FLOATS[float_dtype(parse_tier(weight.storage))]
+                rounded = rounded_under(chunk, hessian, tier, self._method, dtype)
+                packed = rounded.packed(tier)
+                mx.eval(packed)
+                parts[weight.name].append(tuple(to_numpy(array) for array in packed))
+                self._progress(0, weight.name)
+            free_memory()
+        for name, found in parts.items():
+            columns = (np.concatenate(column) for column in zip(*found, strict=True))
+            done[name] = tuple(columns)
+
+    def _keep(self, step: str, done: Mapping[str, Tensors]) -> None:
+        arrays = {
+            f"{i} {name}": values for name, parts in done.items() for i, values in enumerate(parts)
+        }
+        self._work.save_arrays(f"{step}.npz", arrays)
+
+    def written(self, weights: Sequence[str]) -> None:
+        """Those weights are in a finished shard: what waited of them may go."""
+        mine = [name for name in weights if name in self._tiers]
+        for step in {self._step_of(name) for name in mine} - {None}:
+            own = [name for name in self._tiers if self._step_of(name) == step]
+            if set(own) <= set(mine):
+                self._work.drop(f"{step}.npz")
+
+
+def _stacked(values: mx.array) -> mx.array:
+    """A plain matrix as a stack of one."""
+    return values if values.ndim > 2 else values[None]
