@@ -60,9 +60,9 @@ def write_atomically(path: Path, text: str) -> None:
 
 def write_bytes_atomically(path: Path, content: bytes) -> None:
     """The same for bytes."""
-    path = path.absolute()
-    if path.is_dir():
-        raise OutputError(f"{path}: is a folder. Choose a file.")
+    path = path.resolve()  # through a link to what it means
+    if path.exists() and not path.is_file():
+        raise OutputError(f"{path}: is a folder or a device. Choose a file.")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:

@@ -99,10 +99,11 @@ def _silent(_done: int, _name: str) -> None:
 
 @dataclass(frozen=True)
 class Trial:
-    """A plan that was measured."""
+    """A plan that was measured, and the profile, corrected by then, that it was chosen by."""
 
     plan: Plan
     kl: float
+    profile: Profile
 
 
 def refine(
@@ -114,19 +115,21 @@ def refine(
     rounds: int = 1,
     tokens: int = 2048,
     progress: Progress | None = None,
-) -> tuple[Plan, list[Trial]]:
-    """The best of the plans that were really measured, and all of them.
+) -> list[Trial]:
+    """The plans that were really measured, the best first.
 
     Losses add up only approximately. So the plan is measured, whole and one role at a time, the
     predictions of each role are corrected by what was found, and the budget is solved anew,
     `rounds` times. Shipped recipes that fit the limits and are as large stand for election, too.
-    Measured on calibration text, `tokens` of it; what is held out is left for the judge. Raises
-    InputError.
+    Measured on `tokens` of the default text, which every plan then names among its calibrations;
+    what is held out of it is left for the judge. Raises InputError.
     """
     tell = progress or _silent
     source = with_values(source)
-    request = Request(tokens=tokens, sequence_length=256, seed=profile.calibration.seed)
-    text = mx.array(read_text(source.checkpoint, request).tokens)
+    about = profile.calibration
+    request = Request(tokens=tokens, sequence_length=about.sequence_length, seed=about.seed)
+    text = read_text(source.checkpoint, request)
+    calibrations = tuple(dict.fromkeys((about, text.about)))
     model = StreamingModel(source)
     corrected, plan = profile, plan_by_budget(source.inventory, profile, limits, wishes)
     trials: list[Trial] = []
@@ -137,17 +140,18 @@ def refine(
         wanted = roles if number < rounds else []  # after the last one nothing is corrected
         tried = [changes(source, p) for p in waiting]
         tried += [changes(source, plan, role) for role in wanted]
-        losses = joint.measured(model, text, tried, lambda _: tell(1, "measuring"))
+        losses = joint.measured(model, mx.array(text.tokens), tried, lambda _: tell(1, "measuring"))
         found = [float(loss.mean(dtype=np.float64)) for loss in losses]
-        trials += [Trial(p, kl) for p, kl in zip(waiting, found, strict=False)]
+        for p, kl in zip(waiting, found, strict=False):
+            named = replace(p, measured_kl=kl, calibrations=calibrations)
+            trials.append(Trial(named, kl, corrected))
         known = {trial.plan.tiers_sha256 for trial in trials}
         by_role = dict(zip(wanted, found[len(waiting) :], strict=True))
         corrected = corrected_by(corrected, plan, by_role)
         waiting = [plan_by_budget(source.inventory, corrected, limits, wishes)]
         if not wanted or waiting[0].tiers_sha256 in known:
             break
-    best = min(trials, key=lambda trial: trial.kl)
-    return replace(best.plan, measured_kl=best.kl), trials
+    return sorted(trials, key=lambda trial: trial.kl)
 
 
 def changes(source: Source, plan: Plan, role: str | None = None) -> dict[str, Tier]:

@@ -55,10 +55,33 @@ def test_a_budget_alone_is_enough(cli, checkpoint, tmp_path):
     assert (tmp_path / "out-profile" / "profile.json").stat().st_mtime_ns == made
 
 
-def test_what_is_impossible_is_said_before_the_work(cli, checkpoint, tmp_path):
-    result = cli("quantize", checkpoint, "-b", "5parsec", "-o", tmp_path / "out")
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("-b", "5parsec"), "not understood"),
+        (("-b", "1bpw"), "not possible"),
+        (("-b", "4bpw", "--pin", "lm_head=q6g128"), ""),
+        (("-b", "4bpw", "--pin", "expert=q8g64"), "knows no loss"),
+    ],
+)
+def test_what_is_impossible_is_said_before_the_work(cli, checkpoint, tmp_path, options, says, monkeypatch):  # fmt: skip
+    def work(*_):
+        raise AssertionError("profiled")
+
+    if says:
+        monkeypatch.setattr("quantkit.profile.profile.make", work)
+    result = cli("quantize", checkpoint, *options, *SHORT, "-o", tmp_path / "out")
+    assert result.exit_code == (2 if says else 0), result.output
+    assert says in result.stderr
+    assert says == "" or list(tmp_path.iterdir()) == []
+
+
+def test_an_output_that_is_taken_is_said_before_the_work(cli, checkpoint, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("mine")
+    result = cli("quantize", checkpoint, "-b", "4bpw", "-o", tmp_path / "out")
     assert result.exit_code == 2
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_plans_measured_together_are_what_the_judge_finds(source, profiled, cli, checkpoint, tmp_path):  # fmt: skip
@@ -82,8 +105,10 @@ def test_plans_measured_together_are_what_the_judge_finds(source, profiled, cli,
 def test_refined_plans_are_measured_and_the_best_wins(cli, source, profiled, checkpoint, tmp_path):
     folder, profile = profiled
     limits = quantkit.Limits(source.inventory.parameters * 4 // 8, about="4bpw")
-    plan, trials = quantkit.refine(source, profile, limits, quantkit.Wishes(), rounds=2, tokens=512)
+    trials = quantkit.refine(source, profile, limits, quantkit.Wishes(), rounds=2, tokens=512)
+    plan = trials[0].plan
     assert len(trials) >= 2
+    assert [text.name for text in plan.calibrations] == ["text.txt", "default"]
     assert plan.measured_kl == min(trial.kl for trial in trials)
     assert all(trial.plan.total_bytes <= limits.bytes for trial in trials)
     text = mx.array(read_text(source.checkpoint, quantkit.Request(tokens=512)).tokens)

@@ -1,1 +1,1 @@
-"""Choosing tiers: recipes (and later budgets) in, a plan out. Nothing is read or written here."""
+"""Choosing tiers: recipes, or budgets and a profile, in; a plan out. No model runs here."""

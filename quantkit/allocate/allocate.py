@@ -5,16 +5,22 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
-from quantkit.allocate.knapsack import ImpossibleError, Option, Solution, solve
-from quantkit.allocate.plan import active_bytes, kept_choice, make_plan, with_losses
+from quantkit.allocate.knapsack import ImpossibleError, Option, UnsolvedError, solve
+from quantkit.allocate.plan import (
+    active_bytes,
+    kept_choice,
+    make_plan,
+    stored_bytes,
+    with_losses,
+)
 from quantkit.allocate.recipe import load_recipe, plan_by_recipe, recipe_names
 from quantkit.artifacts.inventory import Inventory, Weight
 from quantkit.artifacts.plan import Plan, Proof
 from quantkit.artifacts.profile import Loss, Profile
 from quantkit.errors import InputError, PlanError
-from quantkit.formats.tiers import Tier, canonical, parse_tier
+from quantkit.formats.tiers import NATIVE, Tier, canonical, parse_tier
 from quantkit.roles import ROLE_GROUPS, ROLES
-from quantkit.units import bits_per_weight, gb
+from quantkit.units import bits_per_weight, size
 
 
 @dataclass(frozen=True)
@@ -58,8 +64,11 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class _Group:
-    """Weights that share a tier, and what each tier costs and loses for all of them together."""
+class Group:
+    """Weights that share a tier, and what each tier costs and loses for all of them together.
+
+    The costs are bytes stored, and bytes read per token where they are limited.
+    """
 
     weights: tuple[Weight, ...]
     tiers: tuple[str, ...]
@@ -68,7 +77,7 @@ class _Group:
 
 def plan_by_budget(inventory: Inventory, profile: Profile, limits: Limits, wishes: Wishes) -> Plan:
     """The plan of least predicted loss within `limits`. Raises PlanError when there is none."""
-    groups = _groups(inventory, profile, limits, wishes)
+    groups = groups_of(inventory, profile, limits, wishes)
     kept = kept_choice(inventory)
     if limits.bytes is None:
         groups = [_lossless(group) for group in groups]
@@ -79,40 +88,59 @@ def plan_by_budget(inventory: Inventory, profile: Profile, limits: Limits, wishe
         solution = solve([group.options for group in groups], left)
     except ImpossibleError as exc:
         raise PlanError(_impossible(inventory, groups, limits, exc.least, left)) from exc
+    except UnsolvedError as exc:
+        raise PlanError(f"{' and '.join(limits.texts)}: {exc}. Loosen one of them.") from exc
     tiers = {
         weight.name: parse_tier(group.tiers[number])
         for group, number in zip(groups, solution.chosen, strict=True)
         for weight in group.weights
     }
     plan = make_plan(inventory, tiers, f"budget {limits.about}")
-    plan = replace(with_losses(plan, profile), rounding=wishes.rounding)
-    return replace(plan, proof=_proof(solution, limits))
+    assert limits.bytes is None or plan.total_bytes <= limits.bytes, "more bytes than allowed"
+    return replace(
+        with_losses(plan, profile),
+        proof=Proof(limits.texts, solution.bound, solution.gap, solution.prices),
+        calibrations=(profile.calibration,),
+        rounding=wishes.rounding,
+    )
 
 
 def frontier(
-    inventory: Inventory, profile: Profile, wishes: Wishes, points: int = 24
+    inventory: Inventory,
+    profile: Profile,
+    wishes: Wishes,
+    active: int | None = None,
+    points: int = 24,
 ) -> list[Plan]:
-    """The best plans at budgets spread evenly from the smallest possible to where nothing is lost.
+    """The best plans at budgets spread evenly from the smallest possible to the smallest of least
+    loss, each reading no more than `active` bytes per token.
 
     Raises PlanError.
     """
-    largest = plan_by_budget(inventory, profile, Limits(None, about="lossless"), wishes)
-    groups = _groups(inventory, profile, Limits(0), wishes)
+    everything = Limits(inventory.total_bytes, active, "native")
+    largest = plan_by_budget(inventory, profile, everything, wishes)
+    if largest.predicted_kl == 0 and active is None:
+        largest = plan_by_budget(inventory, profile, Limits(None, about="lossless"), wishes)
+    groups = groups_of(inventory, profile, Limits(0), wishes)
     least = sum(min(o.costs[0] for o in g.options) for g in groups) + largest.kept.bytes
     plans: list[Plan] = []
     for step in range(points - 1):
         limit = least + (largest.total_bytes - least) * step // (points - 1)
         about = f"{bits_per_weight(limit, inventory.parameters):.3f}bpw"
-        plan = plan_by_budget(inventory, profile, Limits(limit, about=about), wishes)
+        try:
+            plan = plan_by_budget(inventory, profile, Limits(limit, active, about), wishes)
+        except PlanError:  # the smallest that can be stored may read too much
+            continue
         if not plans or plan.total_bytes != plans[-1].total_bytes:
             plans.append(plan)
     return [*plans, largest]
 
 
 def rivals(inventory: Inventory, profile: Profile, limits: Limits, wishes: Wishes) -> list[Plan]:
-    """The shipped recipes' plans that `limits` and `wishes` allow and that use up the bytes."""
+    """The shipped recipes' plans that `limits` and `wishes` allow and that use up the bytes; their
+    routers may be what they say."""
     found = []
-    allowed = allowed_losses(inventory, profile, wishes)
+    allowed = allowed_losses(inventory, profile, replace(wishes, routers=True, rounding="rtn"))
     for plan in recipe_plans(inventory, profile):
         if limits.bytes is None or not limits.bytes * 0.99 <= plan.total_bytes <= limits.bytes:
             continue
@@ -135,7 +163,7 @@ def recipe_plans(inventory: Inventory, profile: Profile) -> list[Plan]:
 
 def corrected_by(profile: Profile, plan: Plan, measured: Mapping[str, float]) -> Profile:
     """`profile` with the losses of each role scaled so that `plan`, of that role alone, would be
-    predicted what was measured."""
+    predicted what was measured; by ten at most."""
     predicted: dict[str, float] = {}
     for choice in plan.choices:
         predicted[choice.role] = predicted.get(choice.role, 0.0) + (choice.kl or 0.0)
@@ -172,7 +200,10 @@ def parse_pins(texts: Iterable[str]) -> tuple[tuple[str, Tier], ...]:
     return tuple(pins)
 
 
-def _groups(inventory: Inventory, profile: Profile, limits: Limits, wishes: Wishes) -> list[_Group]:
+def groups_of(
+    inventory: Inventory, profile: Profile, limits: Limits, wishes: Wishes
+) -> list[Group]:
+    """What there is to choose from. Raises PlanError or InputError for wishes that cannot be."""
     losses = allowed_losses(inventory, profile, wishes)
     for pattern in (*(pattern for pattern, _ in wishes.pins), *wishes.ties):
         if not any(matches(pattern, w.name, w.role) for w in inventory.weights):
@@ -193,12 +224,20 @@ def allowed_losses(
     known = {weight.name: weight.by_tier for weight in profile.weights}
     if lacking := {weight.name for weight in inventory.weights} - known.keys():
         raise PlanError(f"the profile lacks {min(lacking)}. Make it anew.")
-    return {
-        weight.name: {
-            tier: known[weight.name][tier] for tier in _allowed(weight, known[weight.name], wishes)
-        }
-        for weight in inventory.weights
-    }
+    for tier in (*(wishes.tiers or ()), *((wishes.min_tier,) if wishes.min_tier else ())):
+        if tier == NATIVE:
+            raise InputError("tier native may always be chosen, and names no size. Name another.")
+    for tier in wishes.tiers or ():
+        if tier.quantized and tier.name not in profile.tiers:
+            held = ", ".join(profile.tiers)
+            raise InputError(f"tier {tier} is not in the profile, which holds {held}.")
+    found = {}
+    for weight in inventory.weights:
+        losses, storage = known[weight.name], parse_tier(weight.storage)
+        if canonical(storage, storage).name not in losses:
+            raise PlanError(f"the profile lacks {weight.name} as it is held. Make it anew.")
+        found[weight.name] = {tier: losses[tier] for tier in _allowed(weight, losses, wishes)}
+    return found
 
 
 def _group(
@@ -206,19 +245,20 @@ def _group(
     weights: Sequence[Weight],
     losses: Mapping[str, Mapping[str, Loss]],
     limits: Limits,
-) -> _Group:
+) -> Group:
     first, *rest = (losses[weight.name] for weight in weights)
     shared = [tier for tier in first if all(tier in one for one in rest)]
     if not shared:
         raise PlanError(f"{weights[0].name}: no tier is left that all weights tied to it may have.")
     options = []
     for tier in shared:
-        entries = [(weight, losses[weight.name][tier]) for weight in weights]
-        costs = [sum(loss.bytes for _, loss in entries)]
+        stored = [stored_bytes(weight, parse_tier(tier)) for weight in weights]
+        costs = [sum(stored)]
         if limits.active is not None:
-            costs.append(sum(_read(inventory, weight, loss.bytes) for weight, loss in entries))
-        options.append(Option(tuple(costs), sum(loss.kl for _, loss in entries)))
-    return _Group(tuple(weights), tuple(shared), tuple(options))
+            read = (_read(inventory, w, size) for w, size in zip(weights, stored, strict=True))
+            costs.append(sum(read))
+        options.append(Option(tuple(costs), sum(losses[w.name][tier].kl for w in weights)))
+    return Group(tuple(weights), tuple(shared), tuple(options))
 
 
 def _read(inventory: Inventory, weight: Weight, stored: int) -> int:
@@ -261,7 +301,7 @@ def _wanted(name: str, weight: Weight, wishes: Wishes) -> bool:
     return least is None or tier.stored_bytes(shape) >= least.stored_bytes(shape)
 
 
-def _lossless(group: _Group) -> _Group:
+def _lossless(group: Group) -> Group:
     """The smallest of the options that lose nothing."""
     free = [i for i, option in enumerate(group.options) if option.loss == 0]
     if not free:
@@ -269,16 +309,12 @@ def _lossless(group: _Group) -> _Group:
             f"{group.weights[0].name}: is to lose nothing, but no tier that it may have does that."
         )
     best = min(free, key=lambda i: group.options[i].costs)
-    return _Group(group.weights, (group.tiers[best],), (group.options[best],))
-
-
-def _proof(solution: Solution, limits: Limits) -> Proof:
-    return Proof(limits.texts, solution.bound, solution.gap, solution.prices)
+    return Group(group.weights, (group.tiers[best],), (group.options[best],))
 
 
 def _impossible(
     inventory: Inventory,
-    groups: Sequence[_Group],
+    groups: Sequence[Group],
     limits: Limits,
     least: Sequence[int],
     left: Sequence[int],
@@ -291,8 +327,9 @@ def _impossible(
             total = need + fixed[k]
             bits = f", {bits_per_weight(total, inventory.parameters):.3f}bpw" if k == 0 else ""
             return (
-                f"{limits.texts[k]} are not possible: with all pins kept, at least {total:,} bytes "
-                f"({gb(total)}{bits}) are needed, at a predicted KL divergence of {loss:.3g}."
+                f"{limits.texts[k]} are not possible: the tiers that are allowed take at least "
+                f"{total:,} bytes ({size(total)}{bits}), at a predicted KL divergence of "
+                f"{loss:.3g}."
             )
     both = " and ".join(limits.texts)
     return f"{both} are not possible: each alone is, but no plan keeps to both."

@@ -1,13 +1,12 @@
 """Why a plan is as it is, what would change next, and how two plans differ."""
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from quantkit.allocate.allocate import Wishes, allowed_losses, matches
+from quantkit.allocate.allocate import Group, Limits, Wishes, groups_of, matches
 from quantkit.artifacts.inventory import Inventory
 from quantkit.artifacts.plan import Choice, Plan
-from quantkit.artifacts.profile import Loss, Profile
+from quantkit.artifacts.profile import Profile
 from quantkit.errors import InputError, PlanError
 
 _NEXT = 8  # steps told of that come next
@@ -15,29 +14,36 @@ _NEXT = 8  # steps told of that come next
 
 @dataclass(frozen=True)
 class Step:
-    """One weight moved to another tier: the bytes it takes more and the loss it saves (both
-    negative for fewer bytes), and the second over the first."""
+    """A weight, or some that are tied, moved to another tier.
 
-    weight: str
+    `bytes` and `read` are what it takes more of stored bytes and of those read per token, `saves`
+    the loss that it saves (all negative for fewer bytes); `price` what that much is worth at the
+    optimum, 0 where nothing was solved for.
+    """
+
+    weights: tuple[str, ...]
     tier: str
     to: str
     bytes: int
+    read: int
     saves: float
+    price: float
 
     @property
-    def rate(self) -> float:
-        """Nats per token saved for every byte."""
-        return self.saves / self.bytes if self.bytes else float("inf")
+    def worth(self) -> float:
+        """Loss saved over the price; per byte where there is none. A step up pays above 1, a step
+        down below."""
+        return self.saves / (self.price or self.bytes)
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """`price` is what a byte is worth at the optimum (nats per token and byte; None where no budget
-    was solved for). `weights` are (choice, the best step up, the best step down), None where there
-    is none; `up` and `down` the steps that come next with more or less budget.
+    """`prices` are what a byte of every limit is worth at the optimum, in nats per token; empty
+    where no budget was solved for. `weights` are (choice, the best step up, the best step down),
+    None where there is none; `up` and `down` the steps that come next with more or less budget.
     """
 
-    price: float | None
+    prices: tuple[float, ...]
     weights: tuple[tuple[Choice, Step | None, Step | None], ...]
     up: tuple[Step, ...]
     down: tuple[Step, ...]
@@ -59,21 +65,24 @@ def explain(
 ) -> Explanation:
     """Why the weights that match `pattern` have their tiers. Raises InputError for none.
 
-    A step up is worth its bytes if it saves more per byte than the price, a step down if it loses
-    less. Only tiers that `wishes` allow are looked at.
+    `profile` is the one that chose. Only tiers that `wishes` allow are looked at.
     """
     chosen = [c for c in plan.choices if matches(pattern, c.name, c.role)]
     if not chosen:
         raise InputError(f"pattern {pattern!r} matches no weight.")
-    losses = allowed_losses(inventory, profile, wishes)
-    steps = {c.name: _steps(c, losses[c.name]) for c in plan.choices}
-    ups = [up for up, _ in steps.values() if up is not None]
-    downs = [down for _, down in steps.values() if down is not None]
+    prices = plan.proof.prices if plan.proof else ()
+    active = None if plan.active_bytes is None else 0
+    groups = groups_of(inventory, profile, Limits(0, active), wishes)
+    tiers = {choice.name: choice.tier for choice in plan.choices}
+    pairs = [_steps(group, tiers[group.weights[0].name], prices) for group in groups]
+    of = {w.name: pair for group, pair in zip(groups, pairs, strict=True) for w in group.weights}
+    ups = [up for up, _ in pairs if up is not None]
+    downs = [down for _, down in pairs if down is not None]
     return Explanation(
-        price=plan.proof.prices[0] if plan.proof else None,
-        weights=tuple((c, *steps[c.name]) for c in chosen),
-        up=tuple(sorted(ups, key=lambda step: (-step.rate, step.weight))[:_NEXT]),
-        down=tuple(sorted(downs, key=lambda step: (step.rate, step.weight))[:_NEXT]),
+        prices=prices,
+        weights=tuple((c, *of[c.name]) for c in chosen),
+        up=tuple(sorted(ups, key=lambda step: (-step.worth, step.weights))[:_NEXT]),
+        down=tuple(sorted(downs, key=lambda step: (step.worth, step.weights))[:_NEXT]),
     )
 
 
@@ -98,17 +107,17 @@ def diff(before: Plan, after: Plan) -> list[Difference]:
 def explanation_json(found: Explanation) -> dict[str, Any]:
     """As `--json` prints it."""
     return {
-        "price": found.price,
+        "prices": list(found.prices),
         "weights": [
             {
-                "name": c.name,
-                "tier": c.tier,
-                "bytes": c.bytes,
-                "kl": c.kl,
+                "name": choice.name,
+                "tier": choice.tier,
+                "bytes": choice.bytes,
+                "kl": choice.kl,
                 "up": _json(up),
                 "down": _json(down),
             }
-            for c, up, down in found.weights
+            for choice, up, down in found.weights
         ],
         "up": [_json(step) for step in found.up],
         "down": [_json(step) for step in found.down],
@@ -116,23 +125,24 @@ def explanation_json(found: Explanation) -> dict[str, Any]:
 
 
 def _json(step: Step | None) -> dict[str, Any] | None:
-    if step is None:
-        return None
-    return {**asdict(step), "rate": step.rate}
+    return None if step is None else {**asdict(step), "worth": step.worth}
 
 
-def _steps(choice: Choice, losses: Mapping[str, Loss]) -> tuple[Step | None, Step | None]:
-    """(the step up that saves the most per byte, the step down that loses the least)"""
-    if choice.tier not in losses:
+def _steps(group: Group, tier: str, prices: tuple[float, ...]) -> tuple[Step | None, Step | None]:
+    """(the step up that is worth the most, the step down that loses the least)"""
+    if tier not in group.tiers:
         return None, None
-    now = losses[choice.tier]
-    steps = [
-        Step(choice.name, choice.tier, other.tier, other.bytes - now.bytes, now.kl - other.kl)
-        for other in losses.values()
-        if other.tier != choice.tier
-    ]
+    now = group.options[group.tiers.index(tier)]
+    steps = []
+    for to, option in zip(group.tiers, group.options, strict=True):
+        costs = [a - b for a, b in zip(option.costs, now.costs, strict=True)]
+        price = sum(p * c for p, c in zip(prices, costs, strict=False))
+        names = tuple(weight.name for weight in group.weights)
+        read = costs[1] if len(costs) > 1 else 0
+        steps.append(Step(names, tier, to, costs[0], read, now.loss - option.loss, price))
     ups = [step for step in steps if step.bytes > 0 and step.saves > 0]
     downs = [step for step in steps if step.bytes < 0]
-    up = max(ups, key=lambda step: step.rate, default=None)
-    down = min(downs, key=lambda step: step.rate, default=None)
-    return up, down
+    return (
+        max(ups, key=lambda step: step.worth, default=None),
+        min(downs, key=lambda step: step.worth, default=None),
+    )

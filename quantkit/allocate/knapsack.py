@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+_INFEASIBLE = 2  # of scipy's milp
 _SLACK = 1e-9  # of a total: how far two sums of the same losses may differ by rounding
 
 
@@ -51,6 +52,10 @@ class ImpossibleError(Exception):
         self.least = least
 
 
+class UnsolvedError(Exception):
+    """The solver found no choice in the time it was given, nor that there is none."""
+
+
 def solve(
     items: Sequence[Sequence[Option]], limits: Sequence[int], seconds: float = 20
 ) -> Solution:
@@ -58,7 +63,7 @@ def solve(
 
     Proven optimal, unless HiGHS is stopped after `seconds`: then `gap` says how far it may be off.
     Of several choices with the same loss and costs one is taken in a fixed manner. Raises
-    ImpossibleError.
+    ImpossibleError or UnsolvedError.
     """
     least = tuple(sum(min(o.costs[k] for o in item) for item in items) for k in range(len(limits)))
     if any(need > limit for need, limit in zip(least, limits, strict=True)):
@@ -68,10 +73,11 @@ def solve(
     known = problem.repaired(prices)
     if known is not None and problem.loss(known) <= bound * (1 + _SLACK):
         return problem.solution(known, bound, prices)
-    found = problem.exact(prices, known, seconds)
-    if found is None:
-        raise ImpossibleError(least)
-    chosen, proven = found
+    chosen, proven, status = problem.exact(prices, known, seconds)
+    if chosen is None:
+        if status == _INFEASIBLE:
+            raise ImpossibleError(least)
+        raise UnsolvedError(f"no plan was found in {seconds:.0f} s")
     return problem.solution(chosen, max(bound, proven), prices)
 
 
@@ -194,8 +200,9 @@ class _Problem:
 
     def exact(
         self, prices: np.ndarray, known: np.ndarray | None, seconds: float
-    ) -> tuple[np.ndarray, float] | None:
-        """(the best solution, a bound that proves it), from the options that can stand in one."""
+    ) -> tuple[np.ndarray | None, float, int]:
+        """(the best solution, a bound that proves it, the solver's status), from the options that
+        can stand in one."""
         from scipy import sparse
         from scipy.optimize import Bounds, LinearConstraint, milp
 
@@ -227,16 +234,16 @@ class _Problem:
             options={"mip_rel_gap": 0, "time_limit": seconds},
         )
         if result.x is None:
-            return None if known is None else (known, bound)
+            return known, bound, result.status
         chosen = open_[np.round(result.x[:count]).astype(bool)]
         if self._over(chosen).any():
-            return None if known is None else (known, bound)
+            return known, bound, result.status
         proven = self.loss(chosen)
         if result.status != 0:
             proven = bound + float(result.mip_dual_bound or 0) * unit
         if known is not None and self.loss(known) < self.loss(chosen):
             chosen = known
-        return chosen, proven
+        return chosen, proven, result.status
 
     def _one_each(self, options: np.ndarray) -> Any:
         from scipy import sparse

@@ -26,10 +26,13 @@ def make_plan(inventory: Inventory, tiers: Mapping[str, Tier], origin: str) -> P
 
 
 def with_losses(plan: Plan, profile: Profile) -> Plan:
-    """`plan` with the losses that a profile predicts, None for tiers that it does not know."""
+    """`plan` with the losses that a profile predicts, None for tiers that it does not know.
+
+    What was proven or measured of other predictions is forgotten.
+    """
     losses = {w.name: {loss.tier: loss.kl for loss in w.losses} for w in profile.weights}
     choices = tuple(replace(c, kl=losses[c.name].get(c.tier)) for c in plan.choices)
-    return replace(plan, choices=choices, calibrations=(profile.calibration,))
+    return replace(plan, choices=choices, proof=None, measured_kl=None)
 
 
 def read_plan(data: Mapping[str, Any], inventory: Inventory, where: str) -> Plan:
@@ -85,7 +88,7 @@ def _choice(inventory: Inventory, weight: Weight, tier: Tier) -> Choice:
     storage = parse_tier(weight.storage)
     physical = resolve(tier, storage)
     physical.require_fit(weight.name, weight.shape)
-    stored = physical.stored_bytes(weight.shape, float_dtype(storage))
+    stored = stored_bytes(weight, tier)
     return Choice(
         name=weight.name,
         role=weight.role,
@@ -96,6 +99,12 @@ def _choice(inventory: Inventory, weight: Weight, tier: Tier) -> Choice:
         bytes=stored,
         active_bytes=active_bytes(inventory, weight, stored),
     )
+
+
+def stored_bytes(weight: Weight, tier: Tier) -> int:
+    """Exact bytes of a weight in a tier, `native` meaning as it is held. Raises TierError."""
+    storage = parse_tier(weight.storage)
+    return resolve(tier, storage).stored_bytes(weight.shape, float_dtype(storage))
 
 
 def active_bytes(inventory: Inventory, weight: Weight, stored: int) -> int | None:

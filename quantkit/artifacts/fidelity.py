@@ -7,11 +7,11 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Interval:
-    """A measured value with its 95% confidence interval."""
+    """A measured value with its 95% confidence interval, None where one sequence gives none."""
 
     value: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
 
     def to_json(self, name: str) -> dict[str, Any]:
         return {name: self.value, f"{name}_interval": [self.low, self.high]}
@@ -19,7 +19,7 @@ class Interval:
 
 @dataclass(frozen=True)
 class Fidelity:
-    """One repo beside the native model, over tokens of text that it was not made with.
+    """One repo beside the native model, over tokens of `sequences` that it was not made with.
 
     KL divergences are in nats per token; `top1_agreement` is the share of tokens for which both
     models hold the same token for the most likely; `perplexity_ratio` is the repo's perplexity over
@@ -31,6 +31,7 @@ class Fidelity:
     bytes: int
     bits_per_weight: float
     tokens: int
+    sequences: int
     kl_mean: Interval
     kl_median: Interval
     kl_p95: Interval
@@ -46,6 +47,7 @@ class Fidelity:
             "bytes": self.bytes,
             "bits_per_weight": self.bits_per_weight,
             "tokens": self.tokens,
+            "sequences": self.sequences,
         }
         for name in (
             "kl_mean",

@@ -1,7 +1,8 @@
 """A tier for every weight of one checkpoint, with exact bytes."""
 
+import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from quantkit.artifacts.inventory import SourceId, is_count, source_id
@@ -179,9 +180,9 @@ class Plan:
                 proof=_proof(data.get("proof")),
                 calibrations=tuple(map(Calibration.from_json, data.get("calibrations", []))),
                 rounding=str(data.get("rounding", "rtn")),
-                measured_kl=data.get("measured_kl"),
+                measured_kl=_loss(data.get("measured_kl")),
             )
-        except (KeyError, TypeError, ValueError, AttributeError) as exc:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as exc:
             raise PlanError(f"{where}: not a complete plan ({exc}). Make it anew.") from exc
 
 
@@ -194,7 +195,19 @@ def _proof(data: Mapping[str, Any] | None) -> Proof | None:
     if data is None:
         return None
     limits, prices = tuple(map(str, data["limits"])), tuple(map(float, data["prices"]))
-    return Proof(limits, float(data["bound"]), float(data["gap"]), prices)
+    bound, gap = float(data["bound"]), float(data["gap"])
+    if not prices or not all(0 <= number < math.inf for number in (bound, gap, *prices)):
+        raise ValueError("its proof is none")
+    return Proof(limits, bound, gap, prices)
+
+
+def _loss(value: Any) -> float | None:
+    """A loss read back. Raises TypeError for what cannot be one."""
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e9:
+        raise TypeError("a loss is no such number")
+    return float(value)
 
 
 def _choice(data: Mapping[str, Any]) -> Choice:
@@ -205,6 +218,4 @@ def _choice(data: Mapping[str, Any]) -> Choice:
         raise TypeError(f"weight {choice.name!r}: a name, role or tier is no text")
     if not all(is_count(number) for number in (choice.parameters, choice.bytes, *optional)):
         raise TypeError(f"weight {choice.name!r}: a count is no whole number")
-    if choice.kl is not None and not isinstance(choice.kl, int | float):
-        raise TypeError(f"weight {choice.name!r}: its loss is no number")
-    return choice
+    return replace(choice, kl=_loss(choice.kl))

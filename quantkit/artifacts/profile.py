@@ -1,6 +1,7 @@
 """What every weight of one checkpoint loses in every tier."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from math import isfinite
 from typing import Any
@@ -9,6 +10,8 @@ from quantkit.artifacts.inventory import SourceId, is_count, source_id
 from quantkit.errors import ProfileError
 from quantkit.jsonfile import FORMAT_VERSION
 
+_SKETCH = re.compile(r"(\d{1,10}:([0-9a-f]{8})*)?")
+_MOST = 1e6  # nats per token that a loss can be
 PROFILE_FILE = "profile.json"
 IMPORTANCE_FILE = "importance.safetensors"
 
@@ -77,7 +80,13 @@ class Calibration:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Calibration":
         """Read back what `to_json` gave. Raises TypeError for what cannot be one."""
-        return cls(**{key: value for key, value in data.items() if key != "tokens"})
+        found = cls(**{key: value for key, value in data.items() if key != "tokens"})
+        texts = (found.name, found.licence, found.sha256, found.sketch)
+        if not all(isinstance(text, str) for text in texts) or not _SKETCH.fullmatch(found.sketch):
+            raise TypeError("the calibration text is not described rightly")
+        if not all(is_count(n) for n in (found.sequences, found.sequence_length, found.seed)):
+            raise TypeError("the calibration text has no such size or seed")
+        return found
 
 
 @dataclass(frozen=True)
@@ -138,11 +147,11 @@ class Profile:
                 draws=data["draws"],
                 tiers=tuple(data["tiers"]),
                 calibration=Calibration.from_json(data["calibration"]),
-                weights=tuple(_weight(weight) for weight in data["weights"]),
+                weights=_weights(data["weights"]),
                 expert_tokens={k: tuple(v) for k, v in data["expert_tokens"].items()},
                 versions=dict(data["versions"]),
             )
-        except (KeyError, TypeError, ValueError, AttributeError) as exc:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as exc:
             raise ProfileError(f"{where}: not a complete profile ({exc}). Make it anew.") from exc
 
 
@@ -153,10 +162,20 @@ def _losses(weight: WeightLosses) -> dict[str, dict[str, Any]]:
     }
 
 
+def _weights(data: Sequence[Mapping[str, Any]]) -> tuple[WeightLosses, ...]:
+    weights = tuple(_weight(weight) for weight in data)
+    if len({weight.name for weight in weights}) != len(weights):
+        raise ValueError("a weight is listed twice")
+    return weights
+
+
 def _weight(data: Mapping[str, Any]) -> WeightLosses:
     losses = tuple(Loss(tier, **loss) for tier, loss in data["losses"].items())
+    if not isinstance(data["name"], str) or not is_count(data["unseen_experts"]):
+        raise TypeError("a weight is not described rightly")
     for loss in losses:
-        if not is_count(loss.bytes) or not isfinite(loss.kl) or not isfinite(loss.error):
+        numbers = 0 <= loss.kl < _MOST and isfinite(loss.error)
+        if not is_count(loss.bytes) or not numbers or isinstance(loss.kl, bool):
             raise ValueError(f"{data['name']}, tier {loss.tier}: no such loss is possible")
     known = ("name", "role", "layer", "storage", "parameters", "unseen_experts")
     return WeightLosses(**{key: data[key] for key in known}, losses=losses)

@@ -18,6 +18,7 @@ from quantkit.jsonfile import load_json
 from quantkit.units import parse_bytes
 
 if TYPE_CHECKING:
+    from quantkit.model.calibration import Request
     from quantkit.source.source import Source
 
 DEMOS = ("demo", "demo-llama")
@@ -54,6 +55,7 @@ class Asked:
     context: str = "8k"
     reserve: str = "1.5GB"
     rounding: str | None = None
+    refine: int = 0
 
     def require_one_way(self) -> None:
         """Raises InputError unless there is just one way to choose tiers."""
@@ -64,9 +66,11 @@ class Asked:
             )
         if self.budget is None and replace(self, rounding="rtn").wishes() != Wishes():
             raise InputError("--pin, --tie, --tiers, --min-tier and --routers go with --budget.")
-        if self.budget is None and (self.active_bytes or self.speed):
+        if self.budget is None and (self.active_bytes, self.speed) != (None, None):
             raise InputError("--active-bytes and --speed go with --budget.")
-        if self.active_bytes and self.speed:
+        if self.budget is None and self.refine:
+            raise InputError("--refine goes with --budget.")
+        if self.active_bytes is not None and self.speed is not None:
             raise InputError("--active-bytes and --speed say the same; give one of them.")
 
     def wishes(self) -> Wishes:
@@ -90,16 +94,20 @@ class Asked:
         """Bytes per second, where a speed is asked for."""
         return parse_speed(self.speed)[1] if self.speed else None
 
+    @property
+    def active(self) -> int | None:
+        """Bytes that may be read per token. Raises InputError."""
+        if self.speed is not None:
+            return parse_speed(self.speed)[0]
+        return None if self.active_bytes is None else parse_bytes(self.active_bytes)
+
     def limits(self, source: "Source") -> Limits:
         """Raises InputError."""
         assert self.budget is not None
         room = parse_room(self.context, self.reserve)
         config = source.checkpoint.config
         budget = parse_budget(self.budget, source.inventory, config, room)
-        active = parse_bytes(self.active_bytes) if self.active_bytes else None
-        if self.speed:
-            active = parse_speed(self.speed)[0]
-        return Limits(budget.bytes, active, budget.about)
+        return Limits(budget.bytes, self.active, budget.about)
 
 
 def choose_plan(source: "Source", asked: Asked, profile: Profile | None = None) -> Plan:
@@ -121,12 +129,13 @@ def choose_plan(source: "Source", asked: Asked, profile: Profile | None = None) 
         if asked.recipe not in recipe_names():  # those that ship are made for many models
             for number in idle_rules(inventory, loaded):
                 console.note(f"recipe {loaded.name}: rule {number} decides no weight")
-    plan = plan if profile is None else with_losses(plan, profile)
+    if profile is not None and plan.predicted_kl is None:
+        plan = with_losses(plan, profile)
     return plan if asked.rounding is None else replace(plan, rounding=asked.rounding)
 
 
 def profile_for(
-    source: "Source", asked: Asked, out: Path, calibration: str, tokens: int
+    source: "Source", asked: Asked, out: Path, text: "Request", force: bool
 ) -> Profile | None:
     """The profile that is named, else for a budget the one beside `out`, made first if it is not
     there. None where none is needed. Raises InputError."""
@@ -136,47 +145,57 @@ def profile_for(
         return load_profile(asked.profile, source.inventory)
     if asked.budget is None:
         return None
-    asked.limits(source)  # what is wrong with them is better known before the work
-    asked.wishes()
     from quantkit.backend import speed_hint
-    from quantkit.model.calibration import Request
+    from quantkit.profile.candidates import DEFAULT_TIERS, unmeasured
     from quantkit.profile.profile import Settings, make, prepare
     from quantkit.source.source import with_values
 
+    wishes = asked.wishes()
+    named = [*(wishes.tiers or ()), *(tier for _, tier in wishes.pins)]
+    wanted = [*DEFAULT_TIERS, *(tier.name for tier in named if tier.quantized)]
+    tiers = tuple(dict.fromkeys(wanted))
+    # What cannot be is better known before hours of work: sizes need no measurement.
+    plan_by_budget(
+        source.inventory, unmeasured(source.inventory, tiers), asked.limits(source), wishes
+    )
     folder = out.with_name(f"{out.name}-profile")
-    settings = Settings(Request(calibration, tokens))
+    settings = Settings(text, tiers)
     console.note(speed_hint())
-    profiling = prepare(with_values(source), folder, settings)
+    source = with_values(source)
+    try:
+        profiling = prepare(source, folder, settings)
+    except InputError:
+        if not force:
+            raise
+        profiling = prepare(source, folder, settings, force)
     with console.progress(profiling.steps, "Profiling", "steps") as progress:
         return make(profiling, progress)
 
 
-def refined_plan(source: "Source", profile: Profile, asked: Asked, rounds: int) -> Plan:
-    """The plan of a budget, corrected by measurements, which are shown. Raises InputError."""
+def refined_plan(
+    source: "Source", profile: Profile, asked: Asked, rounds: int
+) -> tuple[Plan, Profile]:
+    """The plan of a budget that was measured best, all being shown, and the profile, corrected,
+    that chose it. Raises InputError."""
     from quantkit.backend import speed_hint
     from quantkit.pipeline import refine
 
-    if asked.budget is None:
-        raise InputError("--refine goes with --budget.")
     console.note(speed_hint())
+    limits, wishes = asked.limits(source), asked.wishes()
     with console.progress(0, "Measuring plans,") as progress:
-        plan, trials = refine(
-            source,
-            profile,
-            asked.limits(source),
-            asked.wishes(),
-            rounds=rounds,
-            progress=progress,
-        )
+        trials = refine(source, profile, limits, wishes, rounds=rounds, progress=progress)
     for trial in trials:
         console.note(
             f"measured {trial.kl:.4g}, predicted {trial.plan.predicted_kl or 0:.4g}: "
             f"{trial.plan.origin}"
         )
-    return plan
+    return trials[0].plan, trials[0].profile
 
 
-def require_plots() -> None:
-    """Raises InputError where matplotlib is not installed."""
+def require_plots(path: Path) -> None:
+    """Raises InputError where matplotlib is not installed, or no picture can be put at `path`."""
+    from quantkit.publish.plot import require_picture
+
     if find_spec("matplotlib") is None:
         raise InputError("--plot needs matplotlib: pip install 'quantkit[plot]'")
+    require_picture(path)

@@ -30,7 +30,7 @@ def compare(
     ] = "default",
     tokens: Annotated[int, typer.Option(help="How many tokens of it.")] = 4096,
     sequence_length: Annotated[int, typer.Option(help="Tokens in a sequence.")] = 256,
-    seed: Annotated[int, typer.Option(help="Of the text's order.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the text's order.")] = 0,
     plot: Annotated[
         Path | None,
         typer.Option(metavar="PNG", help="Draw the distributions (needs the extra `plot`)."),
@@ -50,15 +50,15 @@ def compare(
     from quantkit.judge import fidelity
     from quantkit.model.calibration import Request
 
-    if plot:
-        require_plots()
+    if plot is not None:
+        require_plots(plot)
     source = open_model(native)
     console.note(speed_hint())
     request = Request(text, tokens, sequence_length, seed)
     comparison = fidelity.prepare(source, repos, request)
     with console.progress(comparison.steps, "Comparing", "steps") as progress:
         results = fidelity.compare(comparison, progress)
-    if plot:
+    if plot is not None:
         from quantkit.publish.plot import plot_fidelity
 
         plot_fidelity(results, plot)

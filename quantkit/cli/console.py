@@ -102,23 +102,25 @@ def _predictions(plan: Plan) -> None:
 
 def print_explanation(found: "Explanation") -> None:
     """Why weights have their tiers, and which would change next."""
-    table = _table("weight", "tier", "#KL", "#up saves", "to", "#down costs", "to")
+    table = _table("weight", "tier", "#KL", "#up worth", "to", "#down worth", "to")
     for choice, up, down in found.weights:
         table.add_row(
             choice.name.removeprefix("model."),
             choice.tier,
             "" if choice.kl is None else f"{choice.kl:.3g}",
-            *(("", "") if up is None else (f"{up.rate * 1e9:.3g}", up.to)),
-            *(("", "") if down is None else (f"{down.rate * 1e9:.3g}", down.to)),
+            *(("", "") if up is None else (f"{up.worth:.3g}", up.to)),
+            *(("", "") if down is None else (f"{down.worth:.3g}", down.to)),
         )
-    _show(table, "per GB: a step up pays above the price, a step down below it")
-    if found.price is not None:
-        print(f"price             {found.price * 1e9:.4g} nats per token and GB at the optimum")
+    _show(table, "loss over price of a step: a step up pays above 1, a step down below 1")
+    for what, price in zip(("stored", "read per token"), found.prices, strict=False):
+        print(f"price             {price * 1e9:.4g} nats per token for a GB {what}")
     for title, steps in (("more budget", found.up), ("less budget", found.down)):
         print(f"{title}       next to change, the best first:")
         for step in steps:
             loss = f"saves {step.saves:.3g}" if step.saves >= 0 else f"costs {-step.saves:.3g}"
-            print(f"  {step.weight}: {step.tier} to {step.to}, {step.bytes:+,} bytes, {loss}")
+            more = f" and {len(step.weights) - 1} tied to it" if len(step.weights) > 1 else ""
+            moved = f"{step.weights[0]}{more}: {step.tier} to {step.to}"
+            print(f"  {moved}, {step.bytes:+,} bytes, {loss}")
 
 
 def print_differences(found: Sequence["Difference"]) -> None:
@@ -219,7 +221,7 @@ def print_check(check: Mapping[str, Any]) -> None:
 
 def print_fidelity(results: Sequence[Fidelity], text: str) -> None:
     """A column per repo, every value with its 95% interval."""
-    table = _table("", *(f"#{Path(found.repo).name}" for found in results))
+    table = _table("", *(f"#{Path(found.repo).name or found.repo}" for found in results))
     table.add_row("size", *(size(found.bytes) for found in results))
     table.add_row("bits per weight", *(f"{found.bits_per_weight:.3f}" for found in results))
     table.add_row("KL mean", *(_spread(found.kl_mean) for found in results))
@@ -230,11 +232,18 @@ def print_fidelity(results: Sequence[Fidelity], text: str) -> None:
     table.add_row("KL 99.9%", *(_spread(found.kl_p999) for found in results))
     table.add_row("top-1 agreement", *(_spread(found.top1_agreement) for found in results))
     table.add_row("perplexity ratio", *(_spread(found.perplexity_ratio) for found in results))
-    _show(table, f"Against native, over {results[0].tokens} tokens of {text}; KL in nats per token")
+    few = results[0]
+    print(
+        f"Against native, over {few.tokens} tokens ({few.sequences} sequences) of {text}; KL in "
+        "nats per token, with 95% intervals"
+    )
+    _show(table)
 
 
 def _spread(found: Interval) -> str:
-    return f"{found.value:.4g} ({found.low:.3g} to {found.high:.3g})"
+    if found.low is None or found.high is None:
+        return f"{found.value:.4g}"
+    return f"{found.value:.4g}\n{found.low:.3g} to {found.high:.3g}"
 
 
 def print_checks(checks: Sequence[Any]) -> None:
@@ -322,13 +331,14 @@ def _table(*columns: str) -> "Table":
     """A plain table; a leading # aligns a column right."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False, collapse_padding=True)
     for column in columns:
         number = column.startswith("#")
         wraps = column in ("roles", "shapes")
         table.add_column(
-            column.lstrip("#"),
+            Text(column.removeprefix("#")),
             justify="right" if number else "left",
             no_wrap=not wraps,
             min_width=20 if wraps else None,
@@ -336,9 +346,10 @@ def _table(*columns: str) -> "Table":
     return table
 
 
-def _show(table: "Table", title: str) -> None:
+def _show(table: "Table", title: str | None = None) -> None:
     from rich.console import Console
 
-    print(title)
+    if title:
+        print(title)
     Console(markup=False).print(table)
     print()

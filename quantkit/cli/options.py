@@ -107,6 +107,7 @@ Refine = Annotated[
     int,
     typer.Option(
         metavar="N",
+        min=0,
         help="Measure the plan, correct the predictions of each role by what was found, and solve "
         "anew, N times; the best that was measured wins. Runs the model a layer at a time.",
     ),

@@ -106,10 +106,10 @@ def plan(
         return
     if files:
         raise InputError(f"{files[0]}: one checkpoint at a time. Two plans: quantkit plan diff A B")
-    if plot and not frontier:
+    if plot is not None and not frontier:
         raise InputError("--plot draws the frontier; give --frontier, too.")
-    if plot:
-        require_plots()
+    if plot is not None:
+        require_plots(plot)
     asked = Asked(
         recipe=recipe,
         plan=plan,
@@ -125,10 +125,16 @@ def plan(
         context=context,
         reserve=reserve,
         rounding=rounding,
+        refine=refine,
     )
     if not frontier:
         asked.require_one_way()
-    if profile is None and (budget or frontier or explain or refine):
+    elif refine or any(x is not None for x in (budget, recipe, plan, explain, output)):
+        raise InputError(
+            "--frontier solves a range of budgets; --budget, --recipe, --plan, --refine, --explain "
+            "and --output do not go with it."
+        )
+    if profile is None and (budget is not None or frontier or explain is not None or refine):
         raise InputError(
             "a budget is spent by what weights lose. Give --profile PROFILE; make one with: "
             f"quantkit profile {src} -o PROFILE"
@@ -143,17 +149,19 @@ def plan(
         return
     if refine:
         assert known is not None
-        chosen = refined_plan(source, known, asked, refine)
+        chosen, known = refined_plan(source, known, asked, refine)
     else:
         chosen = choose_plan(source, asked, known)
-    if output is not None:
-        write_atomically(output, dump_json(chosen.to_json()))
-    if explain:
+    reasons = None
+    if explain is not None:
         from quantkit.allocate.explain import explain as find_reasons
         from quantkit.allocate.explain import explanation_json
 
         assert known is not None
         reasons = find_reasons(chosen, source.inventory, known, asked.wishes(), explain)
+    if output is not None:
+        write_atomically(output, dump_json(chosen.to_json()))
+    if reasons is not None:
         if json:
             console.print_json(explanation_json(reasons))
         else:
@@ -169,9 +177,9 @@ def _frontier(
 ) -> None:
     from quantkit.allocate.allocate import frontier, recipe_plans
 
-    plans = frontier(source.inventory, profile, asked.wishes())
+    plans = frontier(source.inventory, profile, asked.wishes(), asked.active)
     recipes = recipe_plans(source.inventory, profile)
-    if plot:
+    if plot is not None:
         from quantkit.publish.plot import plot_frontier
 
         plot_frontier(plans, recipes, plot)

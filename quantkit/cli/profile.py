@@ -27,7 +27,9 @@ def profile(
     calibration: CalibrationName = "default",
     tokens: Tokens = 4096,
     sequence_length: Annotated[int, typer.Option(help="Tokens in a sequence.")] = 256,
-    seed: Annotated[int, typer.Option(help="Of the text's order and of the labels drawn.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Of the text's order and of the labels drawn.")
+    ] = 0,
     draws: Annotated[int, typer.Option(help="Labels drawn per token (fisher).")] = 2,
     tiers: Annotated[
         str | None,
@@ -43,7 +45,7 @@ def profile(
     check: Annotated[
         int,
         typer.Option(
-            metavar="N", help="Then measure N random entries on held-out text, and compare."
+            metavar="N", min=0, help="Then measure N random entries on held-out text, and compare."
         ),
     ] = 0,
     plot: Annotated[
@@ -71,8 +73,8 @@ def profile(
 
     if (output is None) == (published is None):
         raise InputError("say where to write it with -o PROFILE, or which to show with --profile.")
-    if plot:
-        require_plots()
+    if plot is not None:
+        require_plots(plot)
     source = open_model(src, revision)
     checked: dict[str, Any] = {}
     if published is not None:
@@ -98,7 +100,7 @@ def profile(
         if check:
             with console.progress(check, "Checking", "steps") as progress:
                 checked = asdict(make_check(profiling, made, check, progress))
-    if plot:
+    if plot is not None:
         from quantkit.publish.plot import plot_profile
 
         plot_profile(made, plot)

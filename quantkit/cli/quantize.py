@@ -83,6 +83,7 @@ def quantize(
     from quantkit.errors import InputError
     from quantkit.model.calibration import Request
     from quantkit.pipeline import quantize as write_repo
+    from quantkit.staging import require_apart, require_free
     from quantkit.units import parse_bytes
 
     shard_bytes = parse_bytes(shard_size)
@@ -103,13 +104,19 @@ def quantize(
         context=context,
         reserve=reserve,
         rounding=rounding,
+        refine=refine,
     )
     asked.require_one_way()
+    for kept in (plan, Path(profile) if profile else None):
+        require_apart(output, kept if kept is not None and kept.exists() else None)
     source = open_model(src, revision)
-    known = profile_for(source, asked, output, calibration, tokens)
+    require_apart(output, source.checkpoint.folder)
+    if not (output / REPORT_FILE).exists():
+        require_free(output, force)
+    known = profile_for(source, asked, output, Request(calibration, tokens), force)
     if refine:
         assert known is not None
-        chosen = refined_plan(source, known, asked, refine)
+        chosen, _ = refined_plan(source, known, asked, refine)
     else:
         chosen = choose_plan(source, asked, known)
     console.note(speed_hint())

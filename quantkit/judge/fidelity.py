@@ -10,20 +10,22 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
+from scipy.special import stdtrit
 
 from quantkit.artifacts.fidelity import Fidelity, Interval
 from quantkit.artifacts.profile import Calibration
 from quantkit.artifacts.report import REPORT_FILE, Report
 from quantkit.backend import mx, on_cpu
-from quantkit.errors import CalibrationError, InputError, SourceError
+from quantkit.errors import CalibrationError, InputError, SourceError, first_line
 from quantkit.jsonfile import digest, load_json, write_bytes_atomically
 from quantkit.model.calibration import (
     CHAT,
     DEFAULT,
     Request,
-    known_sequences,
+    is_known,
     load_tokenizer,
     read_text,
 )
@@ -37,6 +39,8 @@ from quantkit.staging import source_marks, versions
 from quantkit.units import bits_per_weight
 
 _RESAMPLES = 1000
+# What model code raises on a config that it did not expect.
+_MODEL_ERRORS = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 _TOKENS_AT_ONCE = 4096  # through the head
 
 
@@ -71,7 +75,10 @@ def prepare(native: Source, repos: Sequence[str], request: Request) -> Compariso
     text = _judged(native, request)
     opened = []
     for name in repos:
-        source = with_values(open_source(name, quantized=True))
+        try:
+            source = with_values(open_source(name, quantized=True))
+        except SourceError as exc:
+            raise SourceError(exc if name in str(exc) else f"{name}: {exc}") from exc
         _require_same_tokenizer(native, name, source)
         _require_unseen(name, source, text)
         opened.append((name, source))
@@ -116,6 +123,12 @@ def _judged(native: Source, request: Request) -> Judged:
 
 
 def _require_same_tokenizer(native: Source, name: str, source: Source) -> None:
+    rows, own = _vocabulary(native), _vocabulary(source)
+    if rows != own:
+        raise InputError(
+            f"{name}: its head has {own} rows, the native one {rows}; what they say of the next "
+            "token cannot be compared."
+        )
     try:
         theirs = load_tokenizer(source.checkpoint)
     except CalibrationError as exc:
@@ -127,14 +140,21 @@ def _require_same_tokenizer(native: Source, name: str, source: Source) -> None:
         )
 
 
+def _vocabulary(source: Source) -> int:
+    """Rows of the output head, or of the embedding where that is the head."""
+    weights = source.inventory.weights
+    heads = [w for role in ("lm_head", "embedding") for w in weights if w.role == role]
+    return heads[0].shape[0] if heads else 0
+
+
 def _require_unseen(name: str, source: Source, text: Judged) -> None:
     for calibration in _calibrations(source.checkpoint.path("")):
-        if known := known_sequences(text.tokens, calibration.sketch):
+        if is_known(text.tokens, calibration.sketch):
             about = f"{calibration.name}, seed {calibration.seed}"
             raise CalibrationError(
-                f"{name}: was made with this text: {len(known)} of {len(text.tokens)} sequences to "
-                f"judge on are in its calibration text ({about}). Give other text, or its own "
-                "--seed and --sequence-length, which leave every fifth sequence out."
+                f"{name}: was made with this text: passages to judge on are in its calibration "
+                f"text ({about}). Give other text, or its own --seed and --sequence-length, which "
+                "leave every fifth sequence out."
             )
 
 
@@ -156,13 +176,10 @@ def _native_output(model: StreamingModel, tokens: np.ndarray, progress: Progress
     }
     path = cache_folder() / "native" / f"{digest(depends)}.npy"
     if path.is_file():
-        try:
-            h = mx.array(np.load(path))
-        except (OSError, ValueError):  # damaged: made anew
-            path.unlink()
-        else:
+        kept = _kept_output(path, (*tokens.shape, model.head_weight.shape[-1]))
+        if kept is not None:
             progress(len(model.layers), "native, from the cache")
-            return h
+            return kept
     h = _output(model, tokens, progress)
     path.parent.mkdir(parents=True, exist_ok=True)
     buffer = io.BytesIO()
@@ -171,13 +188,35 @@ def _native_output(model: StreamingModel, tokens: np.ndarray, progress: Progress
     return h
 
 
+def _kept_output(path: Path, shape: tuple[int, ...]) -> mx.array | None:
+    """The array in a file of the cache; None if it is not what was put there."""
+    try:
+        values = np.load(path)
+    except (OSError, ValueError, EOFError, BadZipFile):
+        return None
+    good = isinstance(values, np.ndarray) and values.dtype == np.float32 and values.shape == shape
+    return mx.array(values) if good and np.isfinite(values).all() and values.any() else None
+
+
 def _output(model: StreamingModel, tokens: np.ndarray, progress: Progress) -> mx.array:
     name = model.source.inventory.source.name
 
     def seen(number: int, _call: Call, _y: mx.array) -> None:
         progress(1, f"{name}: layer {number}")
 
-    return model.run(mx.array(tokens), seen)
+    try:
+        return model.run(mx.array(tokens), seen)
+    except SourceError as exc:
+        raise SourceError(f"{name}: {exc}") from exc
+    except (
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as exc:
+        raise SourceError(f"{name}: mlx-lm cannot run it ({first_line(exc)}).") from exc
 
 
 def _fidelity(
@@ -191,11 +230,13 @@ def _fidelity(
         raise SourceError(f"{name}: its logits are not finite. Check it: quantkit verify {name}")
     kl = np.maximum(kl, 0)
     rng = np.random.default_rng(0)
-    chosen = rng.integers(0, len(kl), (_RESAMPLES, len(kl)))
+    sequences = len(kl)
+    chosen = rng.integers(0, sequences, (_RESAMPLES, sequences))
     worse = (loss - native_loss)[:, :-1].mean(axis=1)  # the last token's next one is not known
     tail = (0.5, 0.95, 0.999)
     drawn = np.array([np.quantile(kl[rows], tail) for rows in chosen])
-    at = [_interval(float(np.quantile(kl, q)), drawn[:, i]) for i, q in enumerate(tail)]
+    whole = [float(np.quantile(kl, q)) for q in tail]
+    at = [_interval(value, drawn[:, i], sequences) for i, value in enumerate(whole)]
     inventory = source.inventory
     by_text = {}
     for kind in dict.fromkeys(kinds):
@@ -206,6 +247,7 @@ def _fidelity(
         bytes=inventory.total_bytes,
         bits_per_weight=bits_per_weight(inventory.total_bytes, inventory.parameters),
         tokens=kl.size,
+        sequences=sequences,
         kl_mean=_mean(kl.mean(axis=1), chosen),
         kl_median=at[0],
         kl_p95=at[1],
@@ -221,9 +263,15 @@ def _mean(
     by_sequence: np.ndarray, chosen: np.ndarray, then: Callable[[Any], Any] = lambda x: x
 ) -> Interval:
     """The mean over sequences, resampled by the rows of `chosen`."""
-    return _interval(float(then(by_sequence.mean())), then(by_sequence[chosen].mean(axis=1)))
+    resampled = then(by_sequence[chosen].mean(axis=1))
+    return _interval(float(then(by_sequence.mean())), resampled, len(by_sequence))
 
 
-def _interval(value: float, resampled: np.ndarray) -> Interval:
+def _interval(value: float, resampled: np.ndarray, sequences: int) -> Interval:
+    """95%, from the percentiles of the bootstrap. Of few sequences they are too narrow: widened by
+    sqrt(n / (n - 1)) and Student's quantile over the normal one. None of a single sequence."""
+    if sequences < 2:
+        return Interval(value, None, None)
     low, high = np.quantile(resampled, (0.025, 0.975))
-    return Interval(value, float(low), float(high))
+    wider = (sequences / (sequences - 1)) ** 0.5 * stdtrit(sequences - 1, 0.975) / 1.96
+    return Interval(value, value - wider * (value - low), value + wider * (high - value))

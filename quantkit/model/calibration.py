@@ -18,7 +18,7 @@ from quantkit.backend import mx  # noqa: F401  (before mlx-lm, which brings the 
 from quantkit.errors import CalibrationError, first_line
 from quantkit.places import data_folder, user_path
 from quantkit.source.checkpoint import Checkpoint
-from quantkit.source.layout import optional_int
+from quantkit.source.layout import optional_int, text_scope
 
 DEFAULT = "default"
 CHAT = "chat"
@@ -29,7 +29,7 @@ _LOADERS = {".jsonl": "json", ".json": "json", ".txt": "text", ".md": "text", ".
 _TEXTS = ("text", "content", "document")
 _DIALOGUES = ("messages", "conversations", "conversation")
 _PASSAGE = 16  # tokens
-_SKETCH = 1024  # passages
+_SKETCH = 2048  # passages
 _FEWEST = 4  # passages to judge a sequence by
 _TODAY = "2025-08-05"  # what templates take for today, so that the same text gives the same tokens
 
@@ -68,6 +68,7 @@ def read_text(checkpoint: Checkpoint, request: Request) -> Text:
     """
     _require_possible(checkpoint, request)
     tokenizer = load_tokenizer(checkpoint)
+    rows = optional_int(text_scope(checkpoint.config), "vocab_size")
     name = Path(request.name).name if user_path(request.name).exists() else request.name
     names = _KINDS if request.name == DEFAULT else (name,)
     kinds = dict(
@@ -88,6 +89,10 @@ def read_text(checkpoint: Checkpoint, request: Request) -> Text:
             "Give more text, or a smaller --sequence-length."
         )
     tokens = np.array(_in_turn(chosen, request), np.int32)
+    if rows is not None and (largest := int(tokens.max())) >= rows:
+        raise CalibrationError(
+            f"{checkpoint.name}: its tokenizer gives token {largest}, but the model has {rows}."
+        )
     about = Calibration(
         name=name,
         licence=_LICENCE if request.name == DEFAULT else "unknown",
@@ -104,24 +109,36 @@ def read_text(checkpoint: Checkpoint, request: Request) -> Text:
 
 
 def sketch(tokens: np.ndarray) -> str:
-    """The smallest of the hashes of all passages of `tokens` (sequences, length), 8 hex digits
-    each, in order: a sample by which `known_sequences` tells what else is from this text."""
-    return "".join(f"{hashed:08x}" for hashed in _passages(tokens)[:_SKETCH])
+    """A sample of the passages of `tokens` (sequences, length), by which `is_known` tells other
+    text from it: `m:` and the hashes, 8 hex digits each, that m divides; m is the least power of
+    two that leaves so few."""
+    passages, modulus = _passages(tokens), 1
+    while len(passages) > _SKETCH:
+        modulus *= 2
+        passages = passages[passages % modulus == 0]
+    return f"{modulus}:" + "".join(f"{hashed:08x}" for hashed in passages)
 
 
-def known_sequences(tokens: np.ndarray, sketched: str) -> list[int]:
-    """Those of `tokens` (sequences, length) that are from the text that was sketched: more than
-    half of their passages that the sketch would have sampled, at least four, are in it. What
-    dialogues have in common, a template's opening, is less than that."""
-    known = np.array([int(sketched[i : i + 8], 16) for i in range(0, len(sketched), 8)], np.uint32)
-    limit = known[-1] if len(known) == _SKETCH else np.iinfo(np.uint32).max
-    found = []
-    for number, sequence in enumerate(tokens):
-        passages = _passages(sequence[None])
-        sampled = passages[passages <= limit]
-        if len(sampled) >= _FEWEST and np.isin(sampled, known).mean() > 0.5:
-            found.append(number)
-    return found
+def is_known(tokens: np.ndarray, sketched: str) -> bool:
+    """Whether some of `tokens` (sequences, length) is from the text that was sketched.
+
+    A tenth of all different passages, or half of a sequence's, have to be known, as far as the
+    sketch samples them: dialogues share a template's opening, which is less than that. Of texts of
+    a million tokens a sketch holds every five hundredth passage.
+    """
+    divisor, _, text = sketched.partition(":")
+    modulus = int(divisor or 1)
+    known = np.array([int(text[i : i + 8], 16) for i in range(0, len(text), 8)], np.uint32)
+
+    def sampled(some: np.ndarray) -> np.ndarray:
+        passages = _passages(some)
+        return np.isin(passages[passages % modulus == 0], known)
+
+    whole = sampled(tokens)
+    if len(whole) and whole.mean() > 0.1 and (whole.sum() > 2 or whole.mean() > 0.5):
+        return True
+    each = (sampled(sequence[None]) for sequence in tokens)
+    return any(len(found) >= _FEWEST and found.mean() > 0.5 for found in each)
 
 
 def _passages(tokens: np.ndarray) -> np.ndarray:
@@ -168,7 +185,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
     folder = checkpoint.path("")
     try:
         return utils.load_tokenizer(folder)
-    except (OSError, ValueError, KeyError, TypeError) as exc:
+    except (AttributeError, OSError, ValueError, KeyError, TypeError) as exc:
         raise CalibrationError(
             f"{checkpoint.name}: its tokenizer cannot be read ({first_line(exc)})."
         ) from exc
@@ -182,6 +199,8 @@ def _records(request: Request) -> list[Iterator[Mapping[str, Any]]]:
 
     logging.set_verbosity(logging.CRITICAL)  # what goes wrong is raised, too
     path = user_path(request.name)
+    if not request.name or path.is_dir() or set(request.name) & set("*?[]"):
+        raise CalibrationError(f"text {request.name!r}: name a plain file or a Hub data set.")
     if request.name == DEFAULT:
         folder = data_folder("evals") / "calibration"
         wanted = [("json", {"data_files": str(folder / f"{kind}.jsonl")}) for kind in _KINDS]
@@ -193,6 +212,8 @@ def _records(request: Request) -> list[Iterator[Mapping[str, Any]]]:
             )
         if path.stat().st_size == 0:
             raise CalibrationError(f"{path}: is empty.")
+        if loader == "json":
+            _require_records(path)
         options = {"data_files": str(path)}
         wanted = [(loader, options | ({"sample_by": "paragraph"} if loader == "text" else {}))]
     else:
@@ -207,6 +228,15 @@ def _records(request: Request) -> list[Iterator[Mapping[str, Any]]]:
                 f"{request.name}: no file and no data set that can be loaded ({first_line(exc)})."
             ) from exc
     return found
+
+
+def _require_records(path: Path) -> None:
+    """Raises CalibrationError for a JSON file that does not start like records: its reader has been
+    seen to crash on others."""
+    with open(path, "rb") as file:
+        start = file.read(1 << 16).lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
+    if start not in (b"{", b"["):
+        raise CalibrationError(f"{path}: cannot be read (it does not start with a JSON object).")
 
 
 def _read(data: Any, name: str) -> Iterator[Mapping[str, Any]]:
@@ -255,11 +285,18 @@ def _dialogue(messages: list[Any], tokenizer: Any, where: str) -> list[int]:
         ]
     except (AttributeError, KeyError, TypeError) as exc:
         raise CalibrationError(f"{where}: its messages have no role and content.") from exc
+    from jinja2 import TemplateError
+
     if not getattr(tokenizer, "chat_template", None):
         return list(tokenizer.encode("\n".join(turn["content"] for turn in turns) + "\n"))
-    rendered = tokenizer.apply_chat_template(
-        turns, tokenize=False, strftime_now=lambda form: _strftime(form)
-    )
+    try:
+        rendered = tokenizer.apply_chat_template(
+            turns, tokenize=False, strftime_now=lambda form: _strftime(form)
+        )
+    except TemplateError as exc:
+        raise CalibrationError(
+            f"{where}: the model's chat template cannot render it ({first_line(exc)})."
+        ) from exc
     return list(tokenizer.encode(rendered, add_special_tokens=False))
 
 

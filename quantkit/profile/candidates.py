@@ -3,9 +3,10 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from quantkit.artifacts.inventory import Weight
+from quantkit.artifacts.inventory import Inventory, Weight
+from quantkit.artifacts.profile import Calibration, Loss, Profile, WeightLosses
 from quantkit.errors import TierError
-from quantkit.formats.tiers import Tier, float_dtype, parse_tier
+from quantkit.formats.tiers import Tier, canonical, float_dtype, parse_tier
 
 DEFAULT_TIERS = (
     "q8g64",
@@ -67,3 +68,21 @@ def candidates(weights: Iterable[Weight], tiers: Iterable[str]) -> list[Candidat
                 if stored < weight.bytes:
                     found.append(Candidate(weight, tier, stored))
     return found
+
+
+def unmeasured(inventory: Inventory, tiers: Iterable[str]) -> Profile:
+    """A profile of all the entries there could be, none of which loses anything: enough to tell
+    which sizes are possible."""
+    rows: dict[str, list[Loss]] = {}
+    for entry in candidates(inventory.weights, tiers):
+        rows.setdefault(entry.weight.name, []).append(Loss(entry.tier.name, entry.bytes, 0.0, 0.0))
+    weights = []
+    for w in inventory.weights:
+        storage = parse_tier(w.storage)
+        native = Loss(canonical(storage, storage).name, w.bytes, 0.0, 0.0)
+        losses = (native, *rows.get(w.name, []))
+        weights.append(WeightLosses(w.name, w.role, w.layer, w.storage, w.parameters, 0, losses))
+    text = Calibration("", "", 0, 0, 0, "", "")
+    return Profile(
+        inventory.source, inventory.model_type, "none", "rtn", 0, tuple(tiers), text, tuple(weights)
+    )

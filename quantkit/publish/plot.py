@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,10 @@ from quantkit.artifacts.fidelity import Fidelity
 from quantkit.artifacts.plan import Plan
 from quantkit.artifacts.profile import Profile
 from quantkit.errors import OutputError
+from quantkit.jsonfile import write_bytes_atomically
 from quantkit.roles import ROLES
 
+PICTURES = (".png", ".svg", ".pdf")
 _SHOWN = "q4g64", "q3g64", "q2g64"
 
 
@@ -22,6 +25,8 @@ def plot_profile(profile: Profile, path: Path) -> None:
     plt = _pyplot()
     from matplotlib.colors import LogNorm
 
+    if not profile.tiers:
+        raise OutputError("the profile holds no tiers to draw.")
     tier = next((t for t in (*_SHOWN[1:], _SHOWN[0]) if t in profile.tiers), profile.tiers[0])
     weights = [w for w in profile.weights if w.layer is not None and tier in w.by_tier]
     roles = [role for role in ROLES if any(w.role == role for w in weights)]
@@ -92,6 +97,14 @@ def plot_frontier(plans: Sequence[Plan], recipes: Sequence[Plan], path: Path) ->
     _save(figure, path)
 
 
+def require_picture(path: Path) -> None:
+    """Raises OutputError for a path at which no picture can be put."""
+    if path.suffix.lower() not in PICTURES:
+        raise OutputError(f"{path}: name a picture, {', '.join(PICTURES)}.")
+    if not path.absolute().parent.is_dir():
+        raise OutputError(f"{path}: there is no such folder.")
+
+
 def _pyplot() -> Any:
     import matplotlib as mpl
 
@@ -102,12 +115,12 @@ def _pyplot() -> Any:
 
 
 def _save(figure: Any, path: Path) -> None:
+    drawn = BytesIO()
     try:
-        figure.savefig(path, dpi=120)
-    except (OSError, ValueError) as exc:
-        raise OutputError(f"{path}: cannot be drawn ({exc}). Name a .png file.") from exc
+        figure.savefig(drawn, dpi=120, format=path.suffix.lower().removeprefix("."))
     finally:
         _pyplot().close(figure)
+    write_bytes_atomically(path, drawn.getvalue())
 
 
 def _curve(profile: Profile, role: str) -> list[tuple[float, float]]:

@@ -52,6 +52,7 @@ class Checkpoint:
         BF16 comes as its bits in uint16. Raises SourceError when the file has shrunk meanwhile.
         """
         dtype = numpy_dtype(tensor.dtype)
+        assert 0 <= start <= stop <= tensor.nbytes // dtype.itemsize, f"{tensor.name}: {stop}"
         values = np.empty(stop - start, dtype)
         buffer = memoryview(values.view(np.uint8))
         offset = tensor.start + start * dtype.itemsize

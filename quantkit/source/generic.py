@@ -157,6 +157,8 @@ def _packed(checkpoint: Checkpoint, arrays: dict[str, mx.array]) -> dict[str, Ti
     """The tier of every packed module, by its path, as mlx-lm would take it to be."""
     found = {}
     entries = checkpoint.config.get("quantization") or {}
+    if not isinstance(entries, dict):
+        raise SourceError("config.json: quantization is no object.")
     for path in (name.removesuffix(".scales") for name in arrays if name.endswith(".scales")):
         entry = own if isinstance(own := entries.get(path), dict) else entries
         wanted = {"mode": "affine"} | {
@@ -239,7 +241,8 @@ def _placeholder(dtype: str, shape: tuple[int, ...]) -> mx.array:
 def _require_loadable(
     arrays: dict[str, mx.array], shapes: dict[str, tuple[int, ...]], packed: dict[str, Tier]
 ) -> None:
-    parts = {f"{path}.{part}" for path in packed for part in ("weight", "scales", "biases")}
+    paths = {path for path in packed if f"{path}.weight" in shapes}
+    parts = {f"{path}.{part}" for path in paths for part in ("weight", "scales", "biases")}
     shapes = {name: shape for name, shape in shapes.items() if name not in parts}
     arrays = {name: array for name, array in arrays.items() if name not in parts}
     missing, unknown = shapes.keys() - arrays.keys(), arrays.keys() - shapes.keys()

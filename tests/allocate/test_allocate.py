@@ -28,7 +28,7 @@ from tests.source.test_generic import LLAMA, write
 TIERS = ("q8g64", "q6g64", "q4g64", "q4g32", "q3g64", "q2g64")
 
 
-def made_up(inventory, tiers=TIERS, seed=0):
+def made_up(inventory, tiers=TIERS, seed=0, dominated=False):
     """Losses that grow as bits get fewer, and differ between weights."""
     rng = np.random.default_rng(seed)
     weights = []
@@ -39,7 +39,7 @@ def made_up(inventory, tiers=TIERS, seed=0):
         for tier in map(parse_tier, tiers):
             if tier.fits(weight.shape):
                 size = tier.stored_bytes(weight.shape, float_dtype(storage))
-                if size < weight.bytes:
+                if size < weight.bytes or dominated:
                     rows.append(Loss(tier.name, size, float(scale * 4.0**-(tier.bits)), 0.0))
         weights.append(
             WeightLosses(
@@ -204,18 +204,30 @@ def test_a_saved_plan_is_whole_again_and_an_edited_one_forgets_its_proof(
 def test_why_a_weight_got_its_tier(cli, checkpoint, saved):
     options = ("-b", "4.5bpw", "--explain", "layers.2.*")
     reasons = planned(cli, checkpoint, saved, *options)
-    price = reasons["price"]
-    assert price > 0
+    assert reasons["prices"][0] > 0
     assert {w["name"].split(".")[2] for w in reasons["weights"]} == {"2"}
     ups, downs = reasons["up"], reasons["down"]
-    assert [s["rate"] for s in ups] == sorted((s["rate"] for s in ups), reverse=True)
-    assert [s["rate"] for s in downs] == sorted(s["rate"] for s in downs)
-    assert ups[0]["rate"] < 20 * price  # near the price on both sides: it is an optimum
-    assert downs[0]["rate"] > price / 20
-    assert not any("router" in s["weight"] for s in downs)
+    assert [s["worth"] for s in ups] == sorted((s["worth"] for s in ups), reverse=True)
+    assert [s["worth"] for s in downs] == sorted(s["worth"] for s in downs)
+    assert ups[0]["worth"] < 20  # near the price on both sides: it is an optimum
+    assert downs[0]["worth"] > 1 / 20
+    assert not any("router" in name for s in downs for name in s["weights"])
     shown = cli("plan", checkpoint, "--profile", saved, *options).stdout
     assert "price" in shown
     assert "layers.2.self_attn.q_proj" in shown
+
+
+def test_tied_weights_change_together_and_every_limit_has_its_price(cli, checkpoint, saved):
+    free = planned(cli, checkpoint, saved, "-b", "5bpw")
+    limit = int(free["active_bytes_per_token"] * 0.9)
+    options = ("-b", "7bpw", "--active-bytes", limit, "--tie", "self_attn.*", "--explain", "*")
+    reasons = planned(cli, checkpoint, saved, *options)
+    assert reasons["prices"][1] > 0
+    for step in [*reasons["up"], *reasons["down"]]:
+        assert len(step["weights"]) in (1, 4)
+        assert any("self_attn" in name for name in step["weights"]) == (len(step["weights"]) == 4)
+        price = sum(p * step[k] for p, k in zip(reasons["prices"], ("bytes", "read"), strict=True))
+        assert step["price"] == pytest.approx(price)
 
 
 def test_two_plans_side_by_side(cli, checkpoint, saved, tmp_path):
@@ -309,11 +321,11 @@ def test_quantize_by_budget(cli, checkpoint, saved, tmp_path):
         (("-b", "cow:4"), "there is mac:64GB"),
         (("-b", "like:nope"), "neither a folder nor a recipe"),
         (("-b", "mac:lots"), "mac:64GB"),
-        (("-b", "1bpw"), "at least .* needed, at a predicted KL divergence of"),
+        (("-b", "1bpw"), "at least .* at a predicted KL divergence of"),
         (("-b", "5bpw", "--active-bytes", "1kB"), "read per token are not possible"),
         (("-b", "5bpw", "--speed", "fast"), "60tok/s@400GB/s"),
         (("-b", "5bpw", "--speed", "1tok/s@1GB/s", "--active-bytes", "1GB"), "say the same"),
-        (("-b", "2.5bpw", "--pin", "expert=native"), "with all pins kept"),
+        (("-b", "2.5bpw", "--pin", "expert=native"), "tiers that are allowed take at least"),
         (("-b", "5bpw", "--pin", "expert=q8g64"), "the profile knows no loss"),
         (("-b", "5bpw", "--pin", "nothing.*=q4g64"), "matches no weight"),
         (("-b", "5bpw", "--pin", "q4g64"), "write it like"),
@@ -326,6 +338,10 @@ def test_quantize_by_budget(cli, checkpoint, saved, tmp_path):
         (("-b", "mac:2GB", "--context", "1000k", "--reserve", "2GB"), "nothing is left"),
         (("-b", "mac:16GB", "--context", "long"), "not a number of tokens"),
         (("-b", "5bpw", "--plot", "x.png"), "give --frontier"),
+        (("--frontier", "-b", "5bpw"), "do not go with it"),
+        (("-r", "mxfp4-q8", "--refine", "1"), "--refine goes with --budget"),
+        (("-b", "5bpw", "--refine", "-1"), "refine"),
+        (("-b", "5bpw", "--rounding", "best"), "Roundings: rtn, search, gptq"),
     ],
 )  # fmt: skip
 def test_bad_budgets(cli, checkpoint, saved, options, says):
@@ -353,3 +369,46 @@ def test_a_profile_that_lacks_a_weight(inventory, profile):
 def test_a_cache_of_unknown_size():
     with pytest.raises(InputError, match="how large the KV cache is"):
         cache_bytes({"num_hidden_layers": 3}, 10)
+
+
+def test_a_profiles_own_sizes_are_not_believed(inventory, profile):
+    """Bytes are counted from tiers and shapes; a published profile may say anything."""
+
+    def smaller(weight):
+        return replace(weight, losses=tuple(replace(x, bytes=x.bytes // 2) for x in weight.losses))
+
+    lying = replace(profile, weights=tuple(map(smaller, profile.weights)))
+    limits = Limits(inventory.parameters // 2)
+    plan, honest = (plan_by_budget(inventory, p, limits, Wishes()) for p in (lying, profile))
+    assert plan.choices == honest.choices
+    assert plan.total_bytes <= limits.bytes
+
+
+def test_negative_losses_are_refused(cli, checkpoint, saved, tmp_path):
+    data = json.loads((saved / "profile.json").read_text())
+    next(iter(data["weights"][0]["losses"].values()))["kl"] = -1.0
+    (tmp_path / "profile.json").write_text(json.dumps(data))
+    result = cli("plan", checkpoint, "--profile", tmp_path, "-b", "5bpw")
+    assert result.exit_code == 2
+    assert "not a complete profile" in result.stderr
+
+
+def test_another_profile_does_not_take_over_a_plans_proof(
+    cli, checkpoint, saved, inventory, tmp_path
+):
+    path = tmp_path / "plan.json"
+    first = planned(cli, checkpoint, saved, "-b", "4.5bpw", "-o", path)
+    other = made_up(inventory, seed=1)
+    (tmp_path / "profile.json").write_text(json.dumps(other.to_json()))
+    shown = cli("plan", checkpoint, "--plan", path, "--profile", tmp_path, "--json")
+    assert json.loads(shown.stdout) == first
+    by_recipe = cli("plan", checkpoint, "-r", "mxfp4-q8", "--profile", saved, "--json")
+    assert json.loads(by_recipe.stdout)["calibrations"] == []
+
+
+def test_a_frontier_under_a_speed(inventory, profile):
+    free = frontier(inventory, profile, Wishes(), points=6)
+    active = free[len(free) // 2].active_bytes
+    plans = frontier(inventory, profile, Wishes(), active, points=6)
+    assert all(plan.active_bytes <= active for plan in plans)
+    assert plans[-1].predicted_kl > 0

@@ -10,7 +10,7 @@ import pytest
 from quantkit.artifacts.report import REPORT_FILE
 from quantkit.backend import mx, on_cpu
 from quantkit.judge.fidelity import prepare
-from quantkit.model.calibration import Request, known_sequences, read_text, sketch
+from quantkit.model.calibration import Request, is_known, read_text, sketch
 from quantkit.source.source import open_source
 from tests import tiny
 from tests.model.test_streaming import plainly_loaded
@@ -178,12 +178,64 @@ def test_no_such_repo(cli, checkpoint, text, repo, tmp_path, monkeypatch):
     assert refusal(cli, checkpoint, repo, *options(text)).startswith("error: ")
 
 
-def test_a_sketch_knows_its_text():
+@pytest.mark.parametrize("sequences", [20, 200, 2000])
+@pytest.mark.parametrize("length", [16, 256])
+def test_a_sketch_knows_its_text(sequences, length):
     rng = np.random.default_rng(0)
-    known, other = rng.integers(0, 50000, (2, 200, 256), np.int32)
-    assert known_sequences(known[:3], sketch(known[:50])) == [0, 1, 2]
-    assert known_sequences(other, sketch(known)) == []
-    mixed = np.concatenate([other[:5], known[7:9], other[5:9]])
-    assert known_sequences(mixed, sketch(known[:50])) == [5, 6]
-    opening = np.concatenate([known[:1, :100], other[:1, :156]], axis=1)  # as of a template
-    assert known_sequences(opening, sketch(known[:50])) == []
+    known, other = rng.integers(0, 50000, (2, sequences, length), np.int32)
+    about = sketch(known)
+    assert len(about) < 17000
+    for start in range(0, sequences, max(16, sequences // 8)):
+        assert is_known(known[start : start + 16], about)
+    assert not is_known(other[:16], about)
+
+
+def test_one_known_sequence_among_others_and_a_common_opening():
+    rng = np.random.default_rng(0)
+    known, other = rng.integers(0, 50000, (2, 50, 256), np.int32)
+    about = sketch(known)
+    assert is_known(np.concatenate([other[:20], known[7:8]]), about)
+    opening = np.concatenate([np.repeat(known[:1, :100], 10, axis=0), other[:10, :156]], axis=1)
+    assert not is_known(opening, about)
+
+
+def test_intervals_hold_what_they_say():
+    """Of ten sequences with normal means, 95% of the intervals have the truth inside."""
+    from quantkit.judge.fidelity import _mean
+
+    rng = np.random.default_rng(0)
+    for sequences in (4, 16):
+        inside = 0
+        for _ in range(400):
+            values = rng.normal(3, 1, sequences)
+            found = _mean(values, rng.integers(0, sequences, (400, sequences)))
+            inside += found.low < 3 < found.high
+        assert 0.91 < inside / 400 < 0.99
+    assert _mean(np.ones(1), np.zeros((10, 1), int)).low is None
+
+
+def test_a_vocabulary_of_another_size(cli, checkpoint, tmp_path, text):
+    """Padded or cut, with the same tokenizer: refused, not read past its end."""
+    other = tiny.write_gpt_oss(tmp_path / "other", config={**tiny.CONFIG, "vocab_size": 60})
+    tiny.write_tokenizer(other, 64)
+    assert "60 rows, the native one 64" in refusal(cli, checkpoint, other, *options(text))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda config: config.update(quantization=[1]), "quantization is no object"),
+        (lambda config: config["quantization"].update(bits=7) or config["quantization"].pop("lm_head"), "its tier"),
+        (lambda config: config.update(num_hidden_layers=3), "not part of the model"),
+    ],
+    ids=["list", "bits", "layers"],
+)  # fmt: skip
+def test_odd_configs(cli, checkpoint, quants, tmp_path, text, change, says):
+    import shutil
+
+    odd = tmp_path / "odd"
+    shutil.copytree(quants[0], odd)
+    config = json.loads((odd / "config.json").read_text())
+    change(config)
+    (odd / "config.json").write_text(json.dumps(config))
+    assert says in refusal(cli, checkpoint, odd, *options(text))

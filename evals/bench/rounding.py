@@ -1,0 +1,111 @@
+"""Calibrated rounding: KL to native and top-1 agreement at the same bytes, in one run.
+
+    python evals/bench/rounding.py [PROFILE]
+
+On the demo model. PROFILE is a profile of it (`quantkit profile demo -o PROFILE`), made first where
+none is given. Every repo is written, and judged from its files on held-out text. Puts its table into
+README.md here.
+"""
+
+import argparse
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from allocation import BIG, experts_alone
+from rewrite import machine, save
+
+from quantkit.allocate.allocate import Limits, Wishes, plan_by_budget
+from quantkit.allocate.plan import make_plan
+from quantkit.allocate.recipe import load_recipe, plan_by_recipe
+from quantkit.artifacts.plan import Plan
+from quantkit.artifacts.profile import Profile
+from quantkit.demo.build import demo_checkpoint
+from quantkit.formats.tiers import NATIVE, parse_tier
+from quantkit.pipeline import compare, make_profile, quantize
+from quantkit.profile.store import load_profile
+from quantkit.roles import EXPERT_ROLES
+from quantkit.source.source import Source, open_source
+
+
+def experts_in(source: Source, tier: str) -> Plan:
+    """Experts in one tier, all else native."""
+    chosen = {
+        weight.name: parse_tier(tier) if weight.role in EXPERT_ROLES else NATIVE
+        for weight in source.inventory.weights
+    }
+    return make_plan(source.inventory, chosen, f"experts {tier}")
+
+
+def plans(source: Source, profile: Profile) -> dict[str, list[tuple[str, Plan]]]:
+    """What is compared with what: the first of each group is the yardstick."""
+    inventory = source.inventory
+    groups: dict[str, list[tuple[str, Plan]]] = {}
+    for tier, methods in (("q3g64", ("rtn", "search", "gptq")), ("q2g32", ("rtn", "gptq"))):
+        plan = experts_in(source, tier)
+        groups[f"experts {tier}, all else native"] = [
+            (method, replace(plan, rounding=method)) for method in methods
+        ]
+    for name in (BIG, "uniform-4", "mxfp4-q8"):
+        recipe = plan_by_recipe(inventory, load_recipe(name))
+        wishes = Wishes(rounding="gptq", routers=name == "mxfp4-q8")
+        ours = plan_by_budget(inventory, profile, Limits(recipe.total_bytes, about=name), wishes)
+        rows = [(f"`{name}`, rtn", recipe), ("ours, gptq", ours)]
+        if name == BIG:
+            pinned = replace(experts_alone(inventory, profile, recipe), rounding="gptq")
+            rows.append(("ours for the experts alone, the rest as the recipe, gptq", pinned))
+        groups[f"at the bytes of `{name}`"] = rows
+    return groups
+
+
+def table(source: Source, profile: Profile) -> str:
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for number, (title, group) in enumerate(plans(source, profile).items()):
+            outs, seconds = [], []
+            for i, (_, plan) in enumerate(group):
+                outs.append(str(Path(folder) / f"{number}-{i}"))
+                started = time.monotonic()
+                quantize(source, plan, Path(outs[-1]))
+                seconds.append(time.monotonic() - started)
+            found = compare(source, outs)
+            rows.append(f"| **{title}** | | | | | |")
+            for (label, _), result, taken in zip(group, found, seconds, strict=True):
+                kl = result.kl_mean
+                share = kl.value / found[0].kl_mean.value
+                rows.append(
+                    f"| {label} | {result.bits_per_weight:.3f} | {kl.value:.4f} "
+                    f"({kl.low:.4f} to {kl.high:.4f}) | {share:.3f} | "
+                    f"{100 * result.top1_agreement.value:.1f}% | {taken:.0f} s |"
+                )
+                print(rows[-1], flush=True)
+    return "\n".join(
+        [
+            f"{machine()}; rounded on 16,384 tokens, judged on {found[0].tokens} held out.",
+            "",
+            "| | bpw | KL mean | ratio | top-1 | time |",
+            "|---|---|---|---|---|---|",
+            *rows,
+        ]
+    )
+
+
+def main() -> None:
+    """Make the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("profile", nargs="?")
+    args = parser.parse_args()
+    source = open_source(str(demo_checkpoint()))
+    if args.profile:
+        profile = load_profile(args.profile, source.inventory)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            profile = make_profile(source, Path(folder) / "profile")
+    text = table(source, profile)
+    print(text)
+    save(text, "rounding")
+
+
+if __name__ == "__main__":
+    main()
