@@ -17,7 +17,7 @@ _UNITS = {
     "GIB": 2**30,
     "TIB": 2**40,
 }
-_SIZE = re.compile(r"\s*(\d{1,18}(?:\.\d{1,9})?)\s*([A-Za-z]*)\s*", re.ASCII)
+_SIZE = re.compile(r"\s*([0-9]{1,18}(?:\.[0-9]{1,9})?)\s*([A-Za-z]*)\s*", re.ASCII)
 
 
 def parse_bytes(text: str) -> int:
@@ -36,7 +36,7 @@ def parse_bytes(text: str) -> int:
 
 def parse_count(text: str) -> int:
     """A number of tokens such as `4096` or `32k` (1024 each). Raises InputError."""
-    match = re.fullmatch(r"\s*(\d{1,12})\s*([kK]?)\s*", text)
+    match = re.fullmatch(r"\s*([0-9]{1,12})\s*([kK]?)\s*", text)
     if match is None:
         raise InputError(f"{text!r} is not a number of tokens. Write it like 4096 or 32k.")
     return int(match[1]) * (1024 if match[2] else 1)

@@ -3,8 +3,8 @@
     python evals/bench/rounding.py [PROFILE]
 
 On the demo model. PROFILE is a profile of it (`quantkit profile demo -o PROFILE`), made first where
-none is given. Every repo is written, and judged from its files on held-out text. Puts its table into
-README.md here.
+none is given. Every repo is written, and judged from its files on held-out text. The table goes
+into README.md here.
 """
 
 import argparse

@@ -21,8 +21,8 @@ from quantkit.source.checkpoint import open_folder
 from quantkit.source.layout import optional_int, text_scope
 from quantkit.units import gb, parse_bytes, parse_count
 
-_BPW = re.compile(r"\s*(\d{1,9}(?:\.\d{1,9})?)\s*bpw\s*", re.IGNORECASE)
-_SPEED = re.compile(r"\s*(\d{1,9}(?:\.\d{1,9})?)\s*tok/s\s*@\s*([^/]+)/s\s*", re.IGNORECASE)
+_BPW = re.compile(r"\s*([0-9]{1,9}(?:\.[0-9]{1,9})?)\s*bpw\s*", re.IGNORECASE)
+_SPEED = re.compile(r"\s*([0-9]{1,9}(?:\.[0-9]{1,9})?)\s*tok/s\s*@\s*([^/]+)/s\s*", re.IGNORECASE)
 _CACHE_BYTES = 2  # of a key or a value: mlx-lm's cache is 16 bits
 
 
@@ -129,7 +129,7 @@ def _mac(what: str, config: Mapping[str, Any], room: Room) -> Budget:
 
 def _memory(what: str) -> int:
     """Memory is sold in powers of two, whichever unit is written."""
-    match = re.fullmatch(r"\s*(\d{1,6})\s*(?:GB|GiB)?\s*", what, re.IGNORECASE)
+    match = re.fullmatch(r"\s*([0-9]{1,6})\s*(?:GB|GiB)?\s*", what, re.IGNORECASE)
     if match is None or not int(match[1]):
         raise InputError(f"budget mac:{what}: write the Mac's memory like mac:64GB, or mac:this.")
     return int(match[1]) << 30

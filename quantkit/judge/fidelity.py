@@ -191,7 +191,7 @@ def _native_output(model: StreamingModel, tokens: np.ndarray, progress: Progress
 def _kept_output(path: Path, shape: tuple[int, ...]) -> mx.array | None:
     """The array in a file of the cache; None if it is not what was put there."""
     try:
-        values = np.load(path)
+        values = np.load(io.BytesIO(path.read_bytes()))
     except (OSError, ValueError, EOFError, BadZipFile):
         return None
     good = isinstance(values, np.ndarray) and values.dtype == np.float32 and values.shape == shape

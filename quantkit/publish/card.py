@@ -45,6 +45,7 @@ def card(report: Report, base_model: str | None, license_id: str | None) -> str:
         f"- Bits per weight, everything stored counted: {plan.bits_per_weight:.3f}",
         *([] if active is None else [f"- Read per generated token: {gb(active)}"]),
         *_divergence(plan),
+        *([] if plan.rounding == "rtn" else [f"- Rounding: {plan.rounding}, on {_texts(plan)}"]),
         "",
         "| tier | roles | parameters | share | size |",
         "|---|---|---|---|---|",
@@ -58,6 +59,10 @@ def card(report: Report, base_model: str | None, license_id: str | None) -> str:
         "Hashes, versions and the tier of every weight are in `quantkit.json`.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _texts(plan: Plan) -> str:
+    return " and ".join(f"{text.tokens} tokens of {text.name}" for text in plan.calibrations[-1:])
 
 
 def _divergence(plan: Plan) -> list[str]:

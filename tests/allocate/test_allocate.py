@@ -412,3 +412,97 @@ def test_a_frontier_under_a_speed(inventory, profile):
     plans = frontier(inventory, profile, Wishes(), active, points=6)
     assert all(plan.active_bytes <= active for plan in plans)
     assert plans[-1].predicted_kl > 0
+
+
+def put(value, *path):
+    """A change to a JSON object: `value` at `path`."""
+
+    def change(data):
+        for key in path[:-1]:
+            data = data[key]
+        data[path[-1]] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        put([], "weights", 0, "name"),
+        put({}, "weights", 0, "losses"),
+        put(10**400, "weights", 0, "losses", "q4g64", "kl"),
+        put(1e308, "weights", 0, "losses", "q4g64", "kl"),
+        put(True, "weights", 0, "losses", "q4g64", "kl"),
+        put(None, "weights", 0, "unseen_experts"),
+        put("zz", "calibration", "sketch"),
+        put(5, "calibration", "name"),
+        lambda data: data["weights"].append(data["weights"][0]),
+    ],
+)
+def test_profiles_that_lie(cli, checkpoint, saved, tmp_path, change):
+    data = json.loads((saved / "profile.json").read_text())
+    change(data)
+    (tmp_path / "profile.json").write_text(json.dumps(data))
+    result = cli("plan", checkpoint, "--profile", tmp_path, "-b", "5bpw")
+    assert result.exit_code == 2, result.output
+    assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        put("x", "measured_kl"),
+        put(10**400, "weights", 0, "kl"),
+        put([], "proof", "prices"),
+        put([10**400], "proof", "prices"),
+        put(float("nan"), "proof", "bound"),
+        put("zz", "calibrations", 0, "sketch"),
+        put(3, "calibrations"),
+    ],
+)
+def test_plans_that_lie(cli, checkpoint, saved, tmp_path, change):
+    path = tmp_path / "plan.json"
+    data = planned(cli, checkpoint, saved, "-b", "5bpw")
+    change(data)
+    path.write_text(json.dumps(data))
+    for command in (("plan", checkpoint, "--plan", path), ("plan", "diff", path, path)):
+        result = cli(*command)
+        assert result.exit_code == 2, result.output
+        assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("number", ["9" * 5000, "9" * 400 + "bpw", "٣bpw", "", " "])
+@pytest.mark.parametrize("option", ["--budget", "--active-bytes", "--speed", "--reserve"])
+def test_numbers_that_are_none(cli, checkpoint, saved, option, number):
+    extra = ("-b", "5bpw") if option != "--budget" else ()
+    extra = ("-b", "mac:16GB") if option == "--reserve" else extra
+    result = cli("plan", checkpoint, "--profile", saved, *extra, option, number)
+    assert result.exit_code == 2, result.output
+    assert result.stderr.count("\n") == 1
+
+
+def test_what_a_run_needs_is_not_replaced(cli, checkpoint, saved, tmp_path):
+    import shutil
+
+    kept = shutil.copytree(saved, tmp_path / "kept")
+    plan = kept / "plan.json"
+    planned(cli, checkpoint, kept, "-b", "5bpw", "-o", plan)
+    for options in (("--profile", kept, "-b", "5bpw"), ("--plan", plan)):
+        result = cli("quantize", checkpoint, *options, "-o", kept, "--force")
+        assert result.exit_code == 2, result.output
+        assert (kept / "profile.json").exists()
+        assert plan.exists()
+
+
+def test_pictures_are_refused_before_the_work(cli, checkpoint, saved, tmp_path):
+    for path in (tmp_path / "x.pgf", tmp_path / "no" / "x.png", tmp_path / "x", ""):
+        result = cli("plan", checkpoint, "--profile", saved, "--frontier", "--plot", path)
+        assert result.exit_code == 2, result.output
+        assert result.stderr.count("\n") == 1
+
+
+def test_a_plan_is_not_saved_when_its_explanation_is_refused(cli, checkpoint, saved, tmp_path):
+    path = tmp_path / "plan.json"
+    options = ("-b", "5bpw", "--explain", "nothing", "-o", path)
+    assert cli("plan", checkpoint, "--profile", saved, *options).exit_code == 2
+    assert not path.exists()

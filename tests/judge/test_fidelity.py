@@ -239,3 +239,39 @@ def test_odd_configs(cli, checkpoint, quants, tmp_path, text, change, says):
     change(config)
     (odd / "config.json").write_text(json.dumps(config))
     assert says in refusal(cli, checkpoint, odd, *options(text))
+
+
+@pytest.mark.parametrize("damage", ["empty", "zip", "zeros", "rows", "nan"])
+def test_a_damaged_cache_is_made_anew(cli, checkpoint, quants, text, damage, tmp_path, monkeypatch):
+    monkeypatch.setenv("QUANTKIT_CACHE", str(tmp_path))
+    expected = compared(cli, checkpoint, quants[0], *options(text))
+    (path,) = (tmp_path / "native").iterdir()
+    kept = np.load(path)
+    if damage in ("empty", "zip"):
+        path.write_bytes(b"" if damage == "empty" else b"PK\x03\x04 and more")
+    else:
+        spoilt = {"zeros": kept * 0, "rows": kept[:1], "nan": kept * np.nan}
+        np.save(path, spoilt[damage])
+    assert compared(cli, checkpoint, quants[0], *options(text)) == expected
+    assert np.array_equal(np.load(path), kept)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("null.jsonl", "null\n", "does not start with a JSON object"),
+        ("a*b.jsonl", '{"text": "w3"}\n', "name a plain file"),
+        ("", None, "name a plain file"),
+    ],
+)
+def test_texts_that_crash_their_reader(cli, checkpoint, quants, tmp_path, name, content, says):
+    path = tmp_path / name if name else ""
+    if content is not None:
+        path.write_text(content)
+    assert says in refusal(cli, checkpoint, quants[0], "--text", path, "--tokens", 64)
+
+
+def test_a_template_that_raises(cli, tmp_path, quants, text):
+    source = tiny.write_gpt_oss(tmp_path / "src")
+    (source / "chat_template.jinja").write_text("{{ raise_exception('no') }}")
+    assert "chat template cannot render" in refusal(cli, source, quants[0], *options(text))

@@ -1,0 +1,158 @@
+"""Calibrated rounding of whole checkpoints: true to the inputs, repeatable, resumable."""
+
+import hashlib
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+import quantkit
+from quantkit.backend import mx
+from quantkit.formats.affine import objective
+from quantkit.model.calibration import read_text
+from quantkit.model.streaming import StreamingModel
+from quantkit.rounding.inputs import Inputs
+from tests.model.test_streaming import plainly_loaded
+from tests.source.test_generic import LLAMA, write
+from tests.test_pipeline import words
+
+QUANTIZE = (sys.executable, "-m", "quantkit", "quantize")
+FEW = ("--rounding-tokens", "512")
+
+
+def hashes(out):
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in out.glob("*.safetensors")}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    return words(tmp_path_factory.mktemp("text") / "text.txt", 3)
+
+
+@pytest.fixture(scope="module")
+def rounded(checkpoint, text, tmp_path_factory):
+    """The tiny gpt-oss in 3 bits, by gptq."""
+    out = tmp_path_factory.mktemp("rounded") / "out"
+    options = ("-r", "uniform-3", "--rounding", "gptq", "--calibration", text, *FEW)
+    subprocess.run([*QUANTIZE, checkpoint, "-o", out, *options], check=True, capture_output=True)
+    return out
+
+
+def test_stock_mlx_lm_loads_it(cli, rounded):
+    result = cli("verify", rounded)
+    assert result.exit_code == 0, result.output
+    report = json.loads((rounded / "quantkit.json").read_text())
+    assert report["plan"]["rounding"] == "gptq"
+    assert report["plan"]["calibrations"][0]["name"] == "text.txt"
+    assert "gptq" in (rounded / "README.md").read_text()
+
+
+def test_the_same_inputs_give_the_same_bytes(cli, checkpoint, text, rounded, tmp_path):
+    options = ("-r", "uniform-3", "--rounding", "gptq", "--calibration", text, *FEW)
+    result = cli("quantize", checkpoint, "-o", tmp_path / "out", *options)
+    assert result.exit_code == 0, result.output
+    assert hashes(tmp_path / "out") == hashes(rounded)
+
+
+@pytest.mark.parametrize("mark", ["rounded-1.npz", "rounded-head.npz"])
+def test_a_killed_run_goes_on_at_its_layer(checkpoint, text, rounded, tmp_path, mark):
+    options = ("-r", "uniform-3", "--rounding", "gptq", "--calibration", text, *FEW)
+    command = [*QUANTIZE, checkpoint, "-o", tmp_path / "out", *options]
+    waits = tmp_path / "out.partial" / "work" / mark
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not waits.exists():
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    first = tmp_path / "out.partial" / "work" / "rounded-0.npz"
+    stamp = first.stat().st_mtime_ns
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and first.exists():
+        try:
+            assert first.stat().st_mtime_ns == stamp  # not rounded again
+        except FileNotFoundError:
+            break
+        time.sleep(0.002)
+    assert process.wait() == 0
+    assert hashes(tmp_path / "out") == hashes(rounded)
+
+
+def test_another_text_does_not_go_on_from_it(cli, checkpoint, text, tmp_path):
+    """What waits was rounded on other inputs."""
+    options = ("-r", "uniform-3", "--rounding", "gptq", *FEW, "-o", tmp_path / "out")
+    command = [*QUANTIZE, checkpoint, *options, "--calibration", text]
+    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL)
+    while (
+        process.poll() is None
+        and not (tmp_path / "out.partial" / "work" / "rounded-0.npz").exists()
+    ):
+        time.sleep(0.002)
+    process.kill()
+    process.wait()
+    other = words(tmp_path / "other.txt", 4)
+    result = cli("quantize", checkpoint, *options, "--calibration", other)
+    assert result.exit_code == 2
+    assert "another text to round on" in result.stderr
+
+
+@pytest.mark.parametrize("method", ["search", "gptq"])
+def test_a_dense_model_and_its_outputs(cli, tmp_path, text, method):
+    """Of a layer's own inputs the rounded weights give outputs nearer to the native ones."""
+    source = write(tmp_path / "src", LLAMA)
+    options = ("-r", "uniform-3", "--calibration", text, *FEW)
+    outs = {}
+    for rounding in ("rtn", method):
+        outs[rounding] = tmp_path / rounding
+        result = cli("quantize", source, "-o", outs[rounding], *options, "--rounding", rounding)
+        assert result.exit_code == 0, result.output
+    assert cli("verify", outs[method]).exit_code == 0
+    opened = quantkit.open_source(str(source))
+    native = StreamingModel(opened)
+    tokens = mx.array(read_text(opened.checkpoint, quantkit.Request(text, 512)).tokens)
+    plain = plainly_loaded(source)
+    x = plain.model.layers[0].input_layernorm(plain.model.embed_tokens(tokens))
+    x = x.reshape(-1, x.shape[-1])
+    hessian = (x.T @ x)[None]
+    name = "model.layers.0.self_attn.q_proj"
+    losses = {}
+    for rounding, out in outs.items():
+        made = mx.load(str(out / "model.safetensors"))
+        packed, s, b = (made[f"{name}.{part}"] for part in ("weight", "scales", "biases"))
+        values = mx.dequantize(packed, s.astype(mx.float32), b.astype(mx.float32), 64, 3)
+        weight = native.values(name).astype(mx.float32)
+        losses[rounding] = objective(weight[None], values[None], hessian).item()
+    assert losses[method] < 0.9 * losses["rtn"]
+
+
+def test_rounding_to_nearest_is_mlxs_own(cli, checkpoint, tmp_path):
+    for rounding, out in ((None, "a"), ("rtn", "b")):
+        extra = () if rounding is None else ("--rounding", rounding)
+        assert cli("quantize", checkpoint, "-r", "uniform-3", "-o", tmp_path / out, *extra).exit_code == 0  # fmt: skip
+    assert hashes(tmp_path / "a") == hashes(tmp_path / "b")
+
+
+def test_hessians_of_experts_that_saw_little():
+    """Shrunk towards that of all inputs; one that saw nothing has that."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(300, 8)).astype(np.float32)
+    experts = np.array([0] * 299 + [1])
+    ((part, found),) = Inputs(mx.array(x), experts).hessians(3)
+    assert part == slice(0, 3)
+    pooled = x.T @ x / 300
+    assert np.allclose(np.array(found[2]), pooled, atol=1e-5)
+    assert np.allclose(np.array(found[0]), x[:299].T @ x[:299] / 299, atol=0.02)
+    alone = np.outer(x[299], x[299])
+    assert np.abs(np.array(found[1]) - pooled).max() < np.abs(alone - pooled).max()
+    assert all(np.linalg.eigvalsh(np.array(h)).min() > 0 for h in found)
+
+
+def test_no_such_rounding(cli, checkpoint, tmp_path):
+    options = ("-r", "uniform-3", "--rounding", "best", "-o", tmp_path / "out")
+    result = cli("quantize", checkpoint, *options)
+    assert result.exit_code == 2
+    assert "Roundings: rtn, search, gptq" in result.stderr
+    assert list(tmp_path.iterdir()) == []
