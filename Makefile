@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.quantkit-env
 
-.PHONY: help env demo test test-slow lint bench bench-profile bench-allocation clean
+.PHONY: help env demo test test-slow lint bench bench-profile bench-allocation bench-rounding clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -41,6 +41,9 @@ bench-profile: env ## predictions checked, memory, and mlx_lm's own beside them
 
 bench-allocation: env ## plans by budget against the shipped recipes, really measured
 	$(BIN)/python evals/bench/allocation.py
+
+bench-rounding: env ## calibrated rounding against rounding to nearest, from written repos
+	$(BIN)/python evals/bench/rounding.py
 
 clean: ## remove the environment and the linters' caches
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache

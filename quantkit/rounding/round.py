@@ -2,7 +2,7 @@
 
 from quantkit.backend import mx
 from quantkit.errors import InputError
-from quantkit.formats.affine import Rounded, feedback, gptq, objective, refit, search
+from quantkit.formats.affine import Feedback, Rounded, feedback, gptq, objective, refit, search
 from quantkit.formats.tiers import ROUNDINGS, Tier
 
 _AT_ONCE = 32_000_000  # values rounded in one go
@@ -14,20 +14,32 @@ def require_method(method: str) -> None:
         raise InputError(f"there is no rounding {method!r}. Roundings: {', '.join(ROUNDINGS)}.")
 
 
-def rounded_under(
-    weight: mx.array, hessian: mx.array, tier: Tier, method: str, dtype: mx.Dtype
-) -> Rounded:
-    """`weight` (matrices, out, in) in float32, in an affine `tier`, under `hessian` (matrices, in,
-    in), by `method`: search or gptq.
+class Hessians:
+    """The Hessians (matrices, in, in) of weights with the same inputs, factored once for all."""
 
-    gptq takes the groups as they are stored and by the size of their inputs, and keeps for every
-    matrix what is better; then the refit.
+    def __init__(self, hessian: mx.array) -> None:
+        self.hessian = hessian
+        self.importance = mx.diagonal(hessian, axis1=-2, axis2=-1)
+        self._ways: dict[int, list[Feedback]] = {}
+
+    def ways(self, group_size: int) -> list[Feedback]:
+        """To take the groups as they are stored, and by the size of their inputs."""
+        if group_size not in self._ways:
+            ways = [feedback(self.hessian, group_size, by_size=by) for by in (False, True)]
+            self._ways[group_size] = ways[: len({way.order for way in ways})]
+        return self._ways[group_size]
+
+
+def rounded_under(
+    weight: mx.array, hessians: Hessians, tier: Tier, method: str, dtype: mx.Dtype
+) -> Rounded:
+    """`weight` (matrices, out, in) in float32, in an affine `tier`, by `method`: search or gptq.
+
+    gptq tries every way to take the groups, each with the refit behind it, and keeps for every
+    matrix what is best.
     """
-    importance = mx.diagonal(hessian, axis1=-2, axis2=-1)
-    ways = []
-    if method == "gptq":
-        ways = [feedback(hessian, tier.group_size, by_size=by_size) for by_size in (False, True)]
-        ways = ways[: len({way.order for way in ways})]
+    hessian, importance = hessians.hessian, hessians.importance
+    ways = hessians.ways(tier.group_size) if method == "gptq" else []
 
     def rows(part: mx.array) -> Rounded:
         if method == "search":

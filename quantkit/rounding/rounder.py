@@ -22,7 +22,7 @@ from quantkit.model.streamed import Call
 from quantkit.model.streaming import StreamingModel
 from quantkit.progress import Progress
 from quantkit.rounding.inputs import Inputs, inputs_of, shared_inputs
-from quantkit.rounding.round import rounded_under
+from quantkit.rounding.round import Hessians, rounded_under
 from quantkit.work import Tensors, Work
 
 _FLOATS = {"BF16": mx.bfloat16, "F16": mx.float16, "F32": mx.float32}
@@ -135,11 +135,12 @@ class LayerRounder:
         values = [_stacked(self._model.values(name)) for name in names]
         parts: dict[str, list[Tensors]] = {name: [] for name in names}
         for some, hessian in inputs.hessians(len(values[0])):
+            hessians = Hessians(hessian)
             for weight, stack in zip(weights, values, strict=True):
                 tier = self._tiers[weight.name]
                 chunk = stack[some].astype(mx.float32)
                 dtype = _FLOATS[float_dtype(parse_tier(weight.storage))]
-                rounded = rounded_under(chunk, hessian, tier, self._method, dtype)
+                rounded = rounded_under(chunk, hessians, tier, self._method, dtype)
                 packed = rounded.packed(tier)
                 mx.eval(packed)
                 parts[weight.name].append(tuple(to_numpy(array) for array in packed))
