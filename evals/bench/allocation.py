@@ -1,6 +1,7 @@
 """The allocator against the shipped recipes: the same bytes, the same rounding, KL really measured.
 
     python evals/bench/allocation.py [PROFILE]
+    python evals/bench/allocation.py solver       how long the knapsack takes
 
 On the demo model and text that is held out. PROFILE is a profile of it (`quantkit profile demo -o
 PROFILE`); it is made first where none is given. Puts its table into README.md here.
@@ -8,12 +9,14 @@ PROFILE`); it is made first where none is given. Puts its table into README.md h
 
 import argparse
 import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
 from rewrite import machine, save
 
 from quantkit.allocate.allocate import Limits, Wishes, plan_by_budget, recipe_plans
+from quantkit.allocate.knapsack import Option, solve
 from quantkit.artifacts.inventory import Inventory
 from quantkit.artifacts.plan import Plan
 from quantkit.artifacts.profile import Profile
@@ -77,11 +80,37 @@ def table(source: Source, profile: Profile) -> str:
     )
 
 
+def solver() -> str:
+    """Times of the knapsack on made-up models: 12 tiers, losses falling with the bits."""
+    bits = np.array([16, 8.5, 8.25, 6.5, 5.5, 5, 4.5, 4.25, 4, 3.5, 3, 2.5])
+    rows = []
+    for weights, limits in ((254, 1), (254, 2), (10_000, 1), (10_000, 2)):
+        rng = np.random.default_rng(0)
+        items = []
+        for _ in range(weights):
+            size, share = 64 * int(rng.integers(10**5, 5 * 10**6)), rng.random()
+            losses = np.exp(2 * rng.normal() - 1.3 * bits + 0.2 * rng.normal(size=12))
+            costs = [(int(c), int(c * share))[:limits] for c in size * bits / 8]
+            items.append([Option(c, float(x)) for c, x in zip(costs, losses, strict=True)])
+        whole = [sum(item[0].costs[k] for item in items) for k in range(limits)]
+        started = time.perf_counter()
+        found = solve(items, [whole[0] * 27 // 100, *(w // 4 for w in whole[1:])])
+        taken = time.perf_counter() - started
+        rows.append(f"| {weights:,} | {limits} | {taken:.2f} s | {found.gap:.1g} |")
+    head = ["| weights x 12 tiers | limits | time | proven gap |", "|---|---|---|---|"]
+    return "\n".join([f"{machine()}.", "", *head, *rows])
+
+
 def main() -> None:
     """Make the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("profile", nargs="?")
     args = parser.parse_args()
+    if args.profile == "solver":
+        text = solver()
+        print(text)
+        save(text, "solver")
+        return
     source = open_source(str(demo_checkpoint()))
     if args.profile:
         profile = load_profile(args.profile, source.inventory)

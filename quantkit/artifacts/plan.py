@@ -1,7 +1,7 @@
 """A tier for every weight of one checkpoint, with exact bytes."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -175,7 +175,7 @@ class Plan:
                 source=source_id(data["source"]),
                 model_type=data["model_type"],
                 origin=data["origin"],
-                choices=tuple(_choice(choice) for choice in data["weights"]),
+                choices=_choices(data["weights"]),
                 kept=_choice(data["kept"]),
                 proof=_proof(data.get("proof")),
                 calibrations=tuple(map(Calibration.from_json, data.get("calibrations", []))),
@@ -208,6 +208,13 @@ def _loss(value: Any) -> float | None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e9:
         raise TypeError("a loss is no such number")
     return float(value)
+
+
+def _choices(data: Sequence[Mapping[str, Any]]) -> tuple[Choice, ...]:
+    choices = tuple(_choice(choice) for choice in data)
+    if len({choice.name for choice in choices}) != len(choices):
+        raise ValueError("a weight is listed twice")
+    return choices
 
 
 def _choice(data: Mapping[str, Any]) -> Choice:

@@ -80,6 +80,8 @@ class Asked:
             raise InputError(f"there is no rounding {self.rounding!r}. Roundings: {known}.")
         names = () if self.tiers is None else self.tiers.split(",")
         tiers = tuple(parse_tier(name) for name in names if name.strip())
+        if self.tiers is not None and not tiers:
+            raise InputError("--tiers: no tiers are named. Name some such as q4g64,q3g64.")
         return Wishes(
             pins=parse_pins(self.pins),
             tiers=None if self.tiers is None else tiers,

@@ -41,7 +41,10 @@ def profile(
             help="fisher: predict from one backward pass. kl: run the whole model for every entry."
         ),
     ] = "fisher",
-    rounding: Annotated[str, typer.Option(help="The rounding to measure with.")] = "rtn",
+    rounding: Annotated[
+        str,
+        typer.Option(help="The rounding to measure with: rtn (enough to choose by), search, gptq."),
+    ] = "rtn",
     check: Annotated[
         int,
         typer.Option(

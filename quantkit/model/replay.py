@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from quantkit.backend import mx
+from quantkit.formats.affine import Rounded
 from quantkit.formats.codec import encode, rounded
 from quantkit.formats.tiers import Tier
 from quantkit.model.streamed import Call, Streamed
@@ -150,16 +151,19 @@ class TappedLayer:
             return reached.y
 
     @contextmanager
-    def changed(self, name: str, values: mx.array, tier: Tier) -> Iterator[None]:
-        """The weight `name` rounded to `tier`, from its `values` (..., out, in)."""
+    def changed(
+        self, name: str, values: mx.array, tier: Tier, made: Rounded | None = None
+    ) -> Iterator[None]:
+        """The weight `name` rounded to `tier`, from its `values` (..., out, in): to nearest, or as
+        `made` already is."""
         module = self._taps[name].module
         before = dict(module)
         settings = {k: getattr(module, k, None) for k in ("group_size", "bits", "mode")}
         try:
             if "scales" in module:
-                _pack(module, values, tier)
+                _pack(module, encode(values, tier) if made is None else made.packed(tier), tier)
             else:
-                module.weight = rounded(values, tier)
+                module.weight = rounded(values, tier) if made is None else made.values(tier)
             yield
         finally:
             for key in [key for key in module if key not in before]:
@@ -186,9 +190,9 @@ class TappedLayer:
                 tap.hear = None
 
 
-def _pack(module: Any, values: mx.array, tier: Tier) -> None:
-    """Let a quantized module compute with `values` as `tier` packs them."""
-    packed, scales, *biases = encode(values, tier)
+def _pack(module: Any, tensors: tuple[mx.array, ...], tier: Tier) -> None:
+    """Let a quantized module compute with the `tensors` of `tier`."""
+    packed, scales, *biases = tensors
     module.weight = packed
     module.scales = scales if scales.dtype == mx.uint8 else scales.astype(mx.float32)
     module.pop("biases", None)

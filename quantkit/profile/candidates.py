@@ -22,7 +22,6 @@ DEFAULT_TIERS = (
     "q2g32",
     "q2g64",
 )
-ROUNDINGS = ("rtn",)
 
 Key = tuple[str, str]
 """(weight, tier): which entry."""

@@ -19,6 +19,8 @@ from quantkit.model.replay import TappedLayer, Trace, tapped
 from quantkit.model.streamed import Call, Streamed
 from quantkit.profile.candidates import Candidate, Key
 from quantkit.roles import ATTENTION_ROLES, MLP_ROLES
+from quantkit.rounding.inputs import inputs_of
+from quantkit.rounding.round import rounded_whole
 
 
 @dataclass
@@ -44,10 +46,11 @@ def probe_layer(
     entries: Sequence[Candidate],
     values: Callable[[str], mx.array],
     done: Callable[[str], None],
+    rounding: str = "rtn",
 ) -> Found:
     """Probe `entries`, all of this layer, given gradients `g` (draws, ...) at its output.
 
-    `values` gives a weight's own values by name.
+    `values` gives a weight's own values by name; affine tiers are rounded by `rounding`.
     """
     found = Found()
     with tapped(layer, [weight.name for weight in weights]) as module:
@@ -61,9 +64,15 @@ def probe_layer(
                 continue
             _require_called(weight, traces[0])
             native = values(weight.name)
+            inputs = (
+                None if rounding == "rtn" else inputs_of(weight.name, [t.steps for t in traces])
+            )
             for entry in own:
                 until = sinks.get(weight.name)
-                with module.changed(weight.name, native, entry.tier):
+                made = None
+                if inputs is not None and entry.tier.mode == "affine":
+                    made = rounded_whole(weight, native, inputs, entry.tier, rounding)
+                with module.changed(weight.name, native, entry.tier, made):
                     changed = ((t, module.rerun(t, weight.name, until)) for t in traces)
                     moved = (y - trace.output(until) for trace, y in changed)
                     found.losses[entry.key] = predicted(moved, at_sinks[until or ""])

@@ -18,12 +18,12 @@ from quantkit.artifacts.profile import (
 from quantkit.backend import mx, on_cpu
 from quantkit.errors import CalibrationError, InputError, SourceError
 from quantkit.formats.files import write_file
-from quantkit.formats.tiers import TensorSpec, canonical, parse_tier
+from quantkit.formats.tiers import ROUNDINGS, TensorSpec, canonical, parse_tier
 from quantkit.jsonfile import digest, load_json
 from quantkit.model.calibration import Request, Text, read_text
 from quantkit.model.streaming import StreamingModel
 from quantkit.places import plain_path
-from quantkit.profile.candidates import DEFAULT_TIERS, ROUNDINGS, Candidate, candidates
+from quantkit.profile.candidates import DEFAULT_TIERS, Candidate, candidates
 from quantkit.profile.check import Check, check
 from quantkit.profile.reference import measured_in_steps
 from quantkit.profile.store import load_profile
@@ -169,6 +169,10 @@ def _require_settings(settings: Settings) -> None:
     if settings.rounding not in ROUNDINGS:
         known = ", ".join(ROUNDINGS)
         raise InputError(f"there is no rounding {settings.rounding!r}. Roundings: {known}.")
+    if settings.rounding != "rtn" and settings.method != "fisher":
+        raise InputError("--method kl rounds to nearest. Leave --rounding out.")
+    if settings.rounding != "rtn" and mx.distributed.init().size() > 1:
+        raise InputError("--rounding search and gptq run in one process: each sees only its text.")
     if settings.draws < 1:
         raise InputError("--draws is 1 or more.")
 
@@ -233,7 +237,15 @@ def _tables(
 ) -> tuple[list[Table], float]:
     settings, tokens = profiling.settings, profiling.text.tokens
     if settings.method == "fisher":
-        sweep = Sweep(model, tokens, profiling.entries, settings.draws, settings.text.seed, work)
+        sweep = Sweep(
+            model,
+            tokens,
+            profiling.entries,
+            settings.draws,
+            settings.text.seed,
+            work,
+            settings.rounding,
+        )
         tables = sweep.run(progress)
         return tables, sweep.seconds()
     losses, seconds = measured_in_steps(

@@ -44,10 +44,12 @@ class Sweep:
         draws: int,
         seed: int,
         work: ProfileWork,
+        rounding: str = "rtn",
     ) -> None:
         self.model = model
         self.entries = entries
         self.work = work
+        self.rounding = rounding
         self.group = mx.distributed.init()
         self.sequences = len(tokens)
         self.mine = list(range(self.group.rank(), len(tokens), self.group.size()))
@@ -132,6 +134,7 @@ class Sweep:
             self._of(f"layer-{number}"),
             self.model.values,
             lambda name: progress(1, name),
+            self.rounding,
         )
 
     def _embedding(self, progress: Progress) -> Found:

@@ -78,3 +78,8 @@ def shared_inputs(names: Sequence[str], steps: Sequence[Step]) -> list[list[str]
         else:
             groups.append((step, [step.name]))
     return [group for _, group in groups]
+
+
+def stacked(values: mx.array) -> mx.array:
+    """A plain matrix as a stack of one."""
+    return values if values.ndim > 2 else values[None]

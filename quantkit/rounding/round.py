@@ -1,10 +1,13 @@
 """One weight rounded under its Hessians."""
 
+from quantkit.artifacts.inventory import Weight
 from quantkit.backend import mx
 from quantkit.errors import InputError
 from quantkit.formats.affine import Feedback, Rounded, feedback, gptq, objective, refit, search
-from quantkit.formats.tiers import ROUNDINGS, Tier
+from quantkit.formats.tiers import ROUNDINGS, Tier, float_dtype, parse_tier
+from quantkit.rounding.inputs import Inputs, stacked
 
+_FLOATS = {"BF16": mx.bfloat16, "F16": mx.float16, "F32": mx.float32}
 _AT_ONCE = 32_000_000  # values rounded in one go
 
 
@@ -67,3 +70,22 @@ def _chosen(which: mx.array, a: Rounded, b: Rounded) -> Rounded:
 def _joined(parts: list[Rounded]) -> Rounded:
     columns = ([p.q for p in parts], [p.scales for p in parts], [p.biases for p in parts])
     return Rounded(*(mx.concatenate(column, axis=-2) for column in columns))
+
+
+def rounded_whole(
+    weight: Weight, values: mx.array, inputs: Inputs, tier: Tier, method: str
+) -> Rounded:
+    """All of a weight's `values` (..., out, in) at once, in an affine `tier`, by its `inputs`."""
+    stack = stacked(values)
+    parts = []
+    for some, hessian in inputs.hessians(len(stack)):
+        chunk = stack[some].astype(mx.float32)
+        parts.append(rounded_under(chunk, Hessians(hessian), tier, method, stored_float(weight)))
+    columns = ([p.q for p in parts], [p.scales for p in parts], [p.biases for p in parts])
+    whole = (mx.concatenate(column) for column in columns)
+    return Rounded(*(part.reshape(*values.shape[:-1], -1) for part in whole))
+
+
+def stored_float(weight: Weight) -> mx.Dtype:
+    """The type in which a weight's scales and biases are stored."""
+    return _FLOATS[float_dtype(parse_tier(weight.storage))]

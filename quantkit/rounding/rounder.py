@@ -16,16 +16,14 @@ from quantkit.artifacts.plan import Plan
 from quantkit.backend import free_memory, mx
 from quantkit.errors import SourceError
 from quantkit.formats.codec import to_numpy
-from quantkit.formats.tiers import Tier, float_dtype, parse_tier
+from quantkit.formats.tiers import Tier, parse_tier
 from quantkit.model.replay import tapped
 from quantkit.model.streamed import Call
 from quantkit.model.streaming import StreamingModel
 from quantkit.progress import Progress
-from quantkit.rounding.inputs import Inputs, inputs_of, shared_inputs
-from quantkit.rounding.round import Hessians, rounded_under
+from quantkit.rounding.inputs import Inputs, inputs_of, shared_inputs, stacked
+from quantkit.rounding.round import Hessians, rounded_under, stored_float
 from quantkit.work import Tensors, Work
-
-_FLOATS = {"BF16": mx.bfloat16, "F16": mx.float16, "F32": mx.float32}
 
 
 class LayerRounder:
@@ -132,16 +130,15 @@ class LayerRounder:
     def _round_group(self, names: Sequence[str], inputs: Inputs, done: dict[str, Tensors]) -> None:
         """Weights that see the same inputs."""
         weights = [self._model.weights[name] for name in names]
-        values = [_stacked(self._model.values(name)) for name in names]
+        values = [stacked(self._model.values(name)) for name in names]
         parts: dict[str, list[Tensors]] = {name: [] for name in names}
         for some, hessian in inputs.hessians(len(values[0])):
             hessians = Hessians(hessian)
             for weight, stack in zip(weights, values, strict=True):
                 tier = self._tiers[weight.name]
                 chunk = stack[some].astype(mx.float32)
-                dtype = _FLOATS[float_dtype(parse_tier(weight.storage))]
-                rounded = rounded_under(chunk, hessians, tier, self._method, dtype)
-                packed = rounded.packed(tier)
+                dtype = stored_float(weight)
+                packed = rounded_under(chunk, hessians, tier, self._method, dtype).packed(tier)
                 mx.eval(packed)
                 parts[weight.name].append(tuple(to_numpy(array) for array in packed))
                 self._progress(0, weight.name)
@@ -163,8 +160,3 @@ class LayerRounder:
             own = [name for name in self._tiers if self._step_of(name) == step]
             if set(own) <= set(mine):
                 self._work.drop(f"{step}.npz")
-
-
-def _stacked(values: mx.array) -> mx.array:
-    """A plain matrix as a stack of one."""
-    return values if values.ndim > 2 else values[None]

@@ -363,9 +363,10 @@ def test_bad_text(cli, checkpoint, tmp_path, name, content, says):
         (("--tiers", "bf16"), "none to measure"),
         (("--tiers", ","), "no tiers are named"),
         (("--method", "guess"), "Methods: fisher, kl"),
-        (("--rounding", "gptq9"), "Roundings: rtn"),
+        (("--rounding", "gptq9"), "Roundings: rtn, search, gptq"),
         (("--tokens", "0"), "too small"),
         (("--draws", "0"), "--draws"),
+        (("--rounding", "gptq", "--method", "kl"), "rounds to nearest"),
         (("--calibration", "no-such-file.jsonl"), "no file and no data set"),
     ],
 )
@@ -470,6 +471,22 @@ def test_packed_experts_are_probed_alike(checkpoint, monkeypatch):
     packed = measured(StreamingModel(open_source(str(checkpoint))), tokens, entries, lambda _: None)
     for key, loss in plain.items():
         assert np.allclose(packed[key], loss, rtol=0.02), key
+
+
+def test_calibrated_rounding_is_probed(cli, checkpoint, text, profiled, tmp_path):
+    """Layers lose less than to nearest; the embedding and the head are rounded to nearest."""
+    out = tmp_path / "p"
+    options = ("-o", out, "--calibration", text, *SMALL, "--rounding", "gptq")
+    result = cli("profile", checkpoint, *options)
+    assert result.exit_code == 0, result.output
+    nearest, better = table(profiled), table(out)
+    assert better.keys() == nearest.keys()
+    inside = [key for key in nearest if ".layers." in key[0] and key[1] in ("q3g64", "q2g64")]
+    ratios = [better[key]["kl"] / nearest[key]["kl"] for key in inside]
+    assert np.median(ratios) < 0.7
+    outside = [key for key in nearest if ".layers." not in key[0]]
+    assert all(better[key]["kl"] == nearest[key]["kl"] for key in outside if "lm_head" in key[0])
+    assert json.loads((out / "profile.json").read_text())["rounding"] == "gptq"
 
 
 def test_from_python(checkpoint, text, profiled, tmp_path):
