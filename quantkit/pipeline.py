@@ -12,6 +12,7 @@ from quantkit.artifacts.plan import Plan
 from quantkit.artifacts.profile import Profile
 from quantkit.artifacts.report import REPORT_FILE, Report
 from quantkit.backend import mx
+from quantkit.errors import CalibrationError, InputError
 from quantkit.formats.tiers import Tier, parse_tier
 from quantkit.judge import fidelity
 from quantkit.model import joint
@@ -24,12 +25,13 @@ from quantkit.publish.card import card, license_of
 from quantkit.publish.report import read_report, report_text
 from quantkit.rewrite.rewrite import SHARD_BYTES, Rounder, Rounding, Written, rewrite
 from quantkit.rounding.round import require_method
-from quantkit.rounding.rounder import LayerRounder
+from quantkit.rounding.rounder import LayerRounder, RoundingText
 from quantkit.source.hub import is_repo_id
 from quantkit.source.source import Source, with_values
 from quantkit.staging import require_apart, require_free, versions
 
 ROUNDING_TEXT = Request(tokens=16384)
+_VALIDATED = 8  # for so many tokens that are tuned on, one more
 
 
 def quantize(
@@ -77,20 +79,38 @@ def quantize(
 
 def _calibrated(source: Source, plan: Plan, request: Request) -> tuple[Plan, Rounding | None]:
     """How to round, and the plan with the text that it is done on."""
+    if plan.rounding == "rtn" and plan.tuned_steps:
+        raise InputError("--tune goes with --rounding search or gptq.")
     if plan.rounding == "rtn":
         return plan, None
     require_method(plan.rounding)
+    count = request.sequences
+    if plan.tuned_steps:  # some more, to see on which step is best
+        more = count + max(1, count // _VALIDATED)
+        request = replace(request, tokens=more * request.sequence_length)
     text = read_text(source.checkpoint, request)
+    parts = RoundingText(text.tokens[:count], text.tokens[count:])
+    if plan.tuned_steps and not len(parts.validation):
+        raise CalibrationError(
+            f"{text.about.name}: holds no text beside what is rounded on. Give fewer "
+            "--rounding-tokens, or more text."
+        )
     plan = replace(plan, calibrations=tuple(dict.fromkeys((*plan.calibrations, text.about))))
     model = StreamingModel(source)
     layers = [sum(c.bytes for c in plan.choices if c.layer == i) for i in range(len(model.layers))]
 
     def make(folder: Path, progress: Progress) -> Rounder:
-        return LayerRounder(model, plan, plan.rounding, text.tokens, folder, progress)
+        return LayerRounder(model, plan, parts, folder, progress)
 
-    depends = {"rounding": plan.rounding, "text to round on": text.about.sha256}
-    streams = 2 * 4 * text.tokens.size * model.head_weight.shape[-1]
-    return plan, Rounding(depends, make, 2 * max(layers, default=0) + streams)
+    depends = {
+        "rounding": plan.rounding,
+        "number of tuning steps": str(plan.tuned_steps),
+        "text to round on": text.about.sha256,
+    }
+    space = 2 * 4 * text.tokens.size * model.head_weight.shape[-1] + 2 * max(layers, default=0)
+    if plan.tuned_steps:  # all that is rounded, and six values in float32 for a group's two
+        space += 3 * plan.total_bytes
+    return plan, Rounding(depends, make, space)
 
 
 def _silent(_done: int, _name: str) -> None:

@@ -64,7 +64,12 @@ def read_plan(data: Mapping[str, Any], inventory: Inventory, where: str) -> Plan
     made = make_plan(inventory, tiers, origin)
     saved = Plan.from_json(data, where)
     if edited:
-        return replace(made, calibrations=saved.calibrations, rounding=saved.rounding)
+        return replace(
+            made,
+            calibrations=saved.calibrations,
+            rounding=saved.rounding,
+            tuned_steps=saved.tuned_steps,
+        )
     losses = {choice.name: choice.kl for choice in saved.choices}
     choices = tuple(replace(choice, kl=losses[choice.name]) for choice in made.choices)
     return replace(
@@ -73,6 +78,7 @@ def read_plan(data: Mapping[str, Any], inventory: Inventory, where: str) -> Plan
         proof=saved.proof,
         calibrations=saved.calibrations,
         rounding=saved.rounding,
+        tuned_steps=saved.tuned_steps,
         measured_kl=saved.measured_kl,
     )
 

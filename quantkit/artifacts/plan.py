@@ -72,7 +72,8 @@ class Plan:
 
     `origin` says where the tiers came from. The kept tensors (norms, biases, sinks) count in every
     total. `calibrations` are the texts it was made with: that of the profile, that of the rounding;
-    `rounding` is how numbers are chosen inside a tier; `measured_kl` the divergence of the whole
+    `rounding` is how numbers are chosen inside a tier, `tuned_steps` how long scales and biases
+    were tuned after that; `measured_kl` the divergence of the whole
     plan where it was measured, rounded to nearest.
     """
 
@@ -84,6 +85,7 @@ class Plan:
     proof: Proof | None = None
     calibrations: tuple[Calibration, ...] = ()
     rounding: str = "rtn"
+    tuned_steps: int = 0
     measured_kl: float | None = None
 
     @property
@@ -160,6 +162,7 @@ class Plan:
             "measured_kl": self.measured_kl,
             "proof": None if self.proof is None else asdict(self.proof),
             "rounding": self.rounding,
+            "tuned_steps": self.tuned_steps,
             "calibrations": [text.to_json() for text in self.calibrations],
             "tiers": [asdict(row) for row in self.tiers()],
             "weights": [asdict(choice) for choice in self.choices],
@@ -180,6 +183,7 @@ class Plan:
                 proof=_proof(data.get("proof")),
                 calibrations=tuple(map(Calibration.from_json, data.get("calibrations", []))),
                 rounding=str(data.get("rounding", "rtn")),
+                tuned_steps=int(data.get("tuned_steps", 0)),
                 measured_kl=_loss(data.get("measured_kl")),
             )
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as exc:

@@ -1,5 +1,6 @@
 """`quantkit quantize`: the main job."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -52,6 +53,15 @@ def quantize(
     refine: Refine = 0,
     calibration: CalibrationName = "default",
     tokens: Tokens = 4096,
+    tune: Annotated[
+        int,
+        typer.Option(
+            metavar="STEPS",
+            min=0,
+            help="After search or gptq, tune scales and biases by the KL divergence to the native "
+            "model, so many steps of 1,024 tokens (60 pay well).",
+        ),
+    ] = 0,
     rounding_tokens: Annotated[
         int, typer.Option(help="How many tokens of the text to round on (search, gptq).")
     ] = 16384,
@@ -119,6 +129,8 @@ def quantize(
         chosen, _ = refined_plan(source, known, asked, refine)
     else:
         chosen = choose_plan(source, asked, known)
+    if tune:
+        chosen = replace(chosen, tuned_steps=tune)
     console.note(speed_hint())
     was_there = (output / REPORT_FILE).exists() and not force
     resumed = Path(f"{output}.partial", "state.json").exists() and not force

@@ -25,16 +25,23 @@ def plain_switch_linear(module: Any) -> Any:
             self, x: mx.array, indices: mx.array, sorted_indices: bool = False
         ) -> mx.array:
             """x (..., 1, in) and indices (...) give (..., 1, out), as SwitchLinear does."""
-            y = _sorted_product if sorted_indices else _gathered_product
-            out = y(x, indices, self.weight)
-            if "bias" in self:
-                out = out + mx.expand_dims(self.bias[indices], -2)
-            return out
+            return switch_product(self, self.weight, x, indices, sorted_indices)
 
     return PlainSwitchLinear()
 
 
-def _sorted_product(x: mx.array, indices: mx.array, weight: mx.array) -> mx.array:
+def switch_product(
+    module: Any, weight: Any, x: mx.array, indices: mx.array, sorted_indices: bool = False
+) -> mx.array:
+    """What mlx-lm's SwitchLinear `module` gives with `weight` (experts, out, in): an array, or what
+    has its shape and gives an expert's matrix for a slice."""
+    out = (_sorted_product if sorted_indices else _gathered_product)(x, indices, weight)
+    if "bias" in module:
+        out = out + mx.expand_dims(module.bias[indices], -2)
+    return out
+
+
+def _sorted_product(x: mx.array, indices: mx.array, weight: Any) -> mx.array:
     """x (n, 1, in), its rows in the order of their experts `indices` (n)."""
     counts = np.bincount(np.array(indices), minlength=weight.shape[0])
     parts = mx.split(x[:, 0], np.cumsum(counts)[:-1].tolist())
@@ -43,7 +50,7 @@ def _sorted_product(x: mx.array, indices: mx.array, weight: mx.array) -> mx.arra
     return mx.expand_dims(mx.concatenate(used), -2)
 
 
-def _gathered_product(x: mx.array, indices: mx.array, weight: mx.array) -> mx.array:
+def _gathered_product(x: mx.array, indices: mx.array, weight: Any) -> mx.array:
     """Few rows: x (..., 1 or k, 1, in) against the experts `indices` (..., k)."""
     width = x.shape[-1]
     rows = mx.broadcast_to(x, (*indices.shape, 1, width)).reshape(-1, 1, width)

@@ -127,6 +127,33 @@ def compared(
     return found
 
 
+def divergence_gradient(
+    model: StreamingModel, h: mx.array, other: mx.array, tier: Tier | None = None
+) -> tuple[mx.array, mx.array]:
+    """(KL(native || changed) of every token, its gradient with respect to `other`), for the last
+    layer's output `h` of the native model and `other` of the changed one; the changed head is
+    rounded to `tier`. The gradient of a logit is q - p."""
+    shape, targets = h.shape[:2], mx.zeros(h.shape[:2], mx.int32)
+    native, changed = _Peak(shape), _Peak(shape)
+    for rows in model.head_blocks(shape[0] * shape[1]):
+        native.see(model.head_block(h, rows), rows, targets)
+        changed.see(model.head_block(other, rows, tier), rows, targets)
+    kl, gradient = mx.zeros(shape), mx.zeros_like(other)
+    for rows in model.head_blocks(shape[0] * shape[1]):
+
+        def logits(x: mx.array, rows: range = rows) -> mx.array:
+            return model.head_block(x, rows, tier)
+
+        log_p = model.head_block(h, rows) - native.normalizer[..., None]
+        p, log_q = mx.exp(log_p), logits(other) - changed.normalizer[..., None]
+        kl = kl + (p * (log_p - log_q)).sum(axis=-1)
+        _, (part,) = mx.vjp(logits, [other], [mx.exp(log_q) - p])
+        gradient = gradient + part
+        mx.eval(kl, gradient)
+        free_memory()
+    return kl, gradient
+
+
 class _Peak:
     """Of the logits so far, for every token: the largest and its token, the sum of exp(logit -
     largest), and the logit of the target."""

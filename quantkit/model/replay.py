@@ -20,6 +20,9 @@ from quantkit.model.streaming import submodule
 Listener = Callable[[str, mx.array, "mx.array | None"], None]
 """Told the name of a weight, its input, and which experts see it (None for a plain matrix)."""
 
+Product = Callable[..., mx.array]
+"""Stands in for a weight's module: called with that, and what it was to be called with."""
+
 
 @dataclass(frozen=True)
 class Step:
@@ -149,6 +152,19 @@ class TappedLayer:
                 return self._run(trace.call)
         except _ReachedError as reached:
             return reached.y
+
+    def run_with(self, call: Call, products: Mapping[str, Product]) -> mx.array:
+        """The layer's output, not evaluated, some weights' modules replaced by functions."""
+
+        def hear(tap: _Tap, args: tuple[Any, ...], kwargs: dict[str, Any]) -> mx.array:
+            product = products.get(tap.name)
+            if product is None:
+                y: mx.array = tap.module(*args, **kwargs)
+                return y
+            return product(tap.module, *args, **kwargs)
+
+        with self._hearing(hear):
+            return self._run(call)
 
     @contextmanager
     def changed(

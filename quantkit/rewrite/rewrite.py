@@ -125,7 +125,8 @@ def is_current(out: Path, source: Source, plan: Plan, shards: tuple[Shard, ...])
     ]
     if not same_shards or report.plan.choices != plan.choices or report.versions != versions():
         return False
-    if (report.plan.rounding, report.plan.calibrations) != (plan.rounding, plan.calibrations):
+    made, wanted = ((p.rounding, p.tuned_steps, p.calibrations) for p in (report.plan, plan))
+    if made != wanted:
         return False
     if report.plan.source.structure != plan.source.structure:
         return False

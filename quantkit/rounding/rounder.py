@@ -7,7 +7,7 @@ reached.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,18 +16,28 @@ from quantkit.artifacts.plan import Plan
 from quantkit.backend import free_memory, mx
 from quantkit.errors import SourceError
 from quantkit.formats.codec import to_numpy
-from quantkit.formats.tiers import Tier, parse_tier
+from quantkit.formats.tiers import parse_tier
 from quantkit.model.replay import tapped
 from quantkit.model.streamed import Call
 from quantkit.model.streaming import StreamingModel
 from quantkit.progress import Progress
 from quantkit.rounding.inputs import Inputs, inputs_of, shared_inputs, stacked
 from quantkit.rounding.round import Hessians, rounded_under, stored_float
+from quantkit.rounding.tune import Tuner, Tuning
 from quantkit.work import Tensors, Work
 
 
+@dataclass(frozen=True)
+class RoundingText:
+    """Token ids (sequences, length): those to round and tune on, and those that decide which point
+    of tuning is kept."""
+
+    tokens: np.ndarray
+    validation: np.ndarray
+
+
 class LayerRounder:
-    """Gives the tensors of `plan`'s weights, rounded by `method` on `tokens` (sequences, length).
+    """Gives the tensors of `plan`'s weights, rounded and tuned as it says, on `text`.
 
     Weights are asked for in the order of the model. What is not of an affine tier, or no input is
     known of (an embedding), is not given: it is rounded to nearest.
@@ -37,21 +47,34 @@ class LayerRounder:
         self,
         model: StreamingModel,
         plan: Plan,
-        method: str,
-        tokens: np.ndarray,
+        text: RoundingText,
         folder: Path,
         progress: Progress,
     ) -> None:
         self._model = model
-        self._method = method
-        self._tokens = mx.array(tokens)
+        self._method = plan.rounding
+        self._tokens = mx.array(text.tokens)
         self._work = Work(folder)
         self._progress = progress
-        self._tiers: dict[str, Tier] = {}
-        for choice in plan.choices:
-            tier, weight = parse_tier(choice.storage), model.weights[choice.name]
-            if choice.storage != weight.storage and tier.mode == "affine":
-                self._tiers[choice.name] = tier
+        changed = {
+            choice.name: parse_tier(choice.storage)
+            for choice in plan.choices
+            if choice.storage != model.weights[choice.name].storage
+        }
+        self._tiers = {name: tier for name, tier in changed.items() if tier.mode == "affine"}
+        self._tuner = None
+        if plan.tuned_steps:
+            self._tuner = Tuner(
+                model,
+                changed,
+                lambda number: self._load(f"rounded-{number}"),
+                Tuning(plan.tuned_steps),
+                text.tokens,
+                text.validation,
+                self._work,
+                progress,
+            )
+        self._tuned = False
         self._held: tuple[str, dict[str, Tensors]] = ("", {})
 
     def __call__(self, name: str) -> Tensors | None:
@@ -62,7 +85,7 @@ class LayerRounder:
         if step is None:
             return None
         if self._held[0] != step:
-            self._held = (step, self._load(step))
+            self._held = (step, self._made(step))
         return self._held[1].get(name)
 
     def _step_of(self, name: str) -> str | None:
@@ -72,6 +95,18 @@ class LayerRounder:
                 return f"rounded-{number}"
         role = self._model.weights[name].role
         return "rounded-head" if role == "lm_head" else None
+
+    def _made(self, step: str) -> dict[str, Tensors]:
+        """A step's tensors, tuned where they are to be."""
+        if self._tuner is None:
+            return self._load(step)
+        if not self._tuned:
+            self._load("rounded-head")  # all layers before it
+            self._tuner.run()
+            self._tuned = True
+        if step == "rounded-head":
+            return self._load(step)
+        return self._tuner.tensors(int(step.split("-")[1]))
 
     def _load(self, step: str) -> dict[str, Tensors]:
         if not self._work.has(f"{step}.npz"):
@@ -156,7 +191,9 @@ class LayerRounder:
     def written(self, weights: Sequence[str]) -> None:
         """Those weights are in a finished shard: what waited of them may go."""
         mine = [name for name in weights if name in self._tiers]
-        for step in {self._step_of(name) for name in mine} - {None}:
+        for step in {step for name in mine if (step := self._step_of(name))}:
             own = [name for name in self._tiers if self._step_of(name) == step]
             if set(own) <= set(mine):
                 self._work.drop(f"{step}.npz")
+                for part in ("best-{}", "tune-{}-0", "tune-{}-1"):
+                    self._work.drop(f"{part.format(step.split('-')[1])}.npz")

@@ -14,6 +14,7 @@ import quantkit
 from quantkit.backend import mx
 from quantkit.formats.affine import objective
 from quantkit.model.calibration import read_text
+from quantkit.model.head import Changed, divergence, divergence_gradient
 from quantkit.model.streaming import StreamingModel
 from quantkit.rounding.inputs import Inputs
 from tests.model.test_streaming import plainly_loaded
@@ -126,6 +127,55 @@ def test_a_dense_model_and_its_outputs(cli, tmp_path, text, method):
         weight = native.values(name).astype(mx.float32)
         losses[rounding] = objective(weight[None], values[None], hessian).item()
     assert losses[method] < 0.9 * losses["rtn"]
+
+
+def tuned(checkpoint, text, out, steps=12):
+    options = ("-r", "uniform-3", "--rounding", "gptq", "--calibration", text, *FEW)
+    return [*QUANTIZE, checkpoint, "-o", out, *options, "--tune", str(steps)]
+
+
+def test_tuning_brings_it_nearer_to_native(cli, checkpoint, text, rounded, tmp_path):
+    """The same integers; on the very text it was tuned on, a smaller divergence."""
+    out = tmp_path / "out"
+    subprocess.run(tuned(checkpoint, text, out), check=True, capture_output=True)
+    assert cli("verify", out).exit_code == 0
+    before, after = (mx.load(str(folder / "model.safetensors")) for folder in (rounded, out))
+    assert before.keys() == after.keys()
+    same = {name for name in before if mx.array_equal(before[name], after[name]).item()}
+    moved = set(before) - same
+    assert moved
+    assert all(name.endswith((".scales", ".biases")) for name in moved)
+    other = words(tmp_path / "judged.txt", 5)
+    request = quantkit.Request(other, 1024, 64)
+    first, second = quantkit.compare(quantkit.open_source(str(checkpoint)), [str(rounded), str(out)], request)  # fmt: skip
+    assert second.kl_mean.value < first.kl_mean.value
+
+
+def test_killed_tuning_goes_on(checkpoint, text, tmp_path):
+    subprocess.run(tuned(checkpoint, text, tmp_path / "whole", 4), check=True, capture_output=True)
+    command = tuned(checkpoint, text, tmp_path / "out", 4)
+    work = tmp_path / "out.partial" / "work"
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not (work / "tune-0-0.npz").exists():
+        time.sleep(0.002)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    subprocess.run(command, check=True, capture_output=True)
+    assert hashes(tmp_path / "out") == hashes(tmp_path / "whole")
+    assert not work.exists()
+
+
+def test_the_divergences_gradient(checkpoint):
+    """Against finite differences, through the blocks of the vocabulary."""
+    model = StreamingModel(quantkit.open_source(str(checkpoint)))
+    h, other, direction = (mx.random.normal((1, 3, 128), key=mx.random.key(i)) for i in range(3))
+    kl, gradient = divergence_gradient(model, h, other)
+    (expected,) = divergence(model, h, [Changed(other)])
+    assert mx.allclose(kl, expected, rtol=1e-3).item()
+    step = 1e-2
+    up, down = divergence(model, h, [Changed(other + s * direction) for s in (step, -step)])
+    slope = (gradient * direction).sum(axis=-1)
+    assert mx.allclose(slope, (up - down) / (2 * step), rtol=0.02, atol=1e-3).item()
 
 
 def test_rounding_to_nearest_is_mlxs_own(cli, checkpoint, tmp_path):
