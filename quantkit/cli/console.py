@@ -91,9 +91,13 @@ def print_plan(plan: Plan, bandwidth: int | None = None) -> None:
 
 def _predictions(plan: Plan) -> None:
     if plan.predicted_kl is not None:
-        print(f"KL divergence     {plan.predicted_kl:.4g} nats per token predicted (sum of losses)")
+        how = "sum of losses" if plan.rounding == "rtn" else "if rounded to nearest"
+        print(f"KL divergence     {plan.predicted_kl:.4g} nats per token predicted ({how})")
     if plan.measured_kl is not None:
         print(f"                  {plan.measured_kl:.4g} measured, on calibration text")
+    if plan.rounding != "rtn":
+        tuned = f", then {plan.tuned_steps} steps of tuning" if plan.tuned_steps else ""
+        print(f"rounding          {plan.rounding}{tuned}")
     if plan.proof is not None:
         bound, gap = plan.proof.bound, plan.proof.gap
         print(f"within            {' and '.join(plan.proof.limits)}")

@@ -68,10 +68,10 @@ def _texts(plan: Plan) -> str:
 def _divergence(plan: Plan) -> list[str]:
     lines = []
     if plan.predicted_kl is not None:
-        text = f" (profile on {plan.calibrations[0].tokens} tokens)" if plan.calibrations else ""
+        how = "" if plan.rounding == "rtn" else ", if it were rounded to nearest"
         lines.append(
-            "- Predicted KL divergence to the native model, nats per token: "
-            f"{plan.predicted_kl:.4g}{text}"
+            f"- Predicted KL divergence to the native model, nats per token{how}: "
+            f"{plan.predicted_kl:.4g}"
         )
     if plan.measured_kl is not None:
         lines.append(f"- Measured on calibration text: {plan.measured_kl:.4g}")

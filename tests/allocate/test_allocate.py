@@ -310,7 +310,10 @@ def test_quantize_by_budget(cli, checkpoint, saved, tmp_path):
     assert report["total_bytes"] <= 4.5 * report["parameters"] / 8
     assert report["plan"]["predicted_kl"] > 0
     assert cli("verify", out).exit_code == 0
-    assert "Predicted KL divergence" in (out / "README.md").read_text()
+    assert (
+        "Predicted KL divergence to the native model, nats per token, if it were"
+        in (out / "README.md").read_text()
+    )
 
 
 @pytest.mark.parametrize(
