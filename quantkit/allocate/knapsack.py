@@ -7,13 +7,17 @@ relaxation proves to stand in no solution better than one that is already known 
 fixing; Fisher 1981, "The Lagrangian Relaxation Method for Solving Integer Programming Problems").
 """
 
-from collections.abc import Sequence
+import math
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import numpy as np
 
 _INFEASIBLE = 2  # of scipy's milp
+_LARGE = 2  # items to branch on
 _SLACK = 1e-9  # of a total: how far two sums of the same losses may differ by rounding
 
 
@@ -68,17 +72,29 @@ def solve(
     least = tuple(sum(min(o.costs[k] for o in item) for item in items) for k in range(len(limits)))
     if any(need > limit for need, limit in zip(least, limits, strict=True)):
         raise ImpossibleError(least)
-    problem = _Problem(items, limits)
+    # No choice takes what lies between two multiples of the common step of all costs.
+    steps = _steps(items, len(limits))
+    limits = [n + (limit - n) // s * s for n, limit, s in zip(least, limits, steps, strict=True)]
+    problem = _Problem(items, limits, steps)
     prices, bound = problem.relaxed()
     known = problem.repaired(prices)
     if known is not None and problem.loss(known) <= bound * (1 + _SLACK):
-        return problem.solution(known, bound, prices)
-    chosen, proven, status = problem.exact(prices, known, seconds)
-    if chosen is None:
-        if status == _INFEASIBLE:
+        return problem.solution(problem.numbers(known), bound, prices)
+    search = _Search(problem, known, seconds)
+    search.run(problem.branches(prices, bound))
+    if search.best is None:
+        if search.exhausted:
             raise ImpossibleError(least)
         raise UnsolvedError(f"no plan was found in {seconds:.0f} s")
-    return problem.solution(chosen, max(bound, proven), prices)
+    return problem.solution(search.best, max(bound, search.bound), prices)
+
+
+def _steps(items: Sequence[Sequence[Option]], limits: int) -> list[int]:
+    """For every limit, the greatest number that divides all differences between an item's costs."""
+    return [
+        math.gcd(*(o.costs[k] - item[0].costs[k] for item in items for o in item)) or 1
+        for k in range(limits)
+    ]
 
 
 def undominated(options: Sequence[Option]) -> list[int]:
@@ -97,6 +113,48 @@ def undominated(options: Sequence[Option]) -> list[int]:
     return sorted(kept)
 
 
+class _Search:
+    """Branch and bound over the choices of the few items that are large beside all others.
+
+    With these decided, the relaxation of the rest is so close that almost nothing is left open.
+    `best` is what was found (an option number per item) and loses `loss`; no choice loses less than
+    `bound`; `exhausted` says that no branch was given up for lack of time.
+    """
+
+    def __init__(self, problem: "_Problem", known: np.ndarray | None, seconds: float) -> None:
+        self._problem = problem
+        self._deadline = time.monotonic() + seconds
+        self.best = None if known is None else problem.numbers(known)
+        self.loss = np.inf if known is None else problem.loss(known)
+        self.bound = np.inf
+        self.exhausted = True
+
+    def run(self, branches: Sequence[tuple[float, Mapping[int, int]]]) -> None:
+        """`branches` are (bound, option number of the items that are decided), lowest first."""
+        for low, decided in branches:
+            if low > self.loss * (1 + _SLACK):
+                break  # as are all that come after
+            part = self._problem.with_decided(decided)
+            if not part.is_possible():
+                continue
+            prices, bound = part.relaxed()
+            known = part.repaired(prices)
+            self._take(part, known)
+            if bound > self.loss * (1 + _SLACK):
+                continue
+            left = max(0.1, self._deadline - time.monotonic())
+            chosen, proven, finished = part.exact(prices, self.loss, known, left)
+            self._take(part, chosen)
+            self.exhausted = self.exhausted and finished
+            if not finished:
+                self.bound = min(self.bound, max(low, proven))
+        self.bound = min(self.bound, self.loss)
+
+    def _take(self, part: "_Problem", chosen: np.ndarray | None) -> None:
+        if chosen is not None and part.loss(chosen) < self.loss:
+            self.best, self.loss = part.numbers(chosen), part.loss(chosen)
+
+
 class _Problem:
     """The undominated options of all items, in one row of arrays.
 
@@ -104,8 +162,17 @@ class _Problem:
     units of `limits`, so that 1 is all there is.
     """
 
-    def __init__(self, items: Sequence[Sequence[Option]], limits: Sequence[int]) -> None:
-        kept = [(i, n) for i, item in enumerate(items) for n in undominated(item)]
+    def __init__(
+        self,
+        items: Sequence[Sequence[Option]],
+        limits: Sequence[int],
+        steps: Sequence[int],
+        kept: Sequence[tuple[int, int]] | None = None,
+    ) -> None:
+        """`kept` are the (item, option number) to choose from, all undominated ones by default;
+        costs of an item differ by multiples of `steps`."""
+        if kept is None:
+            kept = [(i, n) for i, item in enumerate(items) for n in undominated(item)]
         self.items = items
         self.limits = tuple(limits)
         self.item = np.array([i for i, _ in kept])
@@ -115,9 +182,47 @@ class _Problem:
         scale = np.array([max(1, limit) for limit in limits], float)
         self.costs = self.whole.astype(float) / scale[:, None]
         # In these units a quarter of the least difference is the solver's tolerance of 1e-6.
-        units = [max(1, int(np.gcd.reduce(row))) for row in self.whole]
-        self.sharp = np.array([max(1, b / u * 4e-6) for b, u in zip(limits, units, strict=True)])
+        self.steps = tuple(steps)
+        self.sharp = np.array([max(1, b / s * 4e-6) for b, s in zip(limits, steps, strict=True)])
         self.starts = np.searchsorted(self.item, np.arange(len(items)))
+
+    def with_decided(self, decided: Mapping[int, int]) -> "_Problem":
+        """The same with the option of some items decided."""
+        pairs = zip(self.item.tolist(), self.number.tolist(), strict=True)
+        kept = [(i, n) for i, n in pairs if decided.get(i, n) == n]
+        return _Problem(self.items, self.limits, self.steps, kept) if decided else self
+
+    def is_possible(self) -> bool:
+        """Whether each limit by itself can be kept to."""
+        least = np.minimum.reduceat(self.whole, self.starts, axis=1).sum(axis=1)
+        return all(need <= limit for need, limit in zip(least, self.limits, strict=True))
+
+    def branches(self, prices: np.ndarray, bound: float) -> list[tuple[float, dict[int, int]]]:
+        """(bound at these prices, option number of each large item) for all their choices, the
+        lowest first; large is what makes up more than a fiftieth of all that can be spent."""
+        most, least = (
+            np.array([cut(row, self.starts) for row in self.costs])
+            for cut in (np.maximum.reduceat, np.minimum.reduceat)
+        )
+        share = (
+            (most - least) / np.maximum((most - least).sum(axis=1, keepdims=True), 1e-300)
+        ).max(axis=0)
+        large = [i for i in np.argsort(-share, kind="stable")[:_LARGE].tolist() if share[i] > 0.02]
+        priced, cheapest = self._reduced(prices)
+        excess = priced - cheapest[self.item]
+        choices = [np.flatnonzero(self.item == i).tolist() for i in large]
+        found = [
+            (
+                bound + float(excess[list(combo)].sum()),
+                dict(zip(large, self.number[list(combo)].tolist(), strict=True)),
+            )
+            for combo in product(*choices)
+        ]
+        return sorted(found, key=lambda pair: pair[0])
+
+    def numbers(self, chosen: np.ndarray) -> list[int]:
+        """The option number of every item."""
+        return [int(number) for number in self.number[chosen]]
 
     def relaxed(self) -> tuple[np.ndarray, float]:
         """(price of every whole limit, a bound on the loss) from the linear relaxation."""
@@ -199,20 +304,22 @@ class _Problem:
         return float(self.loss_of[chosen].sum())
 
     def exact(
-        self, prices: np.ndarray, known: np.ndarray | None, seconds: float
-    ) -> tuple[np.ndarray | None, float, int]:
-        """(the best solution, a bound that proves it, the solver's status), from the options that
-        can stand in one."""
+        self, prices: np.ndarray, most: float, known: np.ndarray | None, seconds: float
+    ) -> tuple[np.ndarray | None, float, bool]:
+        """(the best solution that loses no more than `most`, a bound on all solutions, whether that
+        was settled in time), from the options that can stand in one."""
         from scipy import sparse
         from scipy.optimize import Bounds, LinearConstraint, milp
 
         bound = self._bound(prices)
         priced, least = self._reduced(prices)
         excess = priced - least[self.item]
-        room = np.inf if known is None else self.loss(known) * (1 + _SLACK) - bound
+        room = most * (1 + _SLACK) - bound
         open_ = np.flatnonzero(excess <= room)
         if known is not None:
             open_ = np.union1d(open_, known)
+        if len(np.unique(self.item[open_])) < len(self.items):
+            return known, bound, True  # an item has no option that is good enough
         # In these terms the loss is the bound, plus the excess of every choice, plus the price of
         # what is left over: small numbers, next to which the solver's tolerances are nothing.
         largest = room if 0 < room < np.inf else max(float(excess.max()), float(prices.max()))
@@ -220,30 +327,25 @@ class _Problem:
         count, limits = len(open_), len(self.limits)
         rows = self.costs[:, open_] * self.sharp[:, None]
         within = sparse.hstack([sparse.csr_matrix(rows), sparse.eye(limits)])
-        one_each = sparse.hstack(
-            [self._one_each(open_), sparse.csr_matrix((len(self.items), limits))]
-        )
+        beside = sparse.csr_matrix((len(self.items), limits))
         result = milp(
             np.concatenate([excess[open_], prices / self.sharp]) / unit,
             constraints=[
                 LinearConstraint(within, self.sharp, self.sharp),
-                LinearConstraint(one_each, 1, 1),
+                LinearConstraint(sparse.hstack([self._one_each(open_), beside]), 1, 1),
             ],
             integrality=np.concatenate([np.ones(count), np.zeros(limits)]),
             bounds=Bounds(0, np.concatenate([np.ones(count), np.full(limits, np.inf)])),
             options={"mip_rel_gap": 0, "time_limit": seconds},
         )
         if result.x is None:
-            return known, bound, result.status
+            return known, bound, result.status == _INFEASIBLE
         chosen = open_[np.round(result.x[:count]).astype(bool)]
         if self._over(chosen).any():
-            return known, bound, result.status
-        proven = self.loss(chosen)
-        if result.status != 0:
-            proven = bound + float(result.mip_dual_bound or 0) * unit
+            return known, bound, False
         if known is not None and self.loss(known) < self.loss(chosen):
             chosen = known
-        return chosen, proven, result.status
+        return chosen, bound + float(result.mip_dual_bound or 0) * unit, result.status == 0
 
     def _one_each(self, options: np.ndarray) -> Any:
         from scipy import sparse
@@ -252,19 +354,19 @@ class _Problem:
         shape = (len(self.items), len(options))
         return sparse.csr_matrix((ones, (self.item[options], np.arange(len(options)))), shape)
 
-    def solution(self, chosen: np.ndarray, bound: float, prices: np.ndarray) -> Solution:
-        numbers = self._in_order(self.number[chosen])
+    def solution(self, numbers: Sequence[int], bound: float, prices: np.ndarray) -> Solution:
+        numbers = self._in_order(numbers)
         loss = sum(item[n].loss for item, n in zip(self.items, numbers, strict=True))
         per_unit = tuple(float(p) / max(1, b) for p, b in zip(prices, self.limits, strict=True))
         return Solution(tuple(numbers), loss, min(bound, loss), per_unit)
 
-    def _in_order(self, numbers: np.ndarray) -> list[int]:
+    def _in_order(self, numbers: Sequence[int]) -> list[int]:
         """Items with the very same options may trade what they were given: the first of them takes
         the option that comes first, so that which one does not depend on the solver."""
         alike: dict[tuple[Option, ...], list[int]] = {}
         for i, item in enumerate(self.items):
             alike.setdefault(tuple(item), []).append(i)
-        ordered = [int(number) for number in numbers]
+        ordered = list(numbers)
         for same in alike.values():
             for i, number in zip(same, sorted(ordered[i] for i in same), strict=True):
                 ordered[i] = number
