@@ -14,6 +14,7 @@ from quantkit.artifacts.report import REPORT_FILE, Report
 from quantkit.backend import mx
 from quantkit.errors import CalibrationError, InputError
 from quantkit.formats.tiers import Tier, parse_tier
+from quantkit.jsonfile import digest
 from quantkit.judge import fidelity
 from quantkit.model import joint
 from quantkit.model.calibration import Request, read_text
@@ -47,7 +48,7 @@ def quantize(
     """Carry `plan` out: write the repo `out`, its report and card included, and give the report.
 
     `text` is what to round on where the plan's rounding is a calibrated one. A source on the Hub is
-    downloaded first. Raises what `rewrite` raises, and HubError.
+    downloaded first. Raises what `rewrite` raises, InputError, CalibrationError and HubError.
     """
     if source.checkpoint.folder is None:  # what `rewrite` checks too, before the download
         require_apart(plain_path(out), None)
@@ -63,7 +64,7 @@ def quantize(
         report = Report(made, written.shards, written.files, versions())
         return {REPORT_FILE: report_text(report), "README.md": card(report, base_model, license_id)}
 
-    carried, rounding = _calibrated(source, plan, text or ROUNDING_TEXT)
+    carried, rounding = _calibrated(source, plan, text or ROUNDING_TEXT, shard_bytes)
     rewrite(
         source,
         carried,
@@ -77,7 +78,9 @@ def quantize(
     return read_report(out)
 
 
-def _calibrated(source: Source, plan: Plan, request: Request) -> tuple[Plan, Rounding | None]:
+def _calibrated(
+    source: Source, plan: Plan, request: Request, shard_bytes: int
+) -> tuple[Plan, Rounding | None]:
     """How to round, and the plan with the text that it is done on."""
     if plan.rounding == "rtn" and plan.tuned_steps:
         raise InputError("--tune goes with --rounding search or gptq.")
@@ -105,11 +108,18 @@ def _calibrated(source: Source, plan: Plan, request: Request) -> tuple[Plan, Rou
     depends = {
         "rounding": plan.rounding,
         "number of tuning steps": str(plan.tuned_steps),
-        "text to round on": text.about.sha256,
+        "text to round on": digest([text.about.sha256, count, len(parts.validation)]),
     }
+    # What waits: the streams of two layers, and the layers of a shard that is not full yet.
     space = 2 * 4 * text.tokens.size * model.head_weight.shape[-1] + 2 * max(layers, default=0)
-    if plan.tuned_steps:  # all that is rounded, and six values in float32 for a group's two
-        space += 3 * plan.total_bytes
+    space += min(shard_bytes, plan.total_bytes)
+    if plan.tuned_steps:  # all that is rounded; per group two generations of six values in float32
+        groups = sum(
+            choice.parameters // tier.group_size
+            for choice in plan.choices
+            if (tier := parse_tier(choice.storage)).mode == "affine"
+        )
+        space += plan.total_bytes + 52 * groups
     return plan, Rounding(depends, make, space)
 
 

@@ -79,9 +79,10 @@ def quantize(
     With --budget the tiers of least predicted loss are chosen, by --profile, or else by a profile
     that is made first (in OUT-profile, kept for later budgets).
 
-    Streams through the source block by block: for gpt-oss and dense models a few hundred MB of
-    memory are enough, whatever their size. OUT appears when it is finished and not before; a killed
-    run leaves OUT.partial, and the same command goes on from there.
+    Streams through the source: rounding to nearest takes a few hundred MB of memory for gpt-oss and
+    dense models, whatever their size, gptq a layer and what its modules see of the text. OUT
+    appears when it is finished and not before; a killed run leaves OUT.partial, and the same
+    command goes on from there.
 
     `quantkit quantize openai/gpt-oss-20b --budget mac:16GB -o gpt-oss-20b-16GB`
 
@@ -117,6 +118,8 @@ def quantize(
         refine=refine,
     )
     asked.require_one_way()
+    if tune and (rounding or ("gptq" if budget is not None else "rtn")) == "rtn" and plan is None:
+        raise InputError("--tune goes with --rounding search or gptq.")
     for kept in (plan, Path(profile) if profile else None):
         require_apart(output, kept if kept is not None and kept.exists() else None)
     source = open_model(src, revision)

@@ -19,7 +19,7 @@ from quantkit.model.replay import TappedLayer, Trace, tapped
 from quantkit.model.streamed import Call, Streamed
 from quantkit.profile.candidates import Candidate, Key
 from quantkit.roles import ATTENTION_ROLES, MLP_ROLES
-from quantkit.rounding.inputs import inputs_of
+from quantkit.rounding.inputs import has_inputs, inputs_of
 from quantkit.rounding.round import rounded_whole
 
 
@@ -64,9 +64,9 @@ def probe_layer(
                 continue
             _require_called(weight, traces[0])
             native = values(weight.name)
-            inputs = (
-                None if rounding == "rtn" else inputs_of(weight.name, [t.steps for t in traces])
-            )
+            steps = [trace.steps for trace in traces]
+            known = rounding != "rtn" and has_inputs(weight, steps[0])
+            inputs = inputs_of(weight.name, steps) if known else None
             for entry in own:
                 until = sinks.get(weight.name)
                 made = None

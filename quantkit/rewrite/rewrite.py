@@ -164,10 +164,10 @@ def _write_shards(
             if record is None:
                 record = _write_shard(source, shard, rounder, staging, progress)
                 staging.add(record)
-                if rounder:
-                    rounder.written([unit.name for unit in shard.units])
             else:
                 progress(shard.tensor_bytes, shard.name)
+            if rounder:
+                rounder.written([unit.name for unit in shard.units])
             records.append(record)
         return with_hashes(plan.source, hashes.result()), tuple(records)
 

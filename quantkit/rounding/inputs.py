@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from quantkit.artifacts.inventory import Weight
 from quantkit.backend import mx
 from quantkit.model.replay import Step
 
@@ -62,6 +63,13 @@ def inputs_of(name: str, traces: Sequence[Sequence[Step]]) -> Inputs:
                 experts.append(np.array(indices).reshape(-1))
             xs.append(x.reshape(-1, width))
     return Inputs(mx.concatenate(xs), np.concatenate(experts) if experts else None)
+
+
+def has_inputs(weight: Weight, steps: Sequence[Step]) -> bool:
+    """Whether the inputs of `weight` are known: it is called, and if it is a stack, with the
+    experts that each input goes to."""
+    called = [step for step in steps if step.name == weight.name]
+    return bool(called) and (len(weight.shape) == 2 or len(called[0].args) > 1)
 
 
 def shared_inputs(names: Sequence[str], steps: Sequence[Step]) -> list[list[str]]:

@@ -14,14 +14,14 @@ import numpy as np
 
 from quantkit.artifacts.plan import Plan
 from quantkit.backend import free_memory, mx
-from quantkit.errors import SourceError
+from quantkit.errors import DamagedError, SourceError
 from quantkit.formats.codec import to_numpy
 from quantkit.formats.tiers import parse_tier
 from quantkit.model.replay import tapped
 from quantkit.model.streamed import Call
 from quantkit.model.streaming import StreamingModel
 from quantkit.progress import Progress
-from quantkit.rounding.inputs import Inputs, inputs_of, shared_inputs, stacked
+from quantkit.rounding.inputs import Inputs, has_inputs, inputs_of, shared_inputs, stacked
 from quantkit.rounding.round import Hessians, rounded_under, stored_float
 from quantkit.rounding.tune import Tuner, Tuning
 from quantkit.work import Tensors, Work
@@ -75,6 +75,7 @@ class LayerRounder:
                 progress,
             )
         self._tuned = False
+        self._written: set[str] = set()
         self._held: tuple[str, dict[str, Tensors]] = ("", {})
 
     def __call__(self, name: str) -> Tensors | None:
@@ -111,7 +112,10 @@ class LayerRounder:
     def _load(self, step: str) -> dict[str, Tensors]:
         if not self._work.has(f"{step}.npz"):
             last = len(self._model.layers) if step == "rounded-head" else int(step.split("-")[1])
-            for number in range(self._reached(last), last + 1):
+            first = self._reached(last)
+            if first == 0:  # refuses models that cannot be driven layer by layer
+                self._model.run(self._tokens[:1], lambda *_: None)
+            for number in range(first, last + 1):
                 self._round(number)
         found: dict[str, dict[int, np.ndarray]] = {}
         for key, values in self._work.arrays(f"{step}.npz").items():
@@ -144,7 +148,7 @@ class LayerRounder:
             if not mx.isfinite(y).all().item():
                 raise SourceError(f"layer {number} ({layer.path}): its output is not finite.")
             steps = [[replace(step, y=trace.y) for step in trace.steps] for trace in traces]
-            wanted = [w.name for w in own if w.name in self._tiers]
+            wanted = [w.name for w in own if w.name in self._tiers and has_inputs(w, steps[0])]
             for group in shared_inputs(wanted, steps[0]):
                 self._round_group(group, inputs_of(group[0], steps), done)
             self._work.save_array(f"x-{number + 1}.npy", y)
@@ -157,7 +161,7 @@ class LayerRounder:
 
     def _round_head(self, done: dict[str, Tensors]) -> None:
         head = self._model.head_weight
-        if head.name in self._tiers:
+        if head.name in self._tiers and head.role == "lm_head":
             h = self._work.array(f"x-{len(self._model.layers)}.npy")
             x = self._model.head_input(h)
             self._round_group([head.name], Inputs(x.reshape(-1, x.shape[-1]), None), done)
@@ -166,6 +170,12 @@ class LayerRounder:
         """Weights that see the same inputs."""
         weights = [self._model.weights[name] for name in names]
         values = [stacked(self._model.values(name)) for name in names]
+        for name, stack in zip(names, values, strict=True):
+            if bad := stack.size - int(np.array(mx.isfinite(stack).sum())):
+                raise DamagedError(
+                    f"{name}: {bad} of {stack.size} values are NaN or infinite and cannot be "
+                    "quantized. The checkpoint is damaged: download it again."
+                )
         parts: dict[str, list[Tensors]] = {name: [] for name in names}
         for some, hessian in inputs.hessians(len(values[0])):
             hessians = Hessians(hessian)
@@ -191,9 +201,11 @@ class LayerRounder:
     def written(self, weights: Sequence[str]) -> None:
         """Those weights are in a finished shard: what waited of them may go."""
         mine = [name for name in weights if name in self._tiers]
+        self._written |= set(mine)
         for step in {step for name in mine if (step := self._step_of(name))}:
-            own = [name for name in self._tiers if self._step_of(name) == step]
-            if set(own) <= set(mine):
+            own = {name for name in self._tiers if self._step_of(name) == step}
+            if own <= self._written:
                 self._work.drop(f"{step}.npz")
-                for part in ("best-{}", "tune-{}-0", "tune-{}-1"):
-                    self._work.drop(f"{part.format(step.split('-')[1])}.npz")
+                number = step.removeprefix("rounded-")
+                for parity in (0, 1):  # the best point stays, for a shard that is found damaged
+                    self._work.drop(f"tune-{number}-{parity}.npz")

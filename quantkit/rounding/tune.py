@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from quantkit.backend import free_memory, mx
-from quantkit.formats.codec import to_mx, to_numpy
+from quantkit.formats.codec import rounded, to_mx, to_numpy
 from quantkit.formats.tiers import Tier, float_dtype, parse_tier
 from quantkit.model.experts import switch_product
 from quantkit.model.head import divergence_gradient
@@ -65,20 +65,25 @@ def _values(q: mx.array, scales: mx.array, biases: mx.array, tier: Tier) -> mx.a
 def _product(q: mx.array, tier: Tier, scales: mx.array, biases: mx.array) -> Product:
     """A module's product with the weight that the parts stand for."""
 
-    def plain(module: Any, x: mx.array) -> mx.array:
-        y = x @ _values(q, scales, biases, tier).T
-        return y + module.bias if "bias" in module else y
-
     def experts(module: Any, *args: Any, **kwargs: Any) -> mx.array:
         return switch_product(module, _Experts(q, scales, biases, tier), *args, **kwargs)
 
-    return experts if q.ndim > 2 else plain
+    return experts if q.ndim > 2 else _plain_product(_values(q, scales, biases, tier))
+
+
+def _plain_product(weight: mx.array) -> Product:
+    def plain(module: Any, x: mx.array) -> mx.array:
+        y = x @ weight.T
+        return y + module.bias if "bias" in module else y
+
+    return plain
 
 
 class Tuner:
     """Tunes what was rounded: `rounded` gives a layer's tensors by weight, all of affine tiers.
 
-    `tiers` are those of all that is rounded; an embedding and a head are rounded to nearest here.
+    `tiers` are those of all that is rounded; what `rounded` does not give, an embedding and a head
+    are rounded to nearest here.
     `tokens` (sequences, length) are tuned on, `validation` ones decide which point is kept. Every
     step leaves its state in the work folder, and an interrupted run goes on from the last one.
     """
@@ -102,9 +107,8 @@ class Tuner:
         self._validation = validation
         self._work = work
         self._progress = progress
-        affine = [name for name, tier in tiers.items() if tier.mode == "affine"]
-        self._names = [
-            [name for name in affine if name.startswith(f"{layer.path}.")] for layer in model.layers
+        self._changed = [
+            [name for name in tiers if name.startswith(f"{layer.path}.")] for layer in model.layers
         ]
 
     def run(self) -> None:
@@ -146,8 +150,8 @@ class Tuner:
         loss = float(np.array(kl).mean(dtype=np.float64))
         if state["best"] is None or loss < state["best"]:
             state["best"] = loss
-            for number in range(len(self._names)):
-                stored = self._stored(number, self._parts(number, step))
+            for number in range(len(self._changed)):
+                stored = self._as_stored(number, self._parts(number, step))
                 self._work.save_arrays(f"best-{number}.npz", stored)
         seen.append([step, loss])
         self._work.save_table(_STATE, state)
@@ -189,7 +193,7 @@ class Tuner:
             if inputs is not None:
                 inputs.append(x)
             products = self._products(number, self._parts(number, step))
-            with tapped(layer, self._names[number]) as module:
+            with tapped(layer, self._changed[number]) as module:
                 outs = []
                 for part in replace(dry, x=x).parts():
                     outs.append(module.run_with(part, products))
@@ -199,9 +203,9 @@ class Tuner:
 
     def _backward(self, number: int, step: int, call: Call, g: mx.array) -> mx.array:
         """Move a layer's scales and biases by one step; gives the gradient at its input."""
-        names, parts = self._names[number], self._parts(number, step)
-        keys = [f"{name} {part}" for name in names for part in "sb"]
-        with tapped(self._model.layers[number], names) as module:
+        parts = self._parts(number, step)
+        keys = [f"{name} {part}" for name in self._rounded(number) for part in "sb"]
+        with tapped(self._model.layers[number], self._changed[number]) as module:
 
             def run(x: mx.array, *changes: mx.array) -> mx.array:
                 tried = parts | {f"{k} change": c for k, c in zip(keys, changes, strict=True)}
@@ -228,15 +232,16 @@ class Tuner:
         mx.eval(parts)
 
     def _products(self, number: int, parts: Parts) -> dict[str, Product]:
-        return {
-            name: _product(
-                parts[f"{name} q"],
-                self._tiers[name],
-                _moved(parts, f"{name} s"),
-                _moved(parts, f"{name} b"),
-            )
-            for name in self._names[number]
-        }
+        found = {}
+        for name in self._changed[number]:
+            tier, weight = self._tiers[name], self._model.weights[name]
+            if f"{name} q" in parts:
+                dtype = stored_float(weight)
+                s, b = (_stored(parts, f"{name} {part}", dtype) for part in "sb")
+                found[name] = _product(parts[f"{name} q"], tier, s, b)
+            elif len(weight.shape) == 2:  # rounded to nearest; stacks of another kind are left
+                found[name] = _plain_product(rounded(self._model.values(name), tier))
+        return found
 
     def _parts(self, number: int, step: int) -> Parts:
         """A layer's integers, and all that is tuned of it, after `step` steps."""
@@ -260,16 +265,18 @@ class Tuner:
         mx.eval(parts)
         return parts
 
-    def _stored(self, number: int, parts: Parts) -> dict[str, np.ndarray]:
+    def _as_stored(self, number: int, parts: Parts) -> dict[str, np.ndarray]:
         """Scales and biases as they are stored."""
-        return {
-            f"{name} {part}": to_numpy(
-                _moved(parts, f"{name} {part}").astype(stored_float(self._model.weights[name]))
-            )
-            for name in self._names[number]
-            for part in "sb"
-        }
+        found = {}
+        for name in self._rounded(number):
+            dtype = stored_float(self._model.weights[name])
+            for part in "sb":
+                values = _stored(parts, f"{name} {part}", dtype).astype(dtype)
+                found[f"{name} {part}"] = to_numpy(values)
+        return found
 
 
-def _moved(parts: Parts, key: str) -> mx.array:
-    return parts[f"{key} start"] + parts[f"{key} unit"] * parts[f"{key} change"]
+def _stored(parts: Parts, key: str, dtype: mx.Dtype) -> mx.array:
+    """Scales or biases as they will be stored, in float32; the gradient goes straight through."""
+    moved = parts[f"{key} start"] + parts[f"{key} unit"] * parts[f"{key} change"]
+    return moved + mx.stop_gradient(moved.astype(dtype).astype(mx.float32) - moved)

@@ -17,6 +17,7 @@ from quantkit.model.calibration import read_text
 from quantkit.model.head import Changed, divergence, divergence_gradient
 from quantkit.model.streaming import StreamingModel
 from quantkit.rounding.inputs import Inputs
+from tests import tiny
 from tests.model.test_streaming import plainly_loaded
 from tests.source.test_generic import LLAMA, write
 from tests.test_pipeline import words
@@ -135,7 +136,7 @@ def tuned(checkpoint, text, out, steps=12):
 
 
 def test_tuning_brings_it_nearer_to_native(cli, checkpoint, text, rounded, tmp_path):
-    """The same integers; on the very text it was tuned on, a smaller divergence."""
+    """The same integers; on other text, a smaller divergence."""
     out = tmp_path / "out"
     subprocess.run(tuned(checkpoint, text, out), check=True, capture_output=True)
     assert cli("verify", out).exit_code == 0
@@ -163,6 +164,71 @@ def test_killed_tuning_goes_on(checkpoint, text, tmp_path):
     subprocess.run(command, check=True, capture_output=True)
     assert hashes(tmp_path / "out") == hashes(tmp_path / "whole")
     assert not work.exists()
+
+
+def test_a_tuned_shard_that_is_lost_is_written_again(checkpoint, text, tmp_path):
+    """Interrupted after its first shards, one of which goes missing then."""
+    command = [*tuned(checkpoint, text, tmp_path / "out", 2), "--shard-size", "150kB"]
+    whole = [*tuned(checkpoint, text, tmp_path / "whole", 2), "--shard-size", "150kB"]
+    subprocess.run(whole, check=True, capture_output=True)
+    repo = tmp_path / "out.partial" / "repo"
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and len(list(repo.glob("model-*.safetensors"))) < 3:
+        time.sleep(0.0005)
+    process.kill()
+    process.wait()
+    if repo.exists():  # else it was faster than the look
+        (repo / min(path.name for path in repo.glob("model-*.safetensors"))).unlink()
+    subprocess.run(command, check=True, capture_output=True)
+    assert hashes(tmp_path / "out") == hashes(tmp_path / "whole")
+
+
+def test_tuning_a_dense_tied_model(cli, tmp_path, text):
+    """Attention and feed-forward are tuned; the embedding, which is the head, is not."""
+    source = write(tmp_path / "src", {**LLAMA, "tie_word_embeddings": True})
+    options = ("-r", "uniform-3", "--calibration", text, *FEW, "--rounding", "gptq")
+    for name, extra in (("plain", ()), ("tuned", ("--tune", 20))):
+        result = cli("quantize", source, "-o", tmp_path / name, *options, *extra)
+        assert result.exit_code == 0, result.output
+    before, after = (mx.load(str(tmp_path / n / "model.safetensors")) for n in ("plain", "tuned"))
+    moved = {name for name in before if not mx.array_equal(before[name], after[name]).item()}
+    assert moved
+    assert not any("embed" in name for name in moved)
+
+
+@pytest.mark.parametrize("method", ["search", "gptq"])
+def test_a_damaged_expert_that_no_token_reaches(cli, tmp_path, text, method):
+    def spoil(values):
+        for layer in range(4):
+            values[f"model.layers.{layer}.mlp.router.bias"][3] = 0xC700  # -32768
+        values["model.layers.1.mlp.experts.down_proj_scales"][3, 0, 0] = 255
+
+    source = tiny.write_gpt_oss(tmp_path / "src", spoil)
+    options = ("-r", "uniform-3", "--rounding", method, "--calibration", text, *FEW)
+    result = cli("quantize", source, "-o", tmp_path / "out", *options)
+    assert result.exit_code == 2
+    assert "values are NaN or infinite" in result.stderr
+    assert "model.layers.1.mlp.experts.down_proj" in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["src"]
+
+
+def test_stacks_without_experts_are_rounded_to_nearest():
+    """Of a stack that is called without indices nobody knows which matrix saw what."""
+    from quantkit.artifacts.inventory import Weight
+    from quantkit.model.replay import Step
+    from quantkit.rounding.inputs import has_inputs
+
+    x = mx.zeros((2, 4))
+    stack = Weight("w", "other", 0, None, (3, 4, 4), "bf16", 96)
+    assert not has_inputs(stack, [Step("w", (x,), x)])
+    assert has_inputs(stack, [Step("w", (x, mx.zeros((2, 1), mx.int32)), x)])
+    assert has_inputs(Weight("w", "q", 0, None, (4, 4), "bf16", 32), [Step("w", (x,), x)])
+
+
+def test_tuning_goes_with_a_rounding(cli, checkpoint, tmp_path):
+    result = cli("quantize", checkpoint, "-r", "uniform-3", "--tune", 2, "-o", tmp_path / "out")
+    assert result.exit_code == 2
+    assert "--tune goes with" in result.stderr
 
 
 def test_the_divergences_gradient(checkpoint):
