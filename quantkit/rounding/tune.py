@@ -122,10 +122,6 @@ class Tuner:
             self._work.save_table(_STATE, state)
         self._look(state)
 
-    def losses(self) -> list[tuple[int, float]]:
-        """(steps made, KL divergence on the validation text) at every look."""
-        return [(int(step), float(kl)) for step, kl in self._state()["seen"]]
-
     def tensors(self, number: int) -> dict[str, Tensors]:
         """A layer's tensors, with the scales and biases of the best point."""
         kept = self._work.arrays(f"best-{number}.npz")
