@@ -28,8 +28,6 @@ from quantkit.profile.store import load_profile
 from quantkit.roles import EXPERT_ROLES
 from quantkit.source.source import Source, open_source
 
-TUNED = 60  # steps
-
 
 def experts_in(source: Source, tier: str) -> Plan:
     """Experts in one tier, all else native."""
@@ -46,11 +44,9 @@ def plans(source: Source, profile: Profile) -> dict[str, list[tuple[str, Plan]]]
     groups: dict[str, list[tuple[str, Plan]]] = {}
     for tier, methods in (("q3g64", ("rtn", "search", "gptq")), ("q2g32", ("rtn", "gptq"))):
         plan = experts_in(source, tier)
-        rows = [(method, replace(plan, rounding=method)) for method in methods]
-        if tier == "q3g64":
-            tuned = replace(plan, rounding="gptq", tuned_steps=TUNED)
-            rows.append((f"gptq, tuned {TUNED} steps", tuned))
-        groups[f"experts {tier}, all else native"] = rows
+        groups[f"experts {tier}, all else native"] = [
+            (method, replace(plan, rounding=method)) for method in methods
+        ]
     for name in (BIG, "uniform-4", "mxfp4-q8"):
         recipe = plan_by_recipe(inventory, load_recipe(name))
         wishes = Wishes(rounding="gptq", routers=name == "mxfp4-q8")
