@@ -16,7 +16,8 @@ import numpy as np
 from rewrite import machine, save
 
 from quantkit.allocate.allocate import Limits, Wishes, plan_by_budget, recipe_plans
-from quantkit.allocate.knapsack import Option, solve
+from quantkit.allocate.knapsack import solve
+from quantkit.allocate.options import Option
 from quantkit.artifacts.inventory import Inventory
 from quantkit.artifacts.plan import Plan
 from quantkit.artifacts.profile import Profile

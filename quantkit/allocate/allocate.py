@@ -5,7 +5,8 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
-from quantkit.allocate.knapsack import ImpossibleError, Option, UnsolvedError, solve
+from quantkit.allocate.knapsack import ImpossibleError, UnsolvedError, solve
+from quantkit.allocate.options import Option
 from quantkit.allocate.plan import (
     active_bytes,
     kept_choice,

@@ -1,10 +1,11 @@
 """The multiple-choice knapsack: one option for every item, least total loss, costs within limits.
 
 It knows no models: lists of options in, choices, bound and gap out. HiGHS (through scipy's `milp`)
-solves it to proven optimality. Before that two things make the problem small and lose no optimum:
-options that another one beats in every respect are dropped, and so are those that the Lagrangian
-relaxation proves to stand in no solution better than one that is already known (reduced-cost
-fixing; Fisher 1981, "The Lagrangian Relaxation Method for Solving Integer Programming Problems").
+solves it to proven optimality. Before that three things make it small and lose no optimum: options
+that another one beats in every respect are dropped; items of one shape are merged; and options that
+the Lagrangian relaxation proves to stand in no solution better than one that is already known are
+dropped, too (reduced-cost fixing; Fisher 1981, "The Lagrangian Relaxation Method for Solving
+Integer Programming Problems").
 """
 
 import math
@@ -16,17 +17,12 @@ from typing import Any
 
 import numpy as np
 
+from quantkit.allocate.options import Merged, Option, alike
+
 _INFEASIBLE = 2  # of scipy's milp
 _LARGE = 2  # items to branch on
+_MOST_BRANCHES = 4000
 _SLACK = 1e-9  # of a total: how far two sums of the same losses may differ by rounding
-
-
-@dataclass(frozen=True)
-class Option:
-    """One way to choose for an item: what it takes of every limit, in whole numbers, and loses."""
-
-    costs: tuple[int, ...]
-    loss: float
 
 
 @dataclass(frozen=True)
@@ -75,18 +71,29 @@ def solve(
     # No choice takes what lies between two multiples of the common step of all costs.
     steps = _steps(items, len(limits))
     limits = [n + (limit - n) // s * s for n, limit, s in zip(least, limits, steps, strict=True)]
-    problem = _Problem(items, limits, steps)
+    merged = [Merged(items, members) for members in alike(items)]
+    kept = [(i, n) for i, one in enumerate(merged) for n in one.kept]
+    problem = _Problem([one.options for one in merged], limits, steps, kept)
     prices, bound = problem.relaxed()
     known = problem.repaired(prices)
     if known is not None and problem.loss(known) <= bound * (1 + _SLACK):
-        return problem.solution(problem.numbers(known), bound, prices)
-    search = _Search(problem, known, seconds)
-    search.run(problem.branches(prices, bound))
-    if search.best is None:
-        if search.exhausted:
-            raise ImpossibleError(least)
-        raise UnsolvedError(f"no plan was found in {seconds:.0f} s")
-    return problem.solution(search.best, max(bound, search.bound), prices)
+        best = problem.numbers(known)
+    else:
+        search = _Search(problem, known, seconds)
+        search.run(problem.branches(prices, bound), (prices, bound))
+        if search.best is None:
+            if search.exhausted:
+                raise ImpossibleError(least)
+            raise UnsolvedError(f"no plan was found in {seconds:.0f} s")
+        best, bound = search.best, max(bound, search.bound)
+    numbers = [0] * len(items)
+    for one, number in zip(merged, best, strict=True):
+        for i, own in one.numbers(number):
+            numbers[i] = own
+    numbers = _in_order(items, numbers)
+    loss = sum(item[n].loss for item, n in zip(items, numbers, strict=True))
+    per_unit = tuple(float(p) / max(1, b) for p, b in zip(prices, limits, strict=True))
+    return Solution(tuple(numbers), loss, min(bound, loss), per_unit)
 
 
 def _steps(items: Sequence[Sequence[Option]], limits: int) -> list[int]:
@@ -95,22 +102,6 @@ def _steps(items: Sequence[Sequence[Option]], limits: int) -> list[int]:
         math.gcd(*(o.costs[k] - item[0].costs[k] for item in items for o in item)) or 1
         for k in range(limits)
     ]
-
-
-def undominated(options: Sequence[Option]) -> list[int]:
-    """The options that no other one beats: with no more of any cost, and no more loss. Of equals
-    the first is kept."""
-    order = sorted(range(len(options)), key=lambda i: (options[i].costs, options[i].loss, i))
-    kept: list[int] = []
-    for i in order:
-        costs, loss = options[i].costs, options[i].loss
-        if not any(
-            options[j].loss <= loss
-            and all(a <= b for a, b in zip(options[j].costs, costs, strict=True))
-            for j in kept
-        ):
-            kept.append(i)
-    return sorted(kept)
 
 
 class _Search:
@@ -129,15 +120,20 @@ class _Search:
         self.bound = np.inf
         self.exhausted = True
 
-    def run(self, branches: Sequence[tuple[float, Mapping[int, int]]]) -> None:
-        """`branches` are (bound, option number of the items that are decided), lowest first."""
+    def run(
+        self,
+        branches: Sequence[tuple[float, Mapping[int, int]]],
+        start: tuple[np.ndarray, float],
+    ) -> None:
+        """`branches` are (bound, option number of the items that are decided), lowest first;
+        `start` is the whole problem's relaxation."""
         for low, decided in branches:
             if low > self.loss * (1 + _SLACK):
                 break  # as are all that come after
             part = self._problem.with_decided(decided)
             if not part.is_possible():
                 continue
-            prices, bound = part.relaxed()
+            prices, bound = start if part is self._problem else part.relaxed()
             known = part.repaired(prices)
             self._take(part, known)
             if bound > self.loss * (1 + _SLACK):
@@ -167,12 +163,10 @@ class _Problem:
         items: Sequence[Sequence[Option]],
         limits: Sequence[int],
         steps: Sequence[int],
-        kept: Sequence[tuple[int, int]] | None = None,
+        kept: Sequence[tuple[int, int]],
     ) -> None:
-        """`kept` are the (item, option number) to choose from, all undominated ones by default;
-        costs of an item differ by multiples of `steps`."""
-        if kept is None:
-            kept = [(i, n) for i, item in enumerate(items) for n in undominated(item)]
+        """`kept` are the (item, option number) to choose from, in order; costs of an item differ by
+        multiples of `steps`."""
         self.items = items
         self.limits = tuple(limits)
         self.item = np.array([i for i, _ in kept])
@@ -211,6 +205,9 @@ class _Problem:
         priced, cheapest = self._reduced(prices)
         excess = priced - cheapest[self.item]
         choices = [np.flatnonzero(self.item == i).tolist() for i in large]
+        while math.prod(map(len, choices)) > _MOST_BRANCHES:
+            large.pop()
+            choices.pop()
         found = [
             (
                 bound + float(excess[list(combo)].sum()),
@@ -354,20 +351,15 @@ class _Problem:
         shape = (len(self.items), len(options))
         return sparse.csr_matrix((ones, (self.item[options], np.arange(len(options)))), shape)
 
-    def solution(self, numbers: Sequence[int], bound: float, prices: np.ndarray) -> Solution:
-        numbers = self._in_order(numbers)
-        loss = sum(item[n].loss for item, n in zip(self.items, numbers, strict=True))
-        per_unit = tuple(float(p) / max(1, b) for p, b in zip(prices, self.limits, strict=True))
-        return Solution(tuple(numbers), loss, min(bound, loss), per_unit)
 
-    def _in_order(self, numbers: Sequence[int]) -> list[int]:
-        """Items with the very same options may trade what they were given: the first of them takes
-        the option that comes first, so that which one does not depend on the solver."""
-        alike: dict[tuple[Option, ...], list[int]] = {}
-        for i, item in enumerate(self.items):
-            alike.setdefault(tuple(item), []).append(i)
-        ordered = list(numbers)
-        for same in alike.values():
-            for i, number in zip(same, sorted(ordered[i] for i in same), strict=True):
-                ordered[i] = number
-        return ordered
+def _in_order(items: Sequence[Sequence[Option]], numbers: Sequence[int]) -> list[int]:
+    """Items with the very same options may trade what they were given: the first of them takes the
+    option that comes first, so that which one does not depend on the solver."""
+    alike: dict[tuple[Option, ...], list[int]] = {}
+    for i, item in enumerate(items):
+        alike.setdefault(tuple(item), []).append(i)
+    ordered = list(numbers)
+    for same in alike.values():
+        for i, number in zip(same, sorted(ordered[i] for i in same), strict=True):
+            ordered[i] = number
+    return ordered

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quantkit.allocate.knapsack import ImpossibleError, Option, solve, undominated
+from quantkit.allocate.knapsack import ImpossibleError, solve
+from quantkit.allocate.options import Option, undominated
 
 LOSSES = st.one_of(st.sampled_from([0.0, 0.1, 0.2]), st.floats(0, 1))
 
@@ -22,6 +23,20 @@ def instances(draw):
     return items, [draw(st.integers(1, 90)) for _ in range(limits)]
 
 
+@st.composite
+def models(draw):
+    """Items in a few shapes, as a model's weights: the same costs, on a line, other losses."""
+    limits = draw(st.integers(1, 2))
+    items = []
+    for _ in range(draw(st.integers(1, 3))):
+        base, step = (draw(st.tuples(*[st.integers(1, 9)] * limits)) for _ in range(2))
+        levels = draw(st.lists(st.integers(0, 6), min_size=1, max_size=3))
+        for _ in range(draw(st.integers(1, 3))):
+            costs = [tuple(b + n * s for b, s in zip(base, step, strict=True)) for n in levels]
+            items.append([Option(cost, draw(LOSSES)) for cost in costs])
+    return items[:6], [draw(st.integers(1, 120)) for _ in range(limits)]
+
+
 def best(items, limits):
     """The least loss of all choices within the limits; None if there is none."""
     found = None
@@ -33,8 +48,8 @@ def best(items, limits):
     return found
 
 
-@settings(max_examples=200, deadline=None)
-@given(instances())
+@settings(max_examples=400, deadline=None)
+@given(st.one_of(instances(), models()))
 def test_the_optimum_is_that_of_brute_force(instance):
     items, limits = instance
     expected = best(items, limits)
@@ -94,6 +109,36 @@ def large(weights, seed=0, limits=1):
         rows = [(int(c), int(c * share))[:limits] for c in costs]
         items.append([Option(c, float(x)) for c, x in zip(rows, losses, strict=True)])
     return items
+
+
+@pytest.mark.parametrize("share", [32, 36, 41, 45])
+def test_weights_of_a_few_shapes(share):
+    """The 120b: stacks of experts and projections, many of each size. Steps of one size leave a
+    gap to the relaxation that no search closes; merged, they leave none."""
+    rng = np.random.default_rng(0)
+    bits = np.array([16, 8.5, 8.25, 6.5, 5.5, 5, 4.5, 4.25, 4, 3.5, 3, 2.5])
+    items = []
+    for size, count, tiers in (
+        (10**9, 108, bits[7:]),
+        (11 * 10**6, 72, bits),
+        (1474560, 72, bits),
+        (579 * 10**6, 2, bits),
+    ):
+        for _ in range(count):
+            losses = (
+                size
+                / 10**9
+                * np.exp(rng.normal() - 1.3 * tiers + 0.2 * rng.normal(size=len(tiers)))
+            )
+            losses[0] = 0
+            items.append(
+                [Option((int(size * b / 8),), float(x)) for b, x in zip(tiers, losses, strict=True)]
+            )
+    whole = sum(item[0].costs[0] for item in items)
+    started = time.monotonic()
+    found = solve(items, [whole * 2 * share // 100])
+    assert found.gap < 1e-9
+    assert time.monotonic() - started < 10
 
 
 @pytest.mark.parametrize(("weights", "limits"), [(254, 1), (254, 2), (10000, 1)])
