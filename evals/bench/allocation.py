@@ -35,6 +35,15 @@ from quantkit.source.source import Source, open_source
 BIG = "moringlabs-3.6bit"
 
 
+def demo_and_profile(name: str | None) -> tuple[Source, Profile]:
+    """The demo model and the profile called `name`, made for the occasion if that is None."""
+    source = open_source(str(demo_checkpoint()))
+    if name:
+        return source, load_profile(name, source.inventory)
+    with tempfile.TemporaryDirectory() as folder:
+        return source, make_profile(source, Path(folder) / "profile")
+
+
 def experts_alone(inventory: Inventory, profile: Profile, recipe: Plan) -> Plan:
     """The 120B's situation: all but the experts pinned to the recipe's tiers, the same bytes."""
     rest = [c for c in recipe.choices if c.role not in EXPERT_ROLES]
@@ -112,13 +121,7 @@ def main() -> None:
         print(text)
         save(text, "solver")
         return
-    source = open_source(str(demo_checkpoint()))
-    if args.profile:
-        profile = load_profile(args.profile, source.inventory)
-    else:
-        with tempfile.TemporaryDirectory() as folder:
-            profile = make_profile(source, Path(folder) / "profile")
-    text = table(source, profile)
+    text = table(*demo_and_profile(args.profile))
     print(text)
     save(text, "allocation")
 

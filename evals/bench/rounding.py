@@ -13,7 +13,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from allocation import BIG, experts_alone
+from allocation import BIG, demo_and_profile, experts_alone
 from rewrite import machine, save
 
 from quantkit.allocate.allocate import Limits, Wishes, plan_by_budget
@@ -21,12 +21,10 @@ from quantkit.allocate.plan import make_plan
 from quantkit.allocate.recipe import load_recipe, plan_by_recipe
 from quantkit.artifacts.plan import Plan
 from quantkit.artifacts.profile import Profile
-from quantkit.demo.build import demo_checkpoint
 from quantkit.formats.tiers import NATIVE, parse_tier
-from quantkit.pipeline import compare, make_profile, quantize
-from quantkit.profile.store import load_profile
+from quantkit.pipeline import compare, quantize
 from quantkit.roles import EXPERT_ROLES
-from quantkit.source.source import Source, open_source
+from quantkit.source.source import Source
 
 
 def experts_in(source: Source, tier: str) -> Plan:
@@ -96,13 +94,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("profile", nargs="?")
     args = parser.parse_args()
-    source = open_source(str(demo_checkpoint()))
-    if args.profile:
-        profile = load_profile(args.profile, source.inventory)
-    else:
-        with tempfile.TemporaryDirectory() as folder:
-            profile = make_profile(source, Path(folder) / "profile")
-    text = table(source, profile)
+    text = table(*demo_and_profile(args.profile))
     print(text)
     save(text, "rounding")
 

@@ -19,7 +19,7 @@ from quantkit.artifacts.inventory import Inventory, Weight
 from quantkit.artifacts.plan import Plan, Proof
 from quantkit.artifacts.profile import Loss, Profile
 from quantkit.errors import InputError, PlanError
-from quantkit.formats.tiers import NATIVE, Tier, canonical, parse_tier
+from quantkit.formats.tiers import NATIVE, Tier, canonical, kept_name, parse_tier
 from quantkit.roles import ROLE_GROUPS, ROLES
 from quantkit.units import bits_per_weight, size
 
@@ -234,8 +234,8 @@ def allowed_losses(
             raise InputError(f"tier {tier} is not in the profile, which holds {held}.")
     found = {}
     for weight in inventory.weights:
-        losses, storage = known[weight.name], parse_tier(weight.storage)
-        if canonical(storage, storage).name not in losses:
+        losses = known[weight.name]
+        if kept_name(weight.storage) not in losses:
             raise PlanError(f"the profile lacks {weight.name} as it is held. Make it anew.")
         found[weight.name] = {tier: losses[tier] for tier in _allowed(weight, losses, wishes)}
     return found
@@ -274,8 +274,7 @@ def _read(inventory: Inventory, weight: Weight, stored: int) -> int:
 
 def _allowed(weight: Weight, losses: Mapping[str, Loss], wishes: Wishes) -> list[str]:
     """The tiers that a weight may have, in the profile's order."""
-    storage = parse_tier(weight.storage)
-    native = canonical(storage, storage).name
+    storage, native = parse_tier(weight.storage), kept_name(weight.storage)
     for pattern, tier in wishes.pins:
         if matches(pattern, weight.name, weight.role):
             name = canonical(tier, storage).name

@@ -174,9 +174,18 @@ def profile_for(
         return make(profiling, progress)
 
 
-def refined_plan(
-    source: "Source", profile: Profile, asked: Asked, rounds: int
-) -> tuple[Plan, Profile]:
+def settle_plan(
+    source: "Source", asked: Asked, profile: Profile | None
+) -> tuple[Plan, Profile | None]:
+    """The plan that was asked for, refined if that was asked too, and the profile that chose it.
+    Raises InputError."""
+    if not asked.refine:
+        return choose_plan(source, asked, profile), profile
+    assert profile is not None
+    return _refined(source, profile, asked)
+
+
+def _refined(source: "Source", profile: Profile, asked: Asked) -> tuple[Plan, Profile]:
     """The plan of a budget that was measured best, all being shown, and the profile, corrected,
     that chose it. Raises InputError."""
     from quantkit.backend import speed_hint
@@ -185,7 +194,7 @@ def refined_plan(
     console.note(speed_hint())
     limits, wishes = asked.limits(source), asked.wishes()
     with console.progress(0, "Measuring plans,") as progress:
-        trials = refine(source, profile, limits, wishes, rounds=rounds, progress=progress)
+        trials = refine(source, profile, limits, wishes, rounds=asked.refine, progress=progress)
     for trial in trials:
         console.note(
             f"measured {trial.kl:.4g}, predicted {trial.plan.predicted_kl or 0:.4g}: "

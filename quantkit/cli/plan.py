@@ -96,7 +96,7 @@ def plan(
     `quantkit plan SRC --plan plan.json`, write it with `quantkit quantize SRC --plan plan.json -o
     OUT`. `quantkit plan diff a.json b.json` shows how two of them differ.
     """
-    from quantkit.cli.choose import Asked, choose_plan, open_model, refined_plan, require_plots
+    from quantkit.cli.choose import Asked, open_model, require_plots, settle_plan
     from quantkit.errors import InputError, OutputError
     from quantkit.jsonfile import dump_json, write_atomically
     from quantkit.profile.store import load_profile
@@ -147,11 +147,7 @@ def plan(
         assert known is not None
         _frontier(source, known, asked, plot, json)
         return
-    if refine:
-        assert known is not None
-        chosen, known = refined_plan(source, known, asked, refine)
-    else:
-        chosen = choose_plan(source, asked, known)
+    chosen, known = settle_plan(source, asked, known)
     reasons = None
     if explain is not None:
         from quantkit.allocate.explain import explain as find_reasons

@@ -90,7 +90,7 @@ def quantize(
     """
     from quantkit.artifacts.report import REPORT_FILE
     from quantkit.backend import speed_hint
-    from quantkit.cli.choose import Asked, choose_plan, open_model, profile_for, refined_plan
+    from quantkit.cli.choose import Asked, open_model, profile_for, settle_plan
     from quantkit.errors import InputError
     from quantkit.model.calibration import Request
     from quantkit.pipeline import quantize as write_repo
@@ -127,11 +127,7 @@ def quantize(
     if not (output / REPORT_FILE).exists():
         require_free(output, force)
     known = profile_for(source, asked, output, Request(calibration, tokens), force)
-    if refine:
-        assert known is not None
-        chosen, _ = refined_plan(source, known, asked, refine)
-    else:
-        chosen = choose_plan(source, asked, known)
+    chosen, _ = settle_plan(source, asked, known)
     if tune:
         chosen = replace(chosen, tuned_steps=tune)
     console.note(speed_hint())

@@ -7,7 +7,7 @@ from quantkit.formats import mxfp4
 from quantkit.formats.tiers import MXFP4, Tier
 
 _AT_ONCE = 16_000_000  # values
-_FLOATS = {"BF16": mx.bfloat16, "F16": mx.float16, "F32": mx.float32}
+FLOAT_TYPES = {"BF16": mx.bfloat16, "F16": mx.float16, "F32": mx.float32}
 
 
 def to_mx(carrier: np.ndarray, dtype: str) -> mx.array:
@@ -32,7 +32,7 @@ def encode(weight: mx.array, tier: Tier) -> tuple[mx.array, ...]:
     biases have the dtype of `weight`. Raises TierError if the tier does not fit.
     """
     if not tier.quantized:
-        return (weight.astype(_FLOATS[tier.name.upper()]),)
+        return (weight.astype(FLOAT_TYPES[tier.name.upper()]),)
     tier.require_fit("weight", weight.shape)
     return tuple(mx.quantize(weight, group_size=tier.group_size, bits=tier.bits, mode=tier.mode))
 
@@ -40,7 +40,7 @@ def encode(weight: mx.array, tier: Tier) -> tuple[mx.array, ...]:
 def decode(tensors: tuple[mx.array, ...], tier: Tier, dtype: str = "BF16") -> mx.array:
     """The float values that `tensors`, in the order `encode` gave them, stand for."""
     if not tier.quantized:
-        return tensors[0].astype(_FLOATS[dtype])
+        return tensors[0].astype(FLOAT_TYPES[dtype])
     packed, scales, *biases = tensors
     return mx.dequantize(
         packed,
@@ -49,7 +49,7 @@ def decode(tensors: tuple[mx.array, ...], tier: Tier, dtype: str = "BF16") -> mx
         group_size=tier.group_size,
         bits=tier.bits,
         mode=tier.mode,
-        dtype=_FLOATS[dtype],
+        dtype=FLOAT_TYPES[dtype],
     )
 
 

@@ -6,7 +6,7 @@ output of its last layer, from which its head gives every log-probability exactl
 """
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -73,13 +73,14 @@ def prepare(native: Source, repos: Sequence[str], request: Request) -> Compariso
     that was made with this very text."""
     native = with_values(native)
     text = _judged(native, request)
+    words = load_tokenizer(native.checkpoint).get_vocab()
     opened = []
     for name in repos:
         try:
             source = with_values(open_source(name, quantized=True))
         except SourceError as exc:
             raise SourceError(exc if name in str(exc) else f"{name}: {exc}") from exc
-        _require_same_tokenizer(native, name, source)
+        _require_same_tokenizer(native, words, name, source)
         _require_unseen(name, source, text)
         opened.append((name, source))
     return Comparison(native, tuple(opened), text)
@@ -122,7 +123,9 @@ def _judged(native: Source, request: Request) -> Judged:
     return Judged(text.about.name, np.concatenate(tokens), tuple(kinds))
 
 
-def _require_same_tokenizer(native: Source, name: str, source: Source) -> None:
+def _require_same_tokenizer(
+    native: Source, words: Mapping[str, int], name: str, source: Source
+) -> None:
     rows, own = _vocabulary(native), _vocabulary(source)
     if rows != own:
         raise InputError(
@@ -133,7 +136,7 @@ def _require_same_tokenizer(native: Source, name: str, source: Source) -> None:
         theirs = load_tokenizer(source.checkpoint)
     except CalibrationError as exc:
         raise CalibrationError(f"{name}: {exc}") from exc
-    if load_tokenizer(native.checkpoint).get_vocab() != theirs.get_vocab():
+    if words != theirs.get_vocab():
         raise InputError(
             f"{name}: has another tokenizer than {native.inventory.source.name}; what they say of "
             "the next token cannot be compared."

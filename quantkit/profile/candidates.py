@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from quantkit.artifacts.inventory import Inventory, Weight
 from quantkit.artifacts.profile import Calibration, Loss, Profile, WeightLosses
 from quantkit.errors import TierError
-from quantkit.formats.tiers import Tier, canonical, float_dtype, parse_tier
+from quantkit.formats.tiers import Tier, float_dtype, kept_name, parse_tier
 
 DEFAULT_TIERS = (
     "q8g64",
@@ -69,6 +69,11 @@ def candidates(weights: Iterable[Weight], tiers: Iterable[str]) -> list[Candidat
     return found
 
 
+def native_loss(weight: Weight) -> Loss:
+    """The entry of a weight that is kept as it is."""
+    return Loss(kept_name(weight.storage), weight.bytes, 0.0, 0.0)
+
+
 def unmeasured(inventory: Inventory, tiers: Iterable[str]) -> Profile:
     """A profile of all the entries there could be, none of which loses anything: enough to tell
     which sizes are possible."""
@@ -77,9 +82,7 @@ def unmeasured(inventory: Inventory, tiers: Iterable[str]) -> Profile:
         rows.setdefault(entry.weight.name, []).append(Loss(entry.tier.name, entry.bytes, 0.0, 0.0))
     weights = []
     for w in inventory.weights:
-        storage = parse_tier(w.storage)
-        native = Loss(canonical(storage, storage).name, w.bytes, 0.0, 0.0)
-        losses = (native, *rows.get(w.name, []))
+        losses = (native_loss(w), *rows.get(w.name, []))
         weights.append(WeightLosses(w.name, w.role, w.layer, w.storage, w.parameters, 0, losses))
     text = Calibration("", "", 0, 0, 0, "", "")
     return Profile(

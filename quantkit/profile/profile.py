@@ -18,12 +18,12 @@ from quantkit.artifacts.profile import (
 from quantkit.backend import mx, on_cpu
 from quantkit.errors import CalibrationError, InputError, SourceError
 from quantkit.formats.files import write_file
-from quantkit.formats.tiers import ROUNDINGS, TensorSpec, canonical, parse_tier
+from quantkit.formats.tiers import ROUNDINGS, TensorSpec
 from quantkit.jsonfile import digest, load_json
 from quantkit.model.calibration import Request, Text, read_text
 from quantkit.model.streaming import StreamingModel
 from quantkit.places import plain_path
-from quantkit.profile.candidates import DEFAULT_TIERS, Candidate, candidates
+from quantkit.profile.candidates import DEFAULT_TIERS, Candidate, candidates, native_loss
 from quantkit.profile.check import Check, check
 from quantkit.profile.reference import measured_in_steps
 from quantkit.profile.store import load_profile
@@ -271,8 +271,7 @@ def _assembled(profiling: Profiling, tables: Sequence[Table]) -> Profile:
     old = {w.name: w.unseen_experts for w in known.weights} if known else {}
     weights = []
     for weight in profiling.source.inventory.weights:
-        storage = parse_tier(weight.storage)
-        native = Loss(canonical(storage, storage).name, weight.bytes, 0.0, 0.0)
+        native = native_loss(weight)
         rows = {native.tier: native, **losses.get(weight.name, {})}
         ordered = sorted(rows.values(), key=lambda loss: (-loss.bytes, loss.tier))
         unseen = _unseen(seen.get(weight.name))[0] if weight.name in seen else old.get(weight.name)

@@ -4,10 +4,10 @@ from quantkit.artifacts.inventory import Weight
 from quantkit.backend import mx
 from quantkit.errors import InputError
 from quantkit.formats.affine import Feedback, Rounded, feedback, gptq, objective, refit, search
+from quantkit.formats.codec import FLOAT_TYPES
 from quantkit.formats.tiers import ROUNDINGS, Tier, float_dtype, parse_tier
 from quantkit.rounding.inputs import Inputs, stacked
 
-_FLOATS = {"BF16": mx.bfloat16, "F16": mx.float16, "F32": mx.float32}
 _AT_ONCE = 32_000_000  # values rounded in one go
 
 
@@ -59,7 +59,7 @@ def rounded_under(
     for start in range(0, weight.shape[-2], step):
         parts.append(rows(weight[..., start : start + step, :]))
         mx.eval(parts[-1].q, parts[-1].scales, parts[-1].biases)
-    return parts[0] if len(parts) == 1 else _joined(parts)
+    return parts[0] if len(parts) == 1 else _joined(parts, axis=-2)
 
 
 def _chosen(which: mx.array, a: Rounded, b: Rounded) -> Rounded:
@@ -67,9 +67,9 @@ def _chosen(which: mx.array, a: Rounded, b: Rounded) -> Rounded:
     return Rounded(*(mx.where(which, x, y) for x, y in pairs))
 
 
-def _joined(parts: list[Rounded]) -> Rounded:
+def _joined(parts: list[Rounded], axis: int) -> Rounded:
     columns = ([p.q for p in parts], [p.scales for p in parts], [p.biases for p in parts])
-    return Rounded(*(mx.concatenate(column, axis=-2) for column in columns))
+    return Rounded(*(mx.concatenate(column, axis=axis) for column in columns))
 
 
 def rounded_whole(
@@ -81,11 +81,11 @@ def rounded_whole(
     for some, hessian in inputs.hessians(len(stack)):
         chunk = stack[some].astype(mx.float32)
         parts.append(rounded_under(chunk, Hessians(hessian), tier, method, stored_float(weight)))
-    columns = ([p.q for p in parts], [p.scales for p in parts], [p.biases for p in parts])
-    whole = (mx.concatenate(column) for column in columns)
-    return Rounded(*(part.reshape(*values.shape[:-1], -1) for part in whole))
+    whole = _joined(parts, axis=0)
+    shaped = (x.reshape(*values.shape[:-1], -1) for x in (whole.q, whole.scales, whole.biases))
+    return Rounded(*shaped)
 
 
 def stored_float(weight: Weight) -> mx.Dtype:
     """The type in which a weight's scales and biases are stored."""
-    return _FLOATS[float_dtype(parse_tier(weight.storage))]
+    return FLOAT_TYPES[float_dtype(parse_tier(weight.storage))]
