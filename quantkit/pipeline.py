@@ -27,12 +27,13 @@ from quantkit.publish.report import read_report, report_text
 from quantkit.rewrite.rewrite import SHARD_BYTES, Rounder, Rounding, Written, rewrite
 from quantkit.rounding.round import require_method
 from quantkit.rounding.rounder import LayerRounder, RoundingText
+from quantkit.rounding.tune import Tuning
 from quantkit.source.hub import is_repo_id
 from quantkit.source.source import Source, with_values
 from quantkit.staging import require_apart, require_free, versions
 
 ROUNDING_TEXT = Request(tokens=16384)
-_VALIDATED = 8  # for so many tokens that are tuned on, one more
+_VALIDATED = 8  # for so many sequences that are rounded on, one more
 
 
 def quantize(
@@ -88,11 +89,13 @@ def _calibrated(
         return plan, None
     require_method(plan.rounding)
     count = request.sequences
-    if plan.tuned_steps:  # some more, to see on which step is best
-        more = count + max(1, count // _VALIDATED)
-        request = replace(request, tokens=more * request.sequence_length)
+    validated = max(1, count // _VALIDATED) if plan.tuned_steps else 0
+    if plan.tuned_steps:  # new text for every step, and some to see which step is best
+        tuned = max(request.tokens, Tuning(plan.tuned_steps).all_tokens)
+        request = replace(request, tokens=tuned + validated * request.sequence_length)
     text = read_text(source.checkpoint, request)
-    parts = RoundingText(text.tokens[:count], text.tokens[count:])
+    rest = len(text.tokens) - min(validated, max(0, len(text.tokens) - count))
+    parts = RoundingText(text.tokens[:count], text.tokens[:rest], text.tokens[rest:])
     if plan.tuned_steps and not len(parts.validation):
         raise CalibrationError(
             f"{text.about.name}: holds no text beside what is rounded on. Give fewer "
@@ -108,7 +111,7 @@ def _calibrated(
     depends = {
         "rounding": plan.rounding,
         "number of tuning steps": str(plan.tuned_steps),
-        "text to round on": digest([text.about.sha256, count, len(parts.validation)]),
+        "text to round on": digest([text.about.sha256, count, rest]),
     }
     # What waits: the streams of two layers, and the layers of a shard that is not full yet.
     space = 2 * 4 * text.tokens.size * model.head_weight.shape[-1] + 2 * max(layers, default=0)

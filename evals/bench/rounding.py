@@ -1,10 +1,11 @@
 """Calibrated rounding: KL to native and top-1 agreement at the same bytes, in one run.
 
-    python evals/bench/rounding.py [PROFILE]
+    python evals/bench/rounding.py experts              experts in one tier, all else native
+    python evals/bench/rounding.py recipes [PROFILE]    our plans at the bytes of recipes
 
-On the demo model. PROFILE is a profile of it (`quantkit profile demo -o PROFILE`), made first where
-none is given. Every repo is written, and judged from its files on held-out text. The table goes
-into README.md here.
+On the demo model; without a name, both. PROFILE is a profile of it (`quantkit profile demo -o
+PROFILE`), made first where none is given. Every repo is written, and judged from its files on
+held-out text. The tables go into README.md here.
 """
 
 import argparse
@@ -21,10 +22,14 @@ from quantkit.allocate.plan import make_plan
 from quantkit.allocate.recipe import load_recipe, plan_by_recipe
 from quantkit.artifacts.plan import Plan
 from quantkit.artifacts.profile import Profile
+from quantkit.demo.build import demo_checkpoint
 from quantkit.formats.tiers import NATIVE, parse_tier
 from quantkit.pipeline import compare, quantize
 from quantkit.roles import EXPERT_ROLES
-from quantkit.source.source import Source
+from quantkit.source.source import Source, open_source
+
+TUNED = 60  # steps
+Groups = dict[str, list[tuple[str, Plan]]]
 
 
 def experts_in(source: Source, tier: str) -> Plan:
@@ -36,15 +41,23 @@ def experts_in(source: Source, tier: str) -> Plan:
     return make_plan(source.inventory, chosen, f"experts {tier}")
 
 
-def plans(source: Source, profile: Profile) -> dict[str, list[tuple[str, Plan]]]:
-    """What is compared with what: the first of each group is the yardstick."""
-    inventory = source.inventory
-    groups: dict[str, list[tuple[str, Plan]]] = {}
+def expert_plans(source: Source) -> Groups:
+    """Experts in one tier, all else native."""
+    groups: Groups = {}
     for tier, methods in (("q3g64", ("rtn", "search", "gptq")), ("q2g32", ("rtn", "gptq"))):
         plan = experts_in(source, tier)
-        groups[f"experts {tier}, all else native"] = [
-            (method, replace(plan, rounding=method)) for method in methods
-        ]
+        group = [(method, replace(plan, rounding=method)) for method in methods]
+        if tier == "q3g64":
+            tuned = replace(plan, rounding="gptq", tuned_steps=TUNED)
+            group.append((f"gptq, tuned for {TUNED} steps", tuned))
+        groups[f"experts {tier}, all else native"] = group
+    return groups
+
+
+def recipe_plans(source: Source, profile: Profile) -> Groups:
+    """Our plans at the bytes of recipes."""
+    inventory = source.inventory
+    groups: Groups = {}
     for name in (BIG, "uniform-4", "mxfp4-q8"):
         recipe = plan_by_recipe(inventory, load_recipe(name))
         wishes = Wishes(rounding="gptq", routers=name == "mxfp4-q8")
@@ -57,10 +70,11 @@ def plans(source: Source, profile: Profile) -> dict[str, list[tuple[str, Plan]]]
     return groups
 
 
-def table(source: Source, profile: Profile) -> str:
+def table(source: Source, groups: Groups) -> str:
+    """What is compared with what: the first of each group is the yardstick."""
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        for number, (title, group) in enumerate(plans(source, profile).items()):
+        for number, (title, group) in enumerate(groups.items()):
             outs, seconds = [], []
             for i, (_, plan) in enumerate(group):
                 outs.append(str(Path(folder) / f"{number}-{i}"))
@@ -80,7 +94,8 @@ def table(source: Source, profile: Profile) -> str:
                 print(rows[-1], flush=True)
     return "\n".join(
         [
-            f"{machine()}; rounded on 16,384 tokens, judged on {found[0].tokens} held out.",
+            f"{machine()}; rounded on 16,384 tokens, tuned on 1,024 a step, judged on "
+            f"{found[0].tokens} held out.",
             "",
             "| | bpw | KL mean | ratio | top-1 | time |",
             "|---|---|---|---|---|---|",
@@ -92,11 +107,15 @@ def table(source: Source, profile: Profile) -> str:
 def main() -> None:
     """Make the table."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("part", nargs="?", choices=("experts", "recipes"))
     parser.add_argument("profile", nargs="?")
     args = parser.parse_args()
-    text = table(*demo_and_profile(args.profile))
-    print(text)
-    save(text, "rounding")
+    if args.part != "recipes":
+        source = open_source(str(demo_checkpoint()))
+        save(table(source, expert_plans(source)), "rounding-experts")
+    if args.part != "experts":
+        source, profile = demo_and_profile(args.profile)
+        save(table(source, recipe_plans(source, profile)), "rounding-recipes")
 
 
 if __name__ == "__main__":

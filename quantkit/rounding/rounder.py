@@ -29,10 +29,11 @@ from quantkit.work import Tensors, Work
 
 @dataclass(frozen=True)
 class RoundingText:
-    """Token ids (sequences, length): those to round and tune on, and those that decide which point
-    of tuning is kept."""
+    """Token ids (sequences, length): those to round on, those to tune on, and those that decide
+    which point of tuning is kept."""
 
     tokens: np.ndarray
+    tuned: np.ndarray
     validation: np.ndarray
 
 
@@ -69,7 +70,7 @@ class LayerRounder:
                 changed,
                 lambda number: self._load(f"rounded-{number}"),
                 Tuning(plan.tuned_steps),
-                text.tokens,
+                text.tuned,
                 text.validation,
                 self._work,
                 progress,

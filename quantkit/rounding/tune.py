@@ -36,11 +36,16 @@ Parts = dict[str, mx.array]
 
 @dataclass(frozen=True)
 class Tuning:
-    """How long and how fast: `steps` of `sequences` each, at a `rate` that falls as a cosine."""
+    """How long and how fast: `steps` of `tokens` each, at a `rate` that falls as a cosine."""
 
     steps: int
-    sequences: int = 4
+    tokens: int = 1024
     rate: float = 5e-4
+
+    @property
+    def all_tokens(self) -> int:
+        """Tokens of all steps: so many can be new."""
+        return self.steps * self.tokens
 
 
 class _Experts:
@@ -154,7 +159,7 @@ class Tuner:
         self._progress(0, f"step {step}: {loss:.4f} on the validation text")
 
     def _step(self, step: int) -> None:
-        count = self._tuning.sequences
+        count = max(1, self._tuning.tokens // self._tokens.shape[1])
         rows = [(step * count + i) % len(self._tokens) for i in range(count)]
         tokens = mx.array(self._tokens[rows])
         inputs: list[mx.array] = []

@@ -1,0 +1,128 @@
+"""Calibrated quantizers side by side: quantkit, mlx_lm.gptq, mlx_lm.awq, mlx_lm.dynamic_quant.
+
+    python evals/bench/peers.py
+
+On plain SmolLM2-135M in BF16. Each runs in a process of its own, by its own main(), on the same
+text, in float32 (products in BF16 do not go through BLAS), and stores BF16. Ours gets the bytes of
+theirs. All are judged from their written repos on text that none has seen.
+"""
+
+import argparse
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+from rewrite import machine, run, save
+
+from quantkit.backend import mx
+from quantkit.demo.build import plain_checkpoint
+from quantkit.model.calibration import Request, read_text
+from quantkit.pipeline import compare
+from quantkit.source.source import open_source
+
+PROFILED, ROUNDED = 4096, 16384  # tokens: quantkit's defaults
+FOUR_BITS = ["--bits", "4", "--group-size", "64"]
+PEERS = {
+    "mlx_lm.convert": ["-q", "--q-bits", "4", "--q-group-size", "64"],
+    "mlx_lm.gptq": [*FOUR_BITS, "--fallback-bits", "4", "--fallback-group-size", "64"],
+    "mlx_lm.awq": [*FOUR_BITS, "--embed-bits", "4", "--embed-group-size", "64"],
+    "mlx_lm.dynamic_quant": ["--target-bpw", "5.0"],
+}
+
+
+def peer(name: str, out: str, options: list[str]) -> None:
+    """Run one of mlx-lm's own, in this process, on our text and in float32."""
+    if name == "mlx_lm.convert":
+        from mlx_lm.convert import main as entry
+    else:
+        entry = prepared(name)
+    os.chdir(Path(out).parent)  # where dynamic_quant leaves its sensitivities
+    sys.argv = [name, "--model", str(plain_checkpoint()), "--mlx-path", out, *options]
+    entry()
+
+
+def prepared(name: str):
+    """A tool's main(), which then reads our text, computes in float32 and stores BF16."""
+    from importlib import import_module
+
+    module = import_module(f"mlx_lm.quant.{name.rpartition('.')[2]}")
+    load, store = module.load, module.save
+    count = PROFILED if name == "mlx_lm.dynamic_quant" else ROUNDED
+    checkpoint = open_source(str(plain_checkpoint())).checkpoint
+    tokens = read_text(checkpoint, Request(tokens=count)).tokens
+
+    def load_float32(*args, **kwargs):
+        model, *rest = load(*args, **kwargs)
+        model.set_dtype(mx.float32)
+        return (model, *rest)
+
+    def save_bf16(path, source, model, *rest):
+        model.set_dtype(mx.bfloat16)
+        store(path, source, model, *rest)
+
+    module.load, module.save = load_float32, save_bf16
+    module.load_data = lambda *_, **__: mx.array(tokens)
+    return module.main
+
+
+def table() -> str:
+    source = open_source(str(plain_checkpoint()))
+    rows: list[tuple[str, float, float]] = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        outs: list[str] = []
+
+        def add(label: str, out: Path, command: list[str]) -> None:
+            rows.append((label, *run(command)))
+            outs.append(str(out))
+            print(*rows[-1], flush=True)
+
+        def add_ours(label: str, like: Path, profile: list[str]) -> None:
+            out = Path(f"{like}-ours")
+            own = [sys.executable, "-m", "quantkit", "quantize", "demo-llama", "-o", str(out)]
+            add(label, out, [*own, "--budget", f"like:{like}", *profile])
+
+        for peer_name, options in PEERS.items():
+            command = [sys.executable, __file__, "peer", peer_name, str(folder / peer_name)]
+            add(" ".join([peer_name, *options]), folder / peer_name, [*command, *options])
+        four, five = folder / "mlx_lm.gptq", folder / "mlx_lm.dynamic_quant"
+        add_ours("quantkit, the bytes of the first three, its profile included", four, [])
+        kept = ["--profile", f"{four}-ours-profile"]
+        add_ours("quantkit, the bytes of mlx_lm.dynamic_quant, that profile", five, kept)
+        found = compare(source, outs)
+    lines = []
+    for (label, seconds, peak), result in zip(rows, found, strict=True):
+        kl = result.kl_mean
+        lines.append(
+            f"| {label} | {result.bits_per_weight:.3f} | {kl.value:.4f} ({kl.low:.4f} to "
+            f"{kl.high:.4f}) | {kl.value / found[0].kl_mean.value:.3f} | "
+            f"{100 * result.top1_agreement.value:.1f}% | {seconds:.0f} s | {peak:.1f} GB |"
+        )
+    return "\n".join(
+        [
+            f"{machine()}; SmolLM2-135M; {ROUNDED} tokens to round on, {PROFILED} to measure "
+            f"sensitivities on, judged on {found[0].tokens} held out.",
+            "",
+            "| | bpw | KL mean | ratio | top-1 | time | peak memory |",
+            "|---|---|---|---|---|---|---|",
+            *lines,
+        ]
+    )
+
+
+def main() -> None:
+    """Make the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("what", nargs="*")
+    args, options = parser.parse_known_args()
+    if args.what:
+        peer(args.what[1], args.what[2], options)
+        return
+    text = table()
+    print(text)
+    save(text, "peers")
+
+
+if __name__ == "__main__":
+    main()
