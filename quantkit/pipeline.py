@@ -16,14 +16,15 @@ from quantkit.errors import CalibrationError, InputError
 from quantkit.formats.tiers import Tier, parse_tier
 from quantkit.jsonfile import digest
 from quantkit.judge import fidelity
+from quantkit.macs import Room, memory_needed
 from quantkit.model import joint
 from quantkit.model.calibration import Request, read_text
 from quantkit.model.streaming import StreamingModel
 from quantkit.places import plain_path
 from quantkit.profile.profile import Settings, make, prepare
 from quantkit.progress import Progress
-from quantkit.publish.card import card, license_of
-from quantkit.publish.report import read_report, report_text
+from quantkit.publish.card import license_of
+from quantkit.publish.report import documents, read_report
 from quantkit.rewrite.rewrite import SHARD_BYTES, Rounder, Rounding, Written, rewrite
 from quantkit.rounding.round import require_method
 from quantkit.rounding.rounder import LayerRounder, RoundingText
@@ -43,12 +44,15 @@ def quantize(
     *,
     text: Request | None = None,
     shard_bytes: int = SHARD_BYTES,
+    room: Room | None = None,
+    command: str | None = None,
     force: bool = False,
     progress: Progress | None = None,
 ) -> Report:
     """Carry `plan` out: write the repo `out`, its report and card included, and give the report.
 
-    `text` is what to round on where the plan's rounding is a calibrated one. A source on the Hub is
+    `text` is what to round on where the plan's rounding is a calibrated one; `room` is for what the
+    report says of memory, `command` for how it says that the repo was made. A source on the Hub is
     downloaded first. Raises what `rewrite` raises, InputError, CalibrationError and HubError.
     """
     if source.checkpoint.folder is None:  # what `rewrite` checks too, before the download
@@ -59,18 +63,29 @@ def quantize(
     name = source.checkpoint.name
     base_model = name if is_repo_id(name) else None  # a local folder's name has no slash
     license_id = license_of(source.checkpoint.path(""))
+    memory = memory_needed(plan.total_bytes, source.checkpoint.config, room)
 
-    def documents(written: Written) -> dict[str, str]:
+    def describe(written: Written) -> dict[str, str]:
         made = replace(carried, source=written.source)
-        report = Report(made, written.shards, written.files, versions())
-        return {REPORT_FILE: report_text(report), "README.md": card(report, base_model, license_id)}
+        return documents(
+            Report(
+                made,
+                written.shards,
+                written.files,
+                versions(),
+                base_model,
+                license_id,
+                command,
+                memory,
+            )
+        )
 
     carried, rounding = _calibrated(source, plan, text or ROUNDING_TEXT, shard_bytes)
     rewrite(
         source,
         carried,
         out,
-        documents,
+        describe,
         rounding=rounding,
         shard_bytes=shard_bytes,
         force=force,

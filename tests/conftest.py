@@ -1,4 +1,6 @@
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -8,6 +10,7 @@ from typer.testing import CliRunner, Result
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported; no test leaves the machine
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 
+from quantkit.backend import mx  # noqa: F401  (before mlx-lm, which tests import)
 from tests import tiny
 
 Cli = Callable[..., Result]
@@ -50,5 +53,27 @@ def cli() -> Cli:
 
     def run(*arguments: object) -> Result:
         return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+    return run
+
+
+@pytest.fixture
+def online(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run a quantkit command against a stand-in for the Hub, with a cache of its own."""
+
+    def run(endpoint: str, *arguments: object, **more: str) -> subprocess.CompletedProcess[str]:
+        env = {
+            **os.environ,
+            "HF_ENDPOINT": endpoint,
+            "HF_HOME": str(tmp_path / "hf"),
+            "HF_HUB_OFFLINE": "0",
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            **more,
+        }
+        command = [sys.executable, "-m", "quantkit", *map(str, arguments)]
+        return subprocess.run(
+            command, env=env, cwd=tmp_path, capture_output=True, text=True, check=False
+        )
 
     return run

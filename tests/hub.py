@@ -1,21 +1,39 @@
-"""A Hub on loopback, as much of it as huggingface_hub's read calls need."""
+"""A Hub on loopback, as much of it as huggingface_hub's calls need to read and to upload.
 
+It stores what is uploaded, large files in parts, as the Hub does where Xet is off.
+"""
+
+import base64
 import hashlib
 import json
 import re
 import threading
+from collections.abc import Callable
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import urlsplit
 
 COMMIT = "c0ffee" + "0" * 34
+TOKEN = "hf_of_user"
+PART = 100_000  # bytes
 
 
 @contextmanager
-def serving(repos: dict[str, Path]):
-    """Serve folders under repo ids; gives (endpoint, [(method, path, bytes sent)])."""
+def serving(
+    repos: dict[str, Path],
+    new: Path | None = None,
+    drops: Callable[[str], bool] = lambda _: False,
+):
+    """Serve folders under repo ids; gives (endpoint, [(method, path, bytes sent)]).
+
+    `new` is where the repos that `user` creates are put. An upload to a path that `drops` is cut in
+    the middle.
+    """
     log: list[tuple[str, str, int]] = []
+    stored: dict[str, bytes] = {}
+    parts: dict[tuple[str, int], bytes] = {}
+    commits: list[dict] = []
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -29,8 +47,108 @@ def serving(repos: dict[str, Path]):
         def do_GET(self):
             self.handle_any(body=True)
 
+        def do_PUT(self):
+            path = urlsplit(self.path).path
+            size = int(self.headers["Content-Length"])
+            if drops(path):
+                self.rfile.read(size // 2)
+                log.append(("DROPPED", path, 0))
+                self.close_connection = True
+                return self.connection.close()
+            _, _, oid, number = path.split("/")
+            parts[oid, int(number)] = self.rfile.read(size)
+            return self.answer(200, b"", True, {"ETag": f'"{number}"'})
+
+        def do_POST(self):
+            path = urlsplit(self.path).path
+            sent = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            if self.headers.get("Authorization") != f"Bearer {TOKEN}" and "/lfs/" not in path:
+                return self.answer(401, b'{"error": "Invalid credentials"}', True)
+            for pattern, act in (
+                ("/api/repos/create", self.create),
+                ("/api/validate-yaml", lambda _: self.reply({"errors": [], "warnings": []})),
+                (r"/api/models/(.+?)/branch/.+", lambda _, repo: self.reply({})),
+                (r"/api/models/(.+?)/preupload/.+", self.preupload),
+                (r"/api/models/(.+?)/commit/.+", self.commit),
+                (r"/(.+?)\.git/info/lfs/objects/batch", self.batch),
+                (r"/lfs/([0-9a-f]+)/complete", self.complete),
+            ):
+                if found := re.fullmatch(pattern, path):
+                    return act(sent, *found.groups())
+            return self.answer(404, b"{}", True)
+
+        def reply(self, value, status=200, headers=None):
+            return self.answer(status, json.dumps(value).encode(), True, headers)
+
+        def create(self, sent):
+            asked = json.loads(sent)
+            repo = f"{asked.get('organization') or 'user'}/{asked['name']}"
+            if not repo.startswith("user/"):
+                return self.reply({"error": "You don't have the rights"}, 403)
+            url = f"http://{self.headers['Host']}/{repo}"
+            if repo in repos:
+                return self.reply({"error": "You already created this model repo", "url": url}, 409)
+            repos[repo] = new / asked["name"]
+            repos[repo].mkdir()
+            return self.reply({"url": url})
+
+        def preupload(self, sent, repo):
+            if not repo.startswith("user/"):
+                return self.reply({"error": "Forbidden"}, 403)
+            modes = [
+                {
+                    "path": file["path"],
+                    "uploadMode": "lfs" if file["path"].endswith(".safetensors") else "regular",
+                    "shouldIgnore": False,
+                    "oid": None,
+                }
+                for file in json.loads(sent)["files"]
+            ]
+            return self.reply({"files": modes})
+
+        def batch(self, sent, repo):
+            base = f"http://{self.headers['Host']}/lfs"
+            objects = []
+            for asked in json.loads(sent)["objects"]:
+                entry = dict(asked)
+                if (oid := asked["oid"]) not in stored:
+                    count = -(-asked["size"] // PART)
+                    urls = {f"{i + 1:05}": f"{base}/{oid}/{i}" for i in range(count)}
+                    header = {"chunk_size": str(PART), **urls}
+                    upload = {"href": f"{base}/{oid}/complete", "header": header}
+                    entry["actions"] = {"upload": upload}
+                objects.append(entry)
+            return self.reply({"transfer": "multipart", "objects": objects})
+
+        def complete(self, sent, oid):
+            count = len(json.loads(sent)["parts"])
+            data = b"".join(parts[oid, i] for i in range(count))
+            if hashlib.sha256(data).hexdigest() != oid:
+                return self.reply({"error": "wrong hash"}, 400)
+            stored[oid] = data
+            return self.reply({})
+
+        def commit(self, sent, repo):
+            lines = [json.loads(line) for line in sent.splitlines()]
+            for line in lines:
+                value = line["value"]
+                if line["key"] == "header":
+                    commits.append(value)
+                elif line["key"] == "file":
+                    (repos[repo] / value["path"]).write_bytes(base64.b64decode(value["content"]))
+                elif line["key"] == "lfsFile":
+                    (repos[repo] / value["path"]).write_bytes(stored[value["oid"]])
+                elif line["key"] == "deletedFile":
+                    (repos[repo] / value["path"]).unlink()
+            url = f"http://{self.headers['Host']}/{repo}/commit/{COMMIT}"
+            return self.reply({"success": True, "commitOid": COMMIT, "commitUrl": url})
+
         def handle_any(self, body):
             path = urlsplit(self.path).path
+            if path == "/api/whoami-v2":
+                if self.headers.get("Authorization") != f"Bearer {TOKEN}":
+                    return self.answer(401, b'{"error": "Invalid credentials"}', body)
+                return self.answer(200, b'{"type": "user", "name": "user"}', body)
             api = re.fullmatch(r"/api/models/([^/]+/[^/]+?)(?:/(revision|tree)/([^/]+)/?)?", path)
             file = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
             repo = (api or file) and (api or file).group(1)

@@ -16,14 +16,13 @@ from typing import Any
 from quantkit.allocate.recipe import load_recipe, plan_by_recipe, recipe_names
 from quantkit.artifacts.inventory import Inventory
 from quantkit.errors import InputError
+from quantkit.macs import Room, cache_bytes, wired_by_default
 from quantkit.places import user_path
 from quantkit.source.checkpoint import open_folder
-from quantkit.source.layout import optional_int, text_scope
 from quantkit.units import gb, parse_bytes, parse_count
 
 _BPW = re.compile(r"\s*([0-9]{1,9}(?:\.[0-9]{1,9})?)\s*bpw\s*", re.IGNORECASE)
 _SPEED = re.compile(r"\s*([0-9]{1,9}(?:\.[0-9]{1,9})?)\s*tok/s\s*@\s*([^/]+)/s\s*", re.IGNORECASE)
-_CACHE_BYTES = 2  # of a key or a value: mlx-lm's cache is 16 bits
 
 
 @dataclass(frozen=True)
@@ -32,15 +31,6 @@ class Budget:
 
     bytes: int | None
     about: str
-
-
-@dataclass(frozen=True)
-class Room:
-    """What a Mac's memory must hold beside the weights: a KV cache for `context` tokens, and
-    `reserve` bytes for activations and all else."""
-
-    context: int = 8192
-    reserve: int = 1_500_000_000
 
 
 def parse_budget(
@@ -84,28 +74,6 @@ def parse_room(context: str, reserve: str) -> Room:
     return Room(parse_count(context), parse_bytes(reserve))
 
 
-def cache_bytes(config: Mapping[str, Any], context: int) -> int:
-    """Bytes of the KV cache for `context` tokens, 16 bits a value.
-
-    Layers with a sliding window keep no more than the window. Raises InputError for a config that
-    does not say how large keys and values are.
-    """
-    scope = text_scope(config)
-    layers = optional_int(scope, "num_hidden_layers", "n_layers", "n_layer")
-    heads = optional_int(scope, "num_attention_heads", "n_head", "n_heads")
-    keys = optional_int(scope, "num_key_value_heads") or heads
-    hidden = optional_int(scope, "hidden_size", "n_embd", "d_model")
-    width = optional_int(scope, "head_dim") or (hidden // heads if hidden and heads else None)
-    if layers is None or keys is None or width is None:
-        raise InputError("config.json does not say how large the KV cache is; give bytes instead.")
-    kinds = scope.get("layer_types")
-    kinds = kinds if isinstance(kinds, list) else []
-    window = optional_int(scope, "sliding_window")
-    sliding = sum(kind == "sliding_attention" for kind in kinds) if window else 0
-    tokens = (layers - sliding) * context + sliding * min(context, window or 0)
-    return 2 * keys * width * _CACHE_BYTES * tokens
-
-
 def _mac(what: str, config: Mapping[str, Any], room: Room) -> Budget:
     if what.strip().lower() == "this":
         from quantkit.backend import wired_bytes  # mlx, only where the machine is asked
@@ -113,8 +81,7 @@ def _mac(what: str, config: Mapping[str, Any], room: Room) -> Budget:
         wired, about = wired_bytes(), "mac:this"
     else:
         memory = _memory(what)
-        # What macOS lets the GPU wire: two thirds of small memories, three quarters of others.
-        wired = memory * 2 // 3 if memory <= 36 << 30 else memory * 3 // 4
+        wired = wired_by_default(memory)
         about = f"mac:{what.strip()}"
     cache = cache_bytes(config, room.context)
     left = wired - cache - room.reserve

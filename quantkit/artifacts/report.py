@@ -5,13 +5,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from quantkit.artifacts.fidelity import Fidelity
 from quantkit.artifacts.inventory import SourceFile, is_count, source_file
 from quantkit.artifacts.plan import Plan
+from quantkit.artifacts.speed import Speed
 from quantkit.errors import PlanError
 from quantkit.jsonfile import FORMAT_VERSION, require_kind
 from quantkit.units import bits_per_weight
 
 REPORT_FILE = "quantkit.json"
+_TEXTS = ("base_model", "license", "repo", "command")
 
 
 @dataclass(frozen=True)
@@ -25,16 +28,41 @@ class ShardRecord:
 
 
 @dataclass(frozen=True)
+class Memory:
+    """What running a repo takes, computed: the weights, the KV cache of `context` tokens, and a
+    reserve for activations and all else.
+
+    `smallest_mac_gib` is the memory of the smallest Mac whose GPU may hold as much, None if none.
+    """
+
+    context: int
+    cache_bytes: int
+    reserve_bytes: int
+    needed_bytes: int
+    smallest_mac_gib: int | None
+
+
+@dataclass(frozen=True)
 class Report:
     """What a repo holds and how it came to be; `quantkit.json` inside the repo.
 
     `files` are those beside the shards that mlx-lm reads: config, index, tokenizer and the like.
+    `base_model` is the source's Hub id, `license` what its card states, `command` what was typed,
+    `repo` the Hub id that it was uploaded as; `fidelity` and `speed` are what was measured of it.
+    All of them are None where they are not known.
     """
 
     plan: Plan
     shards: tuple[ShardRecord, ...]
     files: tuple[SourceFile, ...]
     versions: Mapping[str, str]
+    base_model: str | None = None
+    license: str | None = None
+    command: str | None = None
+    memory: Memory | None = None
+    repo: str | None = None
+    fidelity: Fidelity | None = None
+    speed: Speed | None = None
 
     @property
     def total_bytes(self) -> int:
@@ -58,6 +86,13 @@ class Report:
             "parameters": self.plan.parameters,
             "bits_per_weight": bits_per_weight(self.total_bytes, self.plan.parameters),
             "active_bytes_per_token": self.plan.active_bytes,
+            "memory": None if self.memory is None else asdict(self.memory),
+            "base_model": self.base_model,
+            "license": self.license,
+            "repo": self.repo,
+            "command": self.command,
+            "fidelity": None if self.fidelity is None else self.fidelity.to_json(),
+            "speed": None if self.speed is None else self.speed.to_json(),
             "tiers": plan["tiers"],
             "weights": plan["weights"],
             "source": plan["source"],
@@ -76,9 +111,27 @@ class Report:
             shards = tuple(shard_record(shard) for shard in data["shards"])
             files = tuple(source_file(file) for file in data["files"])
             versions = {str(name): str(number) for name, number in data["versions"].items()}
+            known = {name: _optional_text(data, name) for name in _TEXTS}
+            memory = None if data.get("memory") is None else Memory(**data["memory"])
+            fidelity = data.get("fidelity") and Fidelity.from_json(data["fidelity"])
+            speed = data.get("speed") and Speed.from_json(data["speed"])
         except (AttributeError, KeyError, TypeError, ValueError) as exc:
             raise PlanError(f"{where}: not a complete report ({exc}).") from exc
-        return cls(Plan.from_json(plan, where), shards, files, versions)
+        return cls(
+            Plan.from_json(plan, where),
+            shards,
+            files,
+            versions,
+            **known,
+            memory=memory,
+            fidelity=fidelity,
+            speed=speed,
+        )
+
+
+def _optional_text(data: Mapping[str, Any], name: str) -> str | None:
+    value = data.get(name)
+    return None if value is None else str(value)
 
 
 def shard_record(data: Mapping[str, Any]) -> ShardRecord:

@@ -15,6 +15,7 @@ from quantkit.cli import console
 from quantkit.errors import InputError, PlanError
 from quantkit.formats.tiers import ROUNDINGS, parse_tier
 from quantkit.jsonfile import load_json
+from quantkit.macs import Room
 from quantkit.units import parse_bytes
 
 if TYPE_CHECKING:
@@ -92,6 +93,11 @@ class Asked:
         )
 
     @property
+    def room(self) -> Room:
+        """What memory must hold beside the weights. Raises InputError."""
+        return parse_room(self.context, self.reserve)
+
+    @property
     def bandwidth(self) -> int | None:
         """Bytes per second, where a speed is asked for."""
         return parse_speed(self.speed)[1] if self.speed else None
@@ -106,9 +112,8 @@ class Asked:
     def limits(self, source: "Source") -> Limits:
         """Raises InputError."""
         assert self.budget is not None
-        room = parse_room(self.context, self.reserve)
         config = source.checkpoint.config
-        budget = parse_budget(self.budget, source.inventory, config, room)
+        budget = parse_budget(self.budget, source.inventory, config, self.room)
         return Limits(budget.bytes, self.active, budget.about)
 
 

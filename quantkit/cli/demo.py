@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from quantkit.cli import console
+from quantkit.cli import console, tables
 from quantkit.cli.options import Json
 
 
@@ -30,7 +30,7 @@ def demo(
     from quantkit.backend import speed_hint
     from quantkit.cli.choose import Asked, choose_plan
     from quantkit.demo.build import demo_checkpoint
-    from quantkit.judge.answer import answer
+    from quantkit.judge.answer import Manner, Speaker
     from quantkit.pipeline import quantize
     from quantkit.places import cache_folder
     from quantkit.source.source import open_source
@@ -43,12 +43,13 @@ def demo(
     out = output or cache_folder() / f"demo-{Path(recipe).stem}"
     with console.progress(plan.total_bytes, f"Writing {out.name}") as progress:
         report = quantize(source, plan, out, force=output is None, progress=progress)
+    pieces = Speaker(str(out)).answer([{"role": "user", "content": question}], Manner(64))
     if json:
-        said = "".join(answer(out, question))
+        said = "".join(piece.text for piece in pieces)
         console.print_json({"report": report.to_json(), "question": question, "answer": said})
         return
-    console.print_report(report, str(out))
+    tables.print_report(report, str(out))
     print(f"\n> {question}", flush=True)
-    for piece in answer(out, question):
-        print(piece, end="", flush=True)
+    for piece in pieces:
+        print(piece.text, end="", flush=True)
     print()

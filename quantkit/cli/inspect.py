@@ -1,6 +1,6 @@
 """`quantkit inspect`: what a checkpoint holds."""
 
-from quantkit.cli import console
+from quantkit.cli import console, tables
 from quantkit.cli.options import Json, Revision, Src
 
 
@@ -16,4 +16,4 @@ def inspect(src: Src, revision: Revision = None, json: Json = False) -> None:
     if json:
         console.print_json(inventory.to_json())
     else:
-        console.print_inventory(inventory)
+        tables.print_inventory(inventory)

@@ -10,6 +10,7 @@ from typer.core import TyperGroup
 
 from quantkit import __version__
 from quantkit.cli import console
+from quantkit.cli.bench import bench
 from quantkit.cli.compare import compare
 from quantkit.cli.demo import demo
 from quantkit.cli.inspect import inspect
@@ -17,6 +18,8 @@ from quantkit.cli.plan import plan
 from quantkit.cli.profile import profile
 from quantkit.cli.quantize import quantize
 from quantkit.cli.report import report
+from quantkit.cli.talk import chat, generate, serve
+from quantkit.cli.upload import upload
 from quantkit.cli.verify import verify
 from quantkit.errors import QuantkitError
 
@@ -83,7 +86,8 @@ def _options(
     pass
 
 
-for command in (inspect, profile, plan, quantize, report, verify, compare, demo):
+COMMANDS = (inspect, profile, plan, quantize, report, verify, compare, bench, upload)
+for command in (*COMMANDS, generate, chat, serve, demo):
     app.command()(command)
 
 

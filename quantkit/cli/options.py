@@ -1,9 +1,13 @@
 """Arguments and options that several commands share."""
 
+import os
+import shlex
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+
+_NOT_REPEATED = ("force", "json")
 
 Src = Annotated[
     str,
@@ -14,6 +18,10 @@ Src = Annotated[
     ),
 ]
 Repo = Annotated[Path, typer.Argument(metavar="OUT", help="A repo that quantkit wrote.")]
+Record = Annotated[
+    bool,
+    typer.Option("--record", help="Put the figures into OUT's quantkit.json and model card."),
+]
 Revision = Annotated[
     str | None, typer.Option(help="Branch, tag or commit of a Hub id. Default: its main branch.")
 ]
@@ -113,3 +121,25 @@ Refine = Annotated[
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+
+
+def command_line(ctx: typer.Context) -> str:
+    """What was typed, for others to repeat: files without the way to them, the output as OUT."""
+    words = ["quantkit", str(ctx.info_name)]
+    for option in ctx.command.params:
+        given = ctx.get_parameter_source(str(option.name))
+        if given is None or given.name != "COMMANDLINE" or option.name in _NOT_REPEATED:
+            continue
+        value: Any = ctx.params[str(option.name)]
+        for one in value if isinstance(value, list | tuple) else [value]:
+            text = "OUT" if option.name == "output" else _without_folders(str(one))
+            if option.param_type_name == "argument":
+                words.append(text)
+            else:
+                words += [option.opts[0]] if one is True else [option.opts[0], text]
+    return shlex.join(words)
+
+
+def _without_folders(text: str) -> str:
+    kind, colon, path = text.rpartition(":")  # like:FOLDER
+    return kind + colon + Path(path).name if os.sep in path and Path(path).exists() else text

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from quantkit.cli import console
+from quantkit.cli import console, tables
 from quantkit.cli.options import (
     ActiveBytes,
     BudgetOption,
@@ -161,11 +161,11 @@ def plan(
         if json:
             console.print_json(explanation_json(reasons))
         else:
-            console.print_explanation(reasons)
+            tables.print_explanation(reasons)
     elif json:
         console.print_json(chosen.to_json())
     else:
-        console.print_plan(chosen, asked.bandwidth)
+        tables.print_plan(chosen, asked.bandwidth)
 
 
 def _frontier(
@@ -181,12 +181,12 @@ def _frontier(
         plot_frontier(plans, recipes, plot)
     if json:
         rows = {
-            "frontier": [console.plan_row(p) for p in plans],
-            "recipes": [console.plan_row(p) for p in recipes],
+            "frontier": [tables.plan_row(p) for p in plans],
+            "recipes": [tables.plan_row(p) for p in recipes],
         }
         console.print_json(rows)
     else:
-        console.print_frontier(plans, recipes)
+        tables.print_frontier(plans, recipes)
 
 
 def _diff(files: list[Path], json: bool) -> None:
@@ -204,4 +204,4 @@ def _diff(files: list[Path], json: bool) -> None:
     if json:
         console.print_json([asdict(difference) for difference in found])
     else:
-        console.print_differences(found)
+        tables.print_differences(found)

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from quantkit.cli import console
+from quantkit.cli import console, tables
 from quantkit.cli.options import CalibrationName, Json, Revision, Src, Tokens
 
 
@@ -110,11 +110,11 @@ def profile(
     if json:
         console.print_json(made.to_json() | ({"check": checked} if checked else {}))
         return
-    console.print_profile(made)
+    tables.print_profile(made)
     for line in _warnings(made.expert_tokens):
         console.note(line)
     if checked:
-        console.print_check(checked)
+        tables.print_check(checked)
     if output is not None:
         print(f"Written to {output}.")
 

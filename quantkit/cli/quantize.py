@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from quantkit.cli import console
+from quantkit.cli import console, tables
 from quantkit.cli.options import (
     ActiveBytes,
     BudgetOption,
@@ -28,10 +28,12 @@ from quantkit.cli.options import (
     Tiers,
     Ties,
     Tokens,
+    command_line,
 )
 
 
 def quantize(
+    ctx: typer.Context,
     src: Src,
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="OUT", help="The folder to write.")
@@ -140,13 +142,15 @@ def quantize(
             output,
             text=Request(calibration, rounding_tokens),
             shard_bytes=shard_bytes,
+            room=asked.room,
+            command=command_line(ctx),
             force=force,
             progress=progress,
         )
     if json:
         console.print_json(report.to_json())
         return
-    console.print_report(report, str(output))
+    tables.print_report(report, str(output))
     if was_there:
         print("It was complete already; nothing was written.")
     else:

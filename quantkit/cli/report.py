@@ -1,6 +1,6 @@
 """`quantkit report`: what a repo holds."""
 
-from quantkit.cli import console
+from quantkit.cli import console, tables
 from quantkit.cli.options import Json, Repo
 
 
@@ -15,4 +15,4 @@ def report(out: Repo, json: Json = False) -> None:
     if json:
         console.print_json(found.to_json())
     else:
-        console.print_report(found, str(out))
+        tables.print_report(found, str(out))

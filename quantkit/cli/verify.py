@@ -1,12 +1,18 @@
 """`quantkit verify`: whether a repo is right."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from quantkit.cli import console
+from quantkit.cli import console, tables
 from quantkit.cli.options import Json, Repo
+
+if TYPE_CHECKING:
+    from quantkit.artifacts.report import Report
+    from quantkit.judge.verify import Check
 
 
 def verify(
@@ -21,24 +27,35 @@ def verify(
 
     Exit code 1 if a check fails. `--no-load` checks all but the loading, on any machine.
     """
-    from quantkit.backend import speed_hint
-    from quantkit.judge.verify import verify as run_checks
     from quantkit.publish.report import read_report
 
-    found = read_report(out)
-    total = sum(s.size for s in found.shards) + sum(f.size for f in found.files)
+    checks = run_checks(out, read_report(out), load, show=not json)
+    if json:
+        ok = all(check.ok is not False for check in checks)
+        console.print_json({"ok": ok, "checks": [asdict(check) for check in checks]})
+    require_good(checks)
+
+
+def run_checks(out: Path, report: "Report", load: bool, show: bool) -> "list[Check]":
+    """Verify a repo with progress, every check shown as it is made."""
+    from quantkit.backend import speed_hint
+    from quantkit.judge.verify import verify
+
+    total = sum(s.size for s in report.shards) + sum(f.size for f in report.files)
     checks = []
     if load:
         console.note(speed_hint())
     with console.progress(total, "Verifying") as progress:
-        for check in run_checks(out, found, load=load, progress=progress):
+        for check in verify(out, report, load=load, progress=progress):
             checks.append(check)
-            if not json:
-                console.print_checks([check])
-    failed = any(check.ok is False for check in checks)
-    if json:
-        console.print_json({"ok": not failed, "checks": [asdict(check) for check in checks]})
-    else:
-        console.print_verdict(checks, str(out))
-    if failed:
+            if show:
+                tables.print_checks([check])
+    if show:
+        tables.print_verdict(checks, str(out))
+    return checks
+
+
+def require_good(checks: "Sequence[Check]") -> None:
+    """Ends the process with exit code 1 if a check failed."""
+    if any(check.ok is False for check in checks):
         raise typer.Exit(1)

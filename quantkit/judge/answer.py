@@ -1,19 +1,95 @@
 """Letting a repo speak, through stock mlx-lm."""
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from quantkit.backend import mx  # noqa: F401  (before mlx-lm: see backend)
+from quantkit.backend import mx
+from quantkit.errors import InputError, OutputError, first_line
+from quantkit.judge.channels import Channels, Piece
+from quantkit.source.hub import is_repo_id
+
+EFFORTS = ("low", "medium", "high")
 
 
-def answer(repo: Path, question: str, max_tokens: int = 64) -> Iterator[str]:
-    """The repo's greedy answer to a chat question, piece by piece."""
-    import mlx_lm
+@dataclass(frozen=True)
+class Manner:
+    """How to speak: at most `max_tokens`; of gpt-oss, with how much reasoning; drawn at a
+    `temperature` (0: always the likeliest token) from the `top_p` likeliest, by a `seed`."""
 
-    model, tokenizer = mlx_lm.load(str(repo))
-    messages = [{"role": "user", "content": question}]
-    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
-    for step in mlx_lm.stream_generate(model, tokenizer, prompt, max_tokens=max_tokens):
-        yield step.text
-        if step.finish_reason == "length":
-            yield f" [cut after {max_tokens} tokens]"
+    max_tokens: int = 1024
+    effort: str | None = None
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+
+class Speaker:
+    """A repo (a folder or a Hub id) loaded whole by stock mlx-lm."""
+
+    def __init__(self, repo: str) -> None:
+        """Raises OutputError for what mlx-lm does not load."""
+        import mlx_lm
+
+        _require_repo(repo)
+        try:
+            self._model, self._tokenizer = mlx_lm.load(repo)
+        except Exception as exc:
+            raise OutputError(f"{repo}: mlx-lm does not load it ({first_line(exc)}).") from exc
+        self.truncated = False
+        """Whether the last answer was cut after `max_tokens`."""
+
+    def knows_effort(self) -> bool:
+        """Whether the chat template asks how much to reason."""
+        return "reasoning_effort" in str(getattr(self._tokenizer, "chat_template", None) or "")
+
+    def answer(self, messages: Sequence[Mapping[str, str]], manner: Manner) -> Iterator[Piece]:
+        """The answer to a chat, piece by piece, its channels told apart. Raises InputError where
+        the chat template refuses it."""
+        from mlx_lm.sample_utils import make_sampler
+
+        sampler = make_sampler(temp=manner.temperature, top_p=manner.top_p)
+        mx.random.seed(manner.seed)
+        tokens = self._tokens(self._prompt(messages, manner.effort), manner.max_tokens, sampler)
+        yield from Channels(self._tokenizer).pieces(tokens)
+
+    def _prompt(self, messages: Sequence[Mapping[str, str]], effort: str | None) -> list[int]:
+        if not getattr(self._tokenizer, "chat_template", None):
+            return list(self._tokenizer.encode("\n".join(m["content"] for m in messages)))
+        more = {"reasoning_effort": effort} if effort else {}
+        try:
+            prompt = self._tokenizer.apply_chat_template(
+                [dict(message) for message in messages], add_generation_prompt=True, **more
+            )
+        except Exception as exc:
+            raise InputError(f"the chat template refuses this ({first_line(exc)}).") from exc
+        return list(prompt)
+
+    def _tokens(self, prompt: list[int], max_tokens: int, sampler: Any) -> Iterator[int]:
+        import mlx_lm
+
+        steps = mlx_lm.stream_generate(
+            self._model, self._tokenizer, prompt, max_tokens=max_tokens, sampler=sampler
+        )
+        self.truncated = False
+        for step in steps:
+            self.truncated = step.finish_reason == "length"
+            if step.token not in self._tokenizer.eos_token_ids:
+                yield step.token
+
+
+def serve(repo: str, options: Mapping[str, object]) -> None:
+    """Run mlx-lm's server in this process until it is interrupted. Raises OutputError."""
+    from mlx_lm import server
+
+    _require_repo(repo)
+    given = [text for name, value in options.items() for text in (f"--{name}", str(value))]
+    sys.argv = ["mlx_lm.server", "--model", repo, *given]
+    server.main()
+
+
+def _require_repo(repo: str) -> None:
+    if not Path(repo).is_dir() and not is_repo_id(repo):
+        raise OutputError(f"{repo}: no such folder, and no Hub id such as user/name.")

@@ -46,9 +46,11 @@ _TOKENS_AT_ONCE = 4096  # through the head
 
 @dataclass(frozen=True)
 class Judged:
-    """Held-out token ids (sequences, length), and the kind of text each sequence is."""
+    """Held-out token ids (sequences, length), drawn by `seed`, and the kind of text each sequence
+    is."""
 
     name: str
+    seed: int
     tokens: np.ndarray
     kinds: tuple[str, ...]
 
@@ -103,7 +105,7 @@ def compare(comparison: Comparison, progress: Progress) -> list[Fidelity]:
             targets = mx.array(np.roll(tokens[part], -1, axis=1))
             parts += compared(native, h[part], [Changed(other[part], model=model)], targets)
         progress(1, f"{name}: logits")
-        found.append(_fidelity(name, source, comparison.text.kinds, parts))
+        found.append(_fidelity(name, source, comparison, parts))
     return found
 
 
@@ -120,7 +122,7 @@ def _judged(native: Source, request: Request) -> Judged:
             f"{request.name}: holds less than five sequences of {request.sequence_length} tokens, "
             "of which every fifth is judged on. Give more text, or a smaller --sequence-length."
         )
-    return Judged(text.about.name, np.concatenate(tokens), tuple(kinds))
+    return Judged(text.about.name, request.seed, np.concatenate(tokens), tuple(kinds))
 
 
 def _require_same_tokenizer(
@@ -223,7 +225,7 @@ def _output(model: StreamingModel, tokens: np.ndarray, progress: Progress) -> mx
 
 
 def _fidelity(
-    name: str, source: Source, kinds: Sequence[str], parts: Sequence[Compared]
+    name: str, source: Source, comparison: Comparison, parts: Sequence[Compared]
 ) -> Fidelity:
     kl, same, native_loss, loss = (
         np.concatenate([np.array(getattr(part, field), np.float64) for part in parts])
@@ -242,11 +244,15 @@ def _fidelity(
     at = [_interval(value, drawn[:, i], sequences) for i, value in enumerate(whole)]
     inventory = source.inventory
     by_text = {}
-    for kind in dict.fromkeys(kinds):
-        own = kl[[k == kind for k in kinds]].mean(axis=1)
+    text = comparison.text
+    for kind in dict.fromkeys(text.kinds):
+        own = kl[[k == kind for k in text.kinds]].mean(axis=1)
         by_text[kind] = _mean(own, rng.integers(0, len(own), (_RESAMPLES, len(own))))
     return Fidelity(
         repo=name,
+        native=comparison.native.inventory.source.name,
+        text=text.name,
+        seed=text.seed,
         bytes=inventory.total_bytes,
         bits_per_weight=bits_per_weight(inventory.total_bytes, inventory.parameters),
         tokens=kl.size,

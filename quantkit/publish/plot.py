@@ -22,7 +22,7 @@ def plot_profile(profile: Profile, path: Path) -> None:
 
     Raises OutputError.
     """
-    plt = _pyplot()
+    plt = pyplot()
     from matplotlib.colors import LogNorm
 
     if not profile.tiers:
@@ -56,7 +56,7 @@ def plot_profile(profile: Profile, path: Path) -> None:
 
 def plot_fidelity(results: Sequence[Fidelity], path: Path) -> None:
     """The share of tokens below each KL divergence, a curve per repo. Raises OutputError."""
-    figure, axes = _pyplot().subplots(figsize=(8, 5), layout="constrained")
+    figure, axes = pyplot().subplots(figsize=(8, 5), layout="constrained")
     for found in results:
         label = f"{found.repo} ({found.bits_per_weight:.2f} bpw, mean {found.kl_mean.value:.3g})"
         axes.plot([max(kl, 1e-7) for kl in found.quantiles], range(101), label=label)
@@ -73,7 +73,7 @@ def plot_fidelity(results: Sequence[Fidelity], path: Path) -> None:
 def plot_frontier(plans: Sequence[Plan], recipes: Sequence[Plan], path: Path) -> None:
     """Predicted loss against size: the best plans as a line, recipes as points. Raises
     OutputError."""
-    figure, axes = _pyplot().subplots(figsize=(8, 5), layout="constrained")
+    figure, axes = pyplot().subplots(figsize=(8, 5), layout="constrained")
     points = [(plan.total_bytes / 1e9, plan.predicted_kl) for plan in plans if plan.predicted_kl]
     axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label="the best plan")
     for plan in recipes:
@@ -105,7 +105,8 @@ def require_picture(path: Path) -> None:
         raise OutputError(f"{path}: there is no such folder.")
 
 
-def _pyplot() -> Any:
+def pyplot() -> Any:
+    """matplotlib's pyplot, drawing to files only."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -119,7 +120,7 @@ def _save(figure: Any, path: Path) -> None:
     try:
         figure.savefig(drawn, dpi=120, format=path.suffix.lower().removeprefix("."))
     finally:
-        _pyplot().close(figure)
+        pyplot().close(figure)
     write_bytes_atomically(path, drawn.getvalue())
 
 

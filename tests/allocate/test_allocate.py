@@ -15,12 +15,13 @@ from quantkit.allocate.allocate import (
     plan_by_budget,
     rivals,
 )
-from quantkit.allocate.budget import Room, cache_bytes, parse_budget, parse_speed
+from quantkit.allocate.budget import parse_budget, parse_speed
 from quantkit.allocate.plan import with_losses
 from quantkit.allocate.recipe import load_recipe, plan_by_recipe
 from quantkit.artifacts.profile import Calibration, Loss, Profile, WeightLosses
 from quantkit.errors import InputError, PlanError
 from quantkit.formats.tiers import canonical, float_dtype, parse_tier
+from quantkit.macs import Room, cache_bytes
 from quantkit.source.source import open_source
 from tests import tiny
 from tests.source.test_generic import LLAMA, write

@@ -1,14 +1,18 @@
 import json
+import re
 import shutil
+from dataclasses import replace
 
 import pytest
 
 from quantkit.allocate.recipe import load_recipe, plan_by_recipe
+from quantkit.artifacts.fidelity import Fidelity, Interval
 from quantkit.artifacts.report import Report
+from quantkit.artifacts.speed import Run, Speed
 from quantkit.errors import OutputError, PlanError
 from quantkit.pipeline import quantize
 from quantkit.publish.card import card, license_of
-from quantkit.publish.report import read_report
+from quantkit.publish.report import documents, read_report, record
 from quantkit.source.source import open_source
 
 
@@ -74,6 +78,13 @@ BAD = {
     "shard elsewhere": (
         edited(lambda v: v["shards"][0].update(name="../x")), PlanError, "'../x' is not described",
     ),
+    "fidelity is a number": (edited(lambda v: v.update(fidelity=3)), PlanError, "not a complete"),
+    "speed lacks its runs": (
+        edited(lambda v: v.update(speed={"machine": "x", "versions": {}})), PlanError, "'runs'",
+    ),
+    "memory of other fields": (
+        edited(lambda v: v.update(memory={"x": 1})), PlanError, "not a complete report",
+    ),
     "weights are a number": (edited(lambda v: v.update(weights=3)), PlanError, "not a complete"),
 }  # fmt: skip
 
@@ -89,7 +100,8 @@ def test_bad_report(tmp_path, written, case):
 
 def test_card(written):
     _, report = written
-    text = card(report, "openai/gpt-oss-20b", "apache-2.0")
+    known = replace(report, base_model="openai/gpt-oss-20b", license="apache-2.0")
+    text = card(known)
     front = text.split("---\n")[1]
     assert front == (
         "library_name: mlx\npipeline_tag: text-generation\nlicense: apache-2.0\n"
@@ -102,7 +114,96 @@ def test_card(written):
 
 
 def test_card_of_a_local_folder_names_no_base_model(written):
-    assert "base_model" not in card(written[1], None, None)
+    assert "base_model" not in card(written[1])
+
+
+def numbers(value):
+    """All numbers of a JSON value, in texts, too."""
+    if isinstance(value, dict):
+        value = [*value.keys(), *value.values()]
+    if isinstance(value, list):
+        return {number for one in value for number in numbers(one)}
+    if isinstance(value, str):
+        return {float(number) for number in re.findall(r"\d+(?:\.\d+)?", value)}
+    return set() if value is None or isinstance(value, bool) else {float(value)}
+
+
+def found(text, known):
+    """Whether a number, rounded and in whichever unit, is one of those known."""
+    digits = len(text.partition(".")[2])
+    scales = (1, 1e3, 1e6, 1e9, 2**30)
+    return any(f"{value / scale:.{digits}f}" == text for value in known for scale in scales) or any(
+        f"{value:.4g}" == text for value in known
+    )
+
+
+INTERVAL = Interval(0.012345678, 0.0112, 0.01398765)
+FIDELITY = Fidelity(
+    "out", "tiny", "default", 3, 4_567_890, 4.56789, 4096, 16, *(INTERVAL,) * 6,
+    kl_by_text={"code": INTERVAL, "chat": Interval(1e-5, None, None)}, quantiles=(0.0, 0.5),
+)  # fmt: skip
+SPEED = Speed(
+    "A Mac", {"mlx": "0.32.4"}, (Run(1024, 128, 812.345, 71.234, 12_345_678_901, 12_000_000_000),)
+)
+
+
+def measured(report):
+    return replace(
+        report,
+        base_model="openai/gpt-oss-20b",
+        repo="user/gpt-oss-20b-16GB",
+        command="quantkit quantize openai/gpt-oss-20b --budget mac:16GB -o OUT",
+        fidelity=FIDELITY,
+        speed=SPEED,
+    )
+
+
+def test_every_number_of_the_card_is_in_the_report(written):
+    report = measured(written[1])
+    texts = documents(report)
+    known = numbers(json.loads(texts["quantkit.json"]))
+    snippets = re.sub(r"```python.*?```", "", texts["README.md"], flags=re.DOTALL)
+    words = re.sub(r"95% interval|9[59](\.9)?th percentile|top-1|\[.*?\]\(.*?\)", "", snippets)
+    words = re.sub(r"(?<=\d)[kMB]\b", "", words)
+    shown = re.findall(r"(?<![\w.-])\d+(?:\.\d+)*(?:e-?\d+)?(?![\w-])", words)
+    assert len(shown) > 40
+    assert [n for n in shown if n.count(".") < 2 and not found(n, known)] == []
+    assert "1234.5" not in shown
+    assert not found("1234.5", known)
+
+
+def test_what_was_measured_is_in_the_card(written):
+    text = card(measured(written[1]))
+    for part in (
+        "0.01235 | 0.0112 to 0.01399", "71.2", "12.35 GB", "--budget mac:16GB", "seed 3",
+        "mlx_lm.server --model user/gpt-oss-20b-16GB", "Macs with 8 GB",
+    ):  # fmt: skip
+        assert part in text, part
+    for part in ("native model", "tokens/s", "mlx_lm.server --model user"):
+        assert part not in card(written[1])
+
+
+def test_measured_reports_read_back(written):
+    report = measured(written[1])
+    value = json.loads(documents(report)["quantkit.json"])
+    assert Report.from_json(value, "quantkit.json") == report
+
+
+def test_recording_renews_report_and_card(tmp_path, written):
+    out = shutil.copytree(written[0], tmp_path / "out")
+    assert record(out, measured(written[1]))
+    assert read_report(out) == measured(written[1])
+    assert "12.35 GB" in (out / "README.md").read_text()
+    assert record(out, written[1])
+    assert "12.35 GB" not in (out / "README.md").read_text()
+
+
+def test_an_edited_card_is_left_alone(tmp_path, written):
+    out = shutil.copytree(written[0], tmp_path / "out")
+    (out / "README.md").write_text("Mine.")
+    assert not record(out, measured(written[1]))
+    assert (out / "README.md").read_text() == "Mine."
+    assert read_report(out).speed == SPEED
 
 
 @pytest.mark.parametrize(

@@ -1,35 +1,11 @@
 """Checkpoints on the Hub, through the real client, against a stand-in on loopback."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 
 from quantkit.source.source import file_hashes, open_source
 from tests import hub, tiny
-
-
-@pytest.fixture
-def quantkit(tmp_path):
-    """Run the command with a Hub cache of its own."""
-
-    def run(endpoint, *arguments):
-        env = {
-            **os.environ,
-            "HF_ENDPOINT": endpoint,
-            "HF_HOME": str(tmp_path / "hf"),
-            "HF_HUB_OFFLINE": "0",
-            "HF_HUB_DISABLE_XET": "1",
-            "HF_HUB_DISABLE_TELEMETRY": "1",
-        }
-        command = [sys.executable, "-m", "quantkit", *map(str, arguments)]
-        return subprocess.run(
-            command, env=env, cwd=tmp_path, capture_output=True, text=True, check=False
-        )
-
-    return run
 
 
 @pytest.fixture(scope="module")
@@ -39,10 +15,10 @@ def big(tmp_path_factory):
     return tiny.write_gpt_oss(tmp_path_factory.mktemp("hub") / "big", config=config)
 
 
-def test_planned_from_metadata_alone(quantkit, big):
+def test_planned_from_metadata_alone(online, big):
     with hub.serving({"openai/tiny": big}) as (endpoint, log):
-        planned = quantkit(endpoint, "plan", "openai/tiny", "-r", "mxfp4-q8", "--json")
-        inspected = quantkit(endpoint, "inspect", "openai/tiny", "--json")
+        planned = online(endpoint, "plan", "openai/tiny", "-r", "mxfp4-q8", "--json")
+        inspected = online(endpoint, "inspect", "openai/tiny", "--json")
     assert planned.returncode == inspected.returncode == 0, planned.stderr
     plan, inventory = json.loads(planned.stdout), json.loads(inspected.stdout)
     local = open_source(str(big))
@@ -55,11 +31,9 @@ def test_planned_from_metadata_alone(quantkit, big):
     assert 0 < shards < local.inventory.total_bytes
 
 
-def test_quantized_from_the_hub(quantkit, tmp_path, checkpoint):
+def test_quantized_from_the_hub(online, tmp_path, checkpoint):
     with hub.serving({"openai/tiny": checkpoint}) as (endpoint, _):
-        done = quantkit(
-            endpoint, "quantize", "openai/tiny", "-r", "mxfp4-q8", "-o", "out", "--json"
-        )
+        done = online(endpoint, "quantize", "openai/tiny", "-r", "mxfp4-q8", "-o", "out", "--json")
         assert done.returncode == 0, done.stderr
         before = tmp_path / "out" / "quantkit.json"
         report = json.loads(before.read_text())
@@ -69,7 +43,7 @@ def test_quantized_from_the_hub(quantkit, tmp_path, checkpoint):
     card = (tmp_path / "out" / "README.md").read_text()
     assert "base_model: openai/tiny\nbase_model_relation: quantized" in card
     # Once downloaded it needs no Hub any more.
-    again = quantkit("http://127.0.0.1:9", "plan", "openai/tiny", "-r", "uniform-4", "--json")
+    again = online("http://127.0.0.1:9", "plan", "openai/tiny", "-r", "uniform-4", "--json")
     assert again.returncode == 0, again.stderr
 
 
@@ -81,29 +55,29 @@ def one_line(done):
     return done.stderr
 
 
-def test_unreachable(quantkit, tmp_path):
-    message = one_line(quantkit("http://127.0.0.1:9", "inspect", "openai/tiny"))
+def test_unreachable(online, tmp_path):
+    message = one_line(online("http://127.0.0.1:9", "inspect", "openai/tiny"))
     assert "openai/tiny: the Hub cannot be reached" in message
 
 
-def test_no_such_repo(quantkit, tmp_path):
+def test_no_such_repo(online, tmp_path):
     with hub.serving({}) as (endpoint, _):
-        done = quantkit(endpoint, "quantize", "openai/none", "-r", "mxfp4-q8", "-o", "out")
+        done = online(endpoint, "quantize", "openai/none", "-r", "mxfp4-q8", "-o", "out")
     assert "openai/none: neither a local folder nor a repo on the Hub" in one_line(done)
     assert not (tmp_path / "out").exists()
 
 
-def test_repo_without_weights(quantkit, tmp_path):
+def test_repo_without_weights(online, tmp_path):
     (tmp_path / "bare").mkdir()
     (tmp_path / "bare" / "config.json").write_text("{}")
     with hub.serving({"openai/bare": tmp_path / "bare"}) as (endpoint, _):
-        message = one_line(quantkit(endpoint, "inspect", "openai/bare"))
+        message = one_line(online(endpoint, "inspect", "openai/bare"))
     assert "openai/bare: has no readable safetensors" in message
 
 
-def test_repo_without_config(quantkit, tmp_path):
+def test_repo_without_config(online, tmp_path):
     (tmp_path / "bare").mkdir()
     (tmp_path / "bare" / "README.md").write_text("")
     with hub.serving({"openai/bare": tmp_path / "bare"}) as (endpoint, _):
-        message = one_line(quantkit(endpoint, "inspect", "openai/bare"))
+        message = one_line(online(endpoint, "inspect", "openai/bare"))
     assert "openai/bare: not a model repo: config.json" in message

@@ -1,0 +1,174 @@
+"""`quantkit generate`, `chat` and `serve`: a repo speaks, through stock mlx-lm."""
+
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from quantkit.cli import console
+from quantkit.cli.options import Json
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from quantkit.judge.answer import Manner, Speaker
+    from quantkit.judge.channels import Piece
+
+_DIM, _PLAIN = "\033[2m", "\033[0m"
+
+Model = Annotated[
+    str, typer.Argument(metavar="OUT", help="A folder or a Hub id that stock mlx-lm loads.")
+]
+Effort = Annotated[
+    str | None,
+    typer.Option("--reasoning", metavar="EFFORT", help="Of gpt-oss: low, medium or high."),
+]
+System = Annotated[str | None, typer.Option(help="A system prompt.")]
+MaxTokens = Annotated[int, typer.Option(min=1, help="Longest answer, reasoning included.")]
+Temperature = Annotated[
+    float, typer.Option("--temp", min=0.0, help="0: always the likeliest token.")
+]
+TopP = Annotated[float, typer.Option(min=0.0, max=1.0, help="Draw from the likeliest so much.")]
+Seed = Annotated[int, typer.Option(min=0, help="Of what is drawn.")]
+
+
+def generate(
+    out: Model,
+    prompt: Annotated[
+        str, typer.Option("--prompt", "-p", help="What to ask; - reads it from stdin.")
+    ],
+    system: System = None,
+    reasoning: Effort = None,
+    max_tokens: MaxTokens = 1024,
+    temp: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    seed: Seed = 0,
+    json: Json = False,
+) -> None:
+    """Ask a repo one question, through mlx-lm's own generation.
+
+    Of gpt-oss the final channel is the answer; what it thinks before is shown dimmed, on a terminal
+    only, so that `> answer.txt` holds the answer alone.
+
+    `quantkit generate gpt-oss-20b-16GB --reasoning low --prompt "Why is the sky blue?"`
+    """
+    from quantkit.judge.channels import FINAL
+
+    manner = _manner(reasoning, max_tokens, temp, top_p, seed)
+    speaker = _speaker(out, reasoning)
+    asked = sys.stdin.read() if prompt == "-" else prompt
+    messages = [*_system(system), {"role": "user", "content": asked}]
+    if json:
+        said: dict[str, str] = {}
+        for piece in speaker.answer(messages, manner):
+            said[piece.channel] = said.get(piece.channel, "") + piece.text
+        found = {"answer": said.get(FINAL), "channels": said, "truncated": speaker.truncated}
+        console.print_json(found)
+        return
+    answer = _print_answer(speaker.answer(messages, manner))
+    _warn(speaker, answer, max_tokens)
+
+
+def chat(
+    out: Model,
+    system: System = None,
+    reasoning: Effort = None,
+    max_tokens: MaxTokens = 4096,
+    temp: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    seed: Seed = 0,
+) -> None:
+    """Talk with a repo. An empty line or Ctrl-D ends it, Ctrl-C an answer; `/new` starts anew."""
+    manner = _manner(reasoning, max_tokens, temp, top_p, seed)
+    speaker = _speaker(out, reasoning)
+    messages = _system(system)
+    while (asked := _ask()).strip():
+        if asked.strip() == "/new":
+            messages = _system(system)
+            continue
+        turn = [*messages, {"role": "user", "content": asked}]
+        answer = _print_answer(speaker.answer(turn, manner))
+        _warn(speaker, answer, max_tokens)
+        # What was thought is not part of the conversation: gpt-oss's template leaves it out, too.
+        messages = [*turn, {"role": "assistant", "content": answer}]
+
+
+def serve(
+    out: Model,
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 8080,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    max_tokens: MaxTokens = 4096,
+    temp: Temperature = 0.0,
+    top_p: TopP = 1.0,
+) -> None:
+    """Serve a repo with mlx-lm's own server: OpenAI's protocol, on this machine only by default.
+
+    `curl localhost:8080/v1/chat/completions -d '{"messages": [{"role": "user", "content": "Hi"}]}'`
+    """
+    from quantkit.judge.answer import serve as run_server
+
+    options = {"host": host, "port": port, "max-tokens": max_tokens, "temp": temp, "top-p": top_p}
+    run_server(out, options)
+
+
+def _manner(
+    effort: str | None, max_tokens: int, temperature: float, top_p: float, seed: int
+) -> "Manner":
+    from quantkit.errors import InputError
+    from quantkit.judge.answer import EFFORTS, Manner
+
+    if effort is not None and effort not in EFFORTS:
+        raise InputError(f"there is no effort {effort!r}. Efforts: {', '.join(EFFORTS)}.")
+    return Manner(max_tokens, effort, temperature, top_p, seed)
+
+
+def _speaker(out: str, effort: str | None) -> "Speaker":
+    from quantkit.backend import speed_hint
+    from quantkit.judge.answer import Speaker
+
+    console.note(speed_hint())
+    speaker = Speaker(out)
+    if effort is not None and not speaker.knows_effort():
+        console.note(f"the chat template of {out} does not ask for a reasoning effort.")
+    return speaker
+
+
+def _ask() -> str:
+    """A line from the terminal; empty at its end."""
+    try:
+        return input("> ")
+    except EOFError:
+        print()
+        return ""
+
+
+def _print_answer(pieces: "Iterator[Piece]") -> str:
+    """Print what comes, what is thought dimmed and only on a terminal; gives the answer."""
+    from quantkit.judge.channels import FINAL
+
+    terminal, answer, before = sys.stdout.isatty(), "", None
+    try:
+        for piece in pieces:
+            final = piece.channel == FINAL
+            answer += piece.text if final else ""
+            if not final and not terminal:
+                continue
+            if before not in (None, piece.channel):
+                print("\n")
+            before = piece.channel
+            print(piece.text if final else f"{_DIM}{piece.text}{_PLAIN}", end="", flush=True)
+    except KeyboardInterrupt:
+        pass
+    print()
+    return answer
+
+
+def _system(text: str | None) -> list[dict[str, str]]:
+    return [{"role": "system", "content": text}] if text else []
+
+
+def _warn(speaker: "Speaker", answer: str, max_tokens: int) -> None:
+    if speaker.truncated:
+        console.note(f"cut after {max_tokens} tokens; --max-tokens allows more.")
+    elif not answer:
+        console.note("no answer: it never reached its final channel.")
