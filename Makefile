@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.quantkit-env
 
-.PHONY: help env demo test test-slow lint bench bench-profile bench-allocation bench-rounding clean
+.PHONY: help env demo test test-slow lint bench bench-profile bench-allocation bench-rounding bench-peers clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -44,6 +44,9 @@ bench-allocation: env ## plans by budget against the shipped recipes, really mea
 
 bench-rounding: env ## calibrated rounding against rounding to nearest, from written repos
 	$(BIN)/python evals/bench/rounding.py
+
+bench-peers: env ## mlx_lm.gptq, awq and dynamic_quant side by side with quantkit
+	$(BIN)/python evals/bench/peers.py
 
 clean: ## remove the environment and the linters' caches
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache
