@@ -101,8 +101,8 @@ def table() -> str:
         )
     return "\n".join(
         [
-            f"{machine()}; SmolLM2-135M; {ROUNDED} tokens for gptq, theirs and ours, {PROFILED} for "
-            f"awq, dynamic_quant and our profile; judged on {found[0].tokens} held out.",
+            f"{machine()}; SmolLM2-135M; {ROUNDED} tokens for gptq, theirs and ours, {PROFILED} "
+            f"for awq, dynamic_quant and our profile; judged on {found[0].tokens} held out.",
             "",
             "| | bpw | KL mean | ratio | top-1 | time | peak memory |",
             "|---|---|---|---|---|---|---|",
