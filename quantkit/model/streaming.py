@@ -13,6 +13,7 @@ experts left packed, for mlx's kernels. On the CPU experts are plain products.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from importlib.metadata import version
 from typing import Any
 
 from quantkit.artifacts.inventory import Weight
@@ -228,6 +229,12 @@ class StreamingModel:
             self.tables[path] = Table(module, weight, partial(self._rows, path))
             return self.tables[path]
         return Streamed(module, path, self.fetch)
+
+
+def has_gradients(source: Source) -> bool:
+    """Whether the installed mlx-lm differentiates the model: mixtures of experts from 0.32 on."""
+    number = tuple(int(part) for part in version("mlx-lm").split(".")[:2])
+    return not source.inventory.experts or number >= (0, 32)
 
 
 def submodule(module: Any, path: str) -> Any:

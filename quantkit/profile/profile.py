@@ -21,7 +21,7 @@ from quantkit.formats.files import write_file
 from quantkit.formats.tiers import ROUNDINGS, TensorSpec
 from quantkit.jsonfile import digest, load_json
 from quantkit.model.calibration import Request, Text, read_text
-from quantkit.model.streaming import StreamingModel
+from quantkit.model.streaming import StreamingModel, has_gradients
 from quantkit.places import plain_path
 from quantkit.profile.candidates import DEFAULT_TIERS, Candidate, candidates, native_loss
 from quantkit.profile.check import Check, check
@@ -84,7 +84,7 @@ def prepare(source: Source, out: Path, settings: Settings, force: bool = False) 
     if mx.distributed.init().size() > 1 and settings.method == "kl":
         raise InputError("--method kl runs in one process. Start it without mlx.launch.")
     _require_settings(settings)
-    if settings.method == "fisher" and source.inventory.experts and _mlx_lm() < (0, 32):
+    if settings.method == "fisher" and not has_gradients(source):
         raise InputError(
             f"mlx-lm {version('mlx-lm')} cannot differentiate mixtures of experts. Install 0.32 or "
             "later (it needs Python 3.11)."
@@ -157,10 +157,6 @@ def make_check(profiling: Profiling, profile: Profile, count: int, progress: Pro
         seconds,
         lambda name: progress(1, name),
     )
-
-
-def _mlx_lm() -> tuple[int, ...]:
-    return tuple(int(part) for part in version("mlx-lm").split(".")[:2])
 
 
 def _require_settings(settings: Settings) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from quantkit.artifacts.inventory import Weight
 from quantkit.artifacts.plan import Plan
 from quantkit.backend import free_memory, mx
 from quantkit.errors import DamagedError, SourceError
@@ -19,12 +20,17 @@ from quantkit.formats.codec import to_numpy
 from quantkit.formats.tiers import parse_tier
 from quantkit.model.replay import tapped
 from quantkit.model.streamed import Call
-from quantkit.model.streaming import StreamingModel
+from quantkit.model.streaming import StreamingModel, has_gradients
 from quantkit.progress import Progress
+from quantkit.rounding.embedding import embedding_hessian
 from quantkit.rounding.inputs import Inputs, has_inputs, inputs_of, shared_inputs, stacked
 from quantkit.rounding.round import Hessians, rounded_under, stored_float
 from quantkit.rounding.tune import Tuner, Tuning
 from quantkit.work import Tensors, Work
+
+_EMBEDDING = "rounded-embedding"
+_EMBEDDING_TOKENS = 4096  # to take gradients on
+_AT_ONCE = 32_000_000  # values of a table
 
 
 @dataclass(frozen=True)
@@ -41,7 +47,7 @@ class LayerRounder:
     """Gives the tensors of `plan`'s weights, rounded and tuned as it says, on `text`.
 
     Weights are asked for in the order of the model. What is not of an affine tier, or no input is
-    known of (an embedding), is not given: it is rounded to nearest.
+    known of, is not given, nor an embedding where there are no gradients: it is rounded to nearest.
     """
 
     def __init__(
@@ -62,7 +68,12 @@ class LayerRounder:
             for choice in plan.choices
             if choice.storage != model.weights[choice.name].storage
         }
-        self._tiers = {name: tier for name, tier in changed.items() if tier.mode == "affine"}
+        self._tiers = {
+            name: tier
+            for name, tier in changed.items()
+            if tier.mode == "affine"
+            and (model.weights[name].role != "embedding" or has_gradients(model.source))
+        }
         self._tuner = None
         if plan.tuned_steps:
             self._tuner = Tuner(
@@ -91,16 +102,16 @@ class LayerRounder:
         return self._held[1].get(name)
 
     def _step_of(self, name: str) -> str | None:
-        """The step in which a weight is rounded: its layer's, or the head's."""
+        """The step in which a weight is rounded: its layer's, the head's, or the embedding's."""
         for number, layer in enumerate(self._model.layers):
             if name.startswith(f"{layer.path}."):
                 return f"rounded-{number}"
-        role = self._model.weights[name].role
-        return "rounded-head" if role == "lm_head" else None
+        steps = {"lm_head": "rounded-head", "embedding": _EMBEDDING}
+        return steps.get(self._model.weights[name].role)
 
     def _made(self, step: str) -> dict[str, Tensors]:
         """A step's tensors, tuned where they are to be."""
-        if self._tuner is None:
+        if self._tuner is None or step == _EMBEDDING:
             return self._load(step)
         if not self._tuned:
             self._load("rounded-head")  # all layers before it
@@ -111,6 +122,8 @@ class LayerRounder:
         return self._tuner.tensors(int(step.split("-")[1]))
 
     def _load(self, step: str) -> dict[str, Tensors]:
+        if step == _EMBEDDING and not self._work.has(f"{step}.npz"):
+            self._round_embedding()
         if not self._work.has(f"{step}.npz"):
             last = len(self._model.layers) if step == "rounded-head" else int(step.split("-")[1])
             first = self._reached(last)
@@ -160,23 +173,55 @@ class LayerRounder:
     def _embedded(self) -> mx.array:
         return self._model.calls(self._tokens)[0].x
 
+    def _round_embedding(self) -> None:
+        done: dict[str, Tensors] = {}
+        count = max(1, _EMBEDDING_TOKENS // self._tokens.shape[1])
+        tokens = self._tokens[:count]
+        hessian = embedding_hessian(self._model, tokens, self._work, self._progress)
+        for table in self._model.tables.values():
+            if table.weight.role == "embedding" and table.weight.name in self._tiers:
+                self._round_table(table.weight, hessian, done)
+        self._keep(_EMBEDDING, done)
+
+    def _round_table(self, weight: Weight, hessian: mx.array, done: dict[str, Tensors]) -> None:
+        """A matrix as tall as the vocabulary, some rows at a time."""
+        hessians, tier = Hessians(hessian[None]), self._tiers[weight.name]
+        parts: list[Tensors] = []
+        step = max(1, _AT_ONCE // weight.shape[-1])
+        for start in range(0, weight.shape[0], step):
+            rows = self._model.values(weight.name, start, min(start + step, weight.shape[0]))
+            self._require_finite(weight.name, rows)
+            some = rows.astype(mx.float32)[None]
+            made = rounded_under(some, hessians, tier, self._method, stored_float(weight))
+            packed = made.packed(tier)
+            mx.eval(packed)
+            parts.append(tuple(to_numpy(array)[0] for array in packed))
+            self._progress(0, weight.name)
+            free_memory()
+        columns = zip(*parts, strict=True)
+        done[weight.name] = tuple(np.concatenate(column) for column in columns)
+
+    def _require_finite(self, name: str, values: mx.array) -> None:
+        if bad := values.size - int(np.array(mx.isfinite(values).sum())):
+            raise DamagedError(
+                f"{name}: {bad} of {values.size} values are NaN or infinite and cannot be "
+                "quantized. The checkpoint is damaged: download it again."
+            )
+
     def _round_head(self, done: dict[str, Tensors]) -> None:
         head = self._model.head_weight
         if head.name in self._tiers and head.role == "lm_head":
             h = self._work.array(f"x-{len(self._model.layers)}.npy")
             x = self._model.head_input(h)
-            self._round_group([head.name], Inputs(x.reshape(-1, x.shape[-1]), None), done)
+            for _, hessian in Inputs(x.reshape(-1, x.shape[-1]), None).hessians(1):
+                self._round_table(head, hessian[0], done)
 
     def _round_group(self, names: Sequence[str], inputs: Inputs, done: dict[str, Tensors]) -> None:
         """Weights that see the same inputs."""
         weights = [self._model.weights[name] for name in names]
         values = [stacked(self._model.values(name)) for name in names]
         for name, stack in zip(names, values, strict=True):
-            if bad := stack.size - int(np.array(mx.isfinite(stack).sum())):
-                raise DamagedError(
-                    f"{name}: {bad} of {stack.size} values are NaN or infinite and cannot be "
-                    "quantized. The checkpoint is damaged: download it again."
-                )
+            self._require_finite(name, stack)
         parts: dict[str, list[Tensors]] = {name: [] for name in names}
         for some, hessian in inputs.hessians(len(values[0])):
             hessians = Hessians(hessian)

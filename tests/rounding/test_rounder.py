@@ -14,9 +14,11 @@ import quantkit
 from quantkit.backend import mx
 from quantkit.formats.affine import objective
 from quantkit.model.calibration import read_text
-from quantkit.model.head import Changed, divergence, divergence_gradient
+from quantkit.model.head import Changed, divergence, divergence_gradient, label_gradients
 from quantkit.model.streaming import StreamingModel
+from quantkit.rounding.embedding import embedding_hessian
 from quantkit.rounding.inputs import Inputs
+from quantkit.work import Work
 from tests import tiny
 from tests.model.test_streaming import plainly_loaded
 from tests.source.test_generic import LLAMA, write
@@ -81,6 +83,64 @@ def test_a_killed_run_goes_on_at_its_layer(checkpoint, text, rounded, tmp_path, 
         time.sleep(0.002)
     assert process.wait() == 0
     assert hashes(tmp_path / "out") == hashes(rounded)
+
+
+def test_killed_while_gradients_are_taken(checkpoint, text, rounded, tmp_path):
+    options = ("-r", "uniform-3", "--rounding", "gptq", "--calibration", text, *FEW)
+    command = [*QUANTIZE, checkpoint, "-o", tmp_path / "out", *options]
+    work = tmp_path / "out.partial" / "work"
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not (work / "e-g-2.npy").exists():
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not (work / "rounded-embedding.npz").exists()
+    subprocess.run(command, check=True, capture_output=True)
+    assert hashes(tmp_path / "out") == hashes(rounded)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_embeddings_hessian_is_that_of_the_whole_model(tmp_path, tied):
+    """The gradient of the labels' log-likelihood, streamed, is the whole model's; a table that is
+    the head as well has its inputs added."""
+    folder = write(tmp_path / "src", {**LLAMA, "tie_word_embeddings": tied})
+    model, whole = StreamingModel(quantkit.open_source(str(folder))), plainly_loaded(folder)
+    tokens = mx.array(np.random.default_rng(0).integers(0, 64, (3, 16), np.int32))
+    found = embedding_hessian(model, tokens, Work(tmp_path), lambda *_: None)
+    levels = np.random.default_rng(0).random((1, *tokens.shape), np.float32)
+    (at_h,) = label_gradients(model, model.run(tokens, lambda *_: None), mx.array(levels))
+
+    def layers(x):
+        for layer in whole.model.layers:
+            x = layer(x, "causal", None)
+        return x
+
+    embedded = whole.model.embed_tokens(tokens)
+    (h,), (g,) = mx.vjp(layers, [embedded], [at_h])
+    expected = g.reshape(-1, g.shape[-1]).T @ g.reshape(-1, g.shape[-1]) / tokens.size
+    if tied:
+        x = whole.model.norm(h).reshape(-1, h.shape[-1])
+        expected = expected + x.T @ x / tokens.size
+    assert mx.allclose(found, expected, rtol=1e-3, atol=1e-4 * expected.max().item()).item()
+    assert [path.name for path in tmp_path.iterdir()] == ["src"]
+
+
+def test_an_embedding_is_rounded_under_its_gradients(cli, checkpoint, text, rounded, tmp_path):
+    options = ("-r", "uniform-3", "--calibration", text, "--rounding", "rtn")
+    assert cli("quantize", checkpoint, "-o", tmp_path / "rtn", *options).exit_code == 0
+    source = quantkit.open_source(str(checkpoint))
+    model = StreamingModel(source)
+    tokens = mx.array(read_text(source.checkpoint, quantkit.Request(str(text), 512)).tokens)
+    hessian = embedding_hessian(model, tokens, Work(tmp_path), lambda *_: None)
+    losses = []
+    for out in (tmp_path / "rtn", rounded):
+        made = mx.load(str(out / "model.safetensors"))
+        name = "model.embed_tokens"
+        packed, s, b = (made[f"{name}.{part}"] for part in ("weight", "scales", "biases"))
+        values = mx.dequantize(packed, s.astype(mx.float32), b.astype(mx.float32), 64, 3)
+        weight = model.values(name).astype(mx.float32)
+        losses.append(objective(weight[None], values[None], hessian[None]).item())
+    assert losses[1] < 0.7 * losses[0]
 
 
 def test_another_text_does_not_go_on_from_it(cli, checkpoint, text, tmp_path):
