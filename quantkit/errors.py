@@ -1,18 +1,17 @@
 """Every error quantkit raises on purpose.
 
     QuantkitError
-    ├── InputError          what was asked for cannot be done as asked     exit code 2
-    │   ├── SourceError     a checkpoint that is missing, damaged or not understood
-    │   │   └── DamagedError    its headers are fine, its values are not
-    │   ├── HubError        the Hub has no such repo, or none that may be read
-    │   │   └── HubUnreachableError
-    │   ├── TierError       no such tier, or it does not fit a shape
-    │   ├── RecipeError     a recipe that cannot be read or does not cover a checkpoint
-    │   ├── PlanError       a plan that does not belong to a checkpoint
-    │   ├── ProfileError    a profile that does not, or cannot be read
-    │   ├── CalibrationError    text that cannot be calibrated on
-    │   └── OutputError     an output folder, its disk, or a repo that quantkit did not write
-    └── CheckError          a repo was checked and found wrong              exit code 1
+    └── InputError          what was asked for cannot be done as asked     exit code 2
+        ├── SourceError     a checkpoint that is missing, damaged or not understood
+        │   └── DamagedError    its headers are fine, its values are not
+        ├── HubError        the Hub has no such repo, or none that may be read
+        │   └── HubUnreachableError
+        ├── TierError       no such tier, or it does not fit a shape
+        ├── RecipeError     a recipe that cannot be read or does not cover a checkpoint
+        ├── PlanError       a plan that does not belong to a checkpoint
+        ├── ProfileError    a profile that does not, or cannot be read
+        ├── CalibrationError    text that cannot be calibrated on
+        └── OutputError     an output folder, its disk, or a repo that quantkit did not write
 
 A message names the file or tensor, what was found, what was expected, and what to do.
 """
@@ -74,7 +73,3 @@ class CalibrationError(InputError):
 
 class OutputError(InputError):
     """An output folder that cannot be used, or a repo that quantkit did not write."""
-
-
-class CheckError(QuantkitError):
-    """A repo was checked and found wrong."""

@@ -27,7 +27,7 @@ from quantkit.publish.card import license_of
 from quantkit.publish.report import documents, read_report
 from quantkit.rewrite.rewrite import SHARD_BYTES, Rounder, Rounding, Written, rewrite
 from quantkit.rounding.round import require_method
-from quantkit.rounding.rounder import LayerRounder, RoundingText
+from quantkit.rounding.rounder import EMBEDDING_TOKENS, LayerRounder, RoundingText
 from quantkit.rounding.tune import Tuning
 from quantkit.source.hub import is_repo_id
 from quantkit.source.source import Source, with_values
@@ -62,7 +62,7 @@ def quantize(
         source = with_values(source)
     name = source.checkpoint.name
     base_model = name if is_repo_id(name) else None  # a local folder's name has no slash
-    license_id = license_of(source.checkpoint.path(""))
+    stated = license_of(source.checkpoint.path(""))
     memory = memory_needed(plan.total_bytes, source.checkpoint.config, room)
 
     def describe(written: Written) -> dict[str, str]:
@@ -74,7 +74,7 @@ def quantize(
                 written.files,
                 versions(),
                 base_model,
-                license_id,
+                stated,
                 command,
                 memory,
             )
@@ -131,6 +131,12 @@ def _calibrated(
     # What waits: the streams of two layers, and the layers of a shard that is not full yet.
     space = 2 * 4 * text.tokens.size * model.head_weight.shape[-1] + 2 * max(layers, default=0)
     space += min(shard_bytes, plan.total_bytes)
+    space += (
+        4
+        * min(text.tokens.size, EMBEDDING_TOKENS)
+        * model.head_weight.shape[-1]
+        * (2 * len(model.layers))
+    )
     if plan.tuned_steps:  # all that is rounded; per group two generations of six values in float32
         groups = sum(
             choice.parameters // tier.group_size

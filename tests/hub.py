@@ -15,7 +15,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 COMMIT = "c0ffee" + "0" * 34
-TOKEN = "hf_of_user"
+TOKEN, READER = "hf_of_user", "hf_that_reads"
 PART = 100_000  # bytes
 
 
@@ -146,9 +146,13 @@ def serving(
         def handle_any(self, body):
             path = urlsplit(self.path).path
             if path == "/api/whoami-v2":
-                if self.headers.get("Authorization") != f"Bearer {TOKEN}":
+                token = self.headers.get("Authorization", "").removeprefix("Bearer ")
+                if token not in (TOKEN, READER):
                     return self.answer(401, b'{"error": "Invalid credentials"}', body)
-                return self.answer(200, b'{"type": "user", "name": "user"}', body)
+                role = "write" if token == TOKEN else "read"
+                auth = {"type": "access_token", "accessToken": {"role": role}}
+                me = {"type": "user", "name": "user", "orgs": [{"name": "org"}], "auth": auth}
+                return self.answer(200, json.dumps(me).encode(), body)
             api = re.fullmatch(r"/api/models/([^/]+/[^/]+?)(?:/(revision|tree)/([^/]+)/?)?", path)
             file = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
             repo = (api or file) and (api or file).group(1)
@@ -161,8 +165,9 @@ def serving(
             return self.send_file(repos[repo] / file.group(3), body)
 
         def info(self, repo, folder):
-            siblings = [self.sibling(path) for path in sorted(folder.iterdir())]
-            return {"id": repo, "modelId": repo, "sha": COMMIT, "siblings": siblings, "tags": []}
+            siblings = [self.sibling(path) for path in sorted(folder.iterdir()) if path.is_file()]
+            about = {"sha": COMMIT, "siblings": siblings, "tags": [], "private": False}
+            return {"id": repo, "modelId": repo, **about}
 
         def sibling(self, path):
             size, sha = path.stat().st_size, sha256(path)
@@ -172,26 +177,16 @@ def serving(
             return entry
 
         def tree(self, folder):
-            return [
-                {
-                    "type": "file",
-                    "path": path.name,
-                    "size": path.stat().st_size,
-                    "oid": sha256(path)[:40],
-                    **(
-                        {
-                            "lfs": {
-                                "oid": sha256(path),
-                                "size": path.stat().st_size,
-                                "pointerSize": 1,
-                            }
-                        }
-                        if path.suffix == ".safetensors"
-                        else {}
-                    ),
-                }
-                for path in sorted(folder.iterdir())
-            ]
+            entries = []
+            for path in sorted(folder.rglob("*")):
+                if path.is_file():
+                    size, sha = path.stat().st_size, sha256(path)
+                    name = path.relative_to(folder).as_posix()
+                    entry = {"type": "file", "path": name, "size": size, "oid": sha[:40]}
+                    if path.suffix == ".safetensors":
+                        entry["lfs"] = {"oid": sha, "size": size, "pointerSize": 1}
+                    entries.append(entry)
+            return entries
 
         def send_file(self, path, body):
             if not path.is_file():

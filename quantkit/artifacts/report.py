@@ -1,9 +1,9 @@
 """What a written repo holds, and how it came to be."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from quantkit.artifacts.fidelity import Fidelity
 from quantkit.artifacts.inventory import SourceFile, is_count, source_file
@@ -14,7 +14,8 @@ from quantkit.jsonfile import FORMAT_VERSION, require_kind
 from quantkit.units import bits_per_weight
 
 REPORT_FILE = "quantkit.json"
-_TEXTS = ("base_model", "license", "repo", "command")
+_T = TypeVar("_T")
+_TEXTS = ("base_model", "repo", "command")
 
 
 @dataclass(frozen=True)
@@ -43,13 +44,24 @@ class Memory:
 
 
 @dataclass(frozen=True)
+class License:
+    """What the source's card states: the Hub's id of its licence, and for one that has none of its
+    own (`other`) a name and a link."""
+
+    id: str
+    name: str | None = None
+    link: str | None = None
+
+
+@dataclass(frozen=True)
 class Report:
     """What a repo holds and how it came to be; `quantkit.json` inside the repo.
 
     `files` are those beside the shards that mlx-lm reads: config, index, tokenizer and the like.
     `base_model` is the source's Hub id, `license` what its card states, `command` what was typed,
     `repo` the Hub id that it was uploaded as; `fidelity` and `speed` are what was measured of it.
-    All of them are None where they are not known.
+    All of them are None where they are not known. `cards` are the sha256 of the cards drawn from
+    it, by which one that a person has edited is told.
     """
 
     plan: Plan
@@ -57,12 +69,13 @@ class Report:
     files: tuple[SourceFile, ...]
     versions: Mapping[str, str]
     base_model: str | None = None
-    license: str | None = None
+    license: License | None = None
     command: str | None = None
     memory: Memory | None = None
     repo: str | None = None
     fidelity: Fidelity | None = None
     speed: Speed | None = None
+    cards: tuple[str, ...] = ()
 
     @property
     def total_bytes(self) -> int:
@@ -88,11 +101,12 @@ class Report:
             "active_bytes_per_token": self.plan.active_bytes,
             "memory": None if self.memory is None else asdict(self.memory),
             "base_model": self.base_model,
-            "license": self.license,
+            "license": None if self.license is None else asdict(self.license),
             "repo": self.repo,
             "command": self.command,
             "fidelity": None if self.fidelity is None else self.fidelity.to_json(),
             "speed": None if self.speed is None else self.speed.to_json(),
+            "cards": list(self.cards),
             "tiers": plan["tiers"],
             "weights": plan["weights"],
             "source": plan["source"],
@@ -112,9 +126,12 @@ class Report:
             files = tuple(source_file(file) for file in data["files"])
             versions = {str(name): str(number) for name, number in data["versions"].items()}
             known = {name: _optional_text(data, name) for name in _TEXTS}
-            memory = None if data.get("memory") is None else Memory(**data["memory"])
-            fidelity = data.get("fidelity") and Fidelity.from_json(data["fidelity"])
-            speed = data.get("speed") and Speed.from_json(data["speed"])
+            versions["quantkit"]  # every report has it
+            license_ = _optional(data, "license", _license)
+            memory = _optional(data, "memory", _memory)
+            fidelity = _optional(data, "fidelity", Fidelity.from_json)
+            speed = _optional(data, "speed", Speed.from_json)
+            cards = tuple(str(sha256) for sha256 in data.get("cards", ()))
         except (AttributeError, KeyError, TypeError, ValueError) as exc:
             raise PlanError(f"{where}: not a complete report ({exc}).") from exc
         return cls(
@@ -123,15 +140,37 @@ class Report:
             files,
             versions,
             **known,
+            license=license_,
             memory=memory,
             fidelity=fidelity,
             speed=speed,
+            cards=cards,
         )
+
+
+def _optional(data: Mapping[str, Any], name: str, read: Callable[[Any], _T]) -> _T | None:
+    return None if data.get(name) is None else read(data[name])
 
 
 def _optional_text(data: Mapping[str, Any], name: str) -> str | None:
     value = data.get(name)
-    return None if value is None else str(value)
+    if value is not None and not isinstance(value, str):
+        raise TypeError(f"{name} is no text")
+    return value
+
+
+def _license(data: Mapping[str, Any]) -> License:
+    found = License(**data)
+    if not all(value is None or isinstance(value, str) for value in asdict(found).values()):
+        raise TypeError("the licence is no text")
+    return found
+
+
+def _memory(data: Mapping[str, Any]) -> Memory:
+    found = Memory(**data)
+    if not all(value is None or is_count(value) for value in asdict(found).values()):
+        raise TypeError("memory holds no whole numbers")
+    return found
 
 
 def shard_record(data: Mapping[str, Any]) -> ShardRecord:

@@ -1,6 +1,5 @@
 """`quantkit bench`: how fast a repo is, and in how much memory."""
 
-from dataclasses import replace
 from typing import Annotated
 
 import typer
@@ -14,7 +13,7 @@ def bench(
     context: Annotated[
         str, typer.Option(help="Lengths of the prompts in tokens, such as 1k,4k.")
     ] = "1k,4k",
-    tokens: Annotated[int, typer.Option(min=1, help="How many to generate after each.")] = 128,
+    tokens: Annotated[int, typer.Option(min=16, help="How many to generate after each.")] = 128,
     record: Record = False,
     json: Json = False,
 ) -> None:
@@ -33,9 +32,9 @@ def bench(
     console.note(speed_hint())
     with console.progress(len(contexts) * tokens, "Generating", "tokens") as progress:
         speed = measure(out, report, contexts, tokens, progress)
-    if record:
-        console.record(out, replace(report, speed=speed))
     if json:
         console.print_json(speed.to_json())
     else:
         tables.print_speed(speed, str(out))
+    if record:
+        console.record(out, speed=speed)

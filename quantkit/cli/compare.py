@@ -10,20 +10,27 @@ from quantkit.cli import console, tables
 from quantkit.cli.options import Json, Record
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from quantkit.artifacts.report import Report
     from quantkit.source.source import Source
 
 
-def require_made_from(report: "Report", name: str, native: "Source") -> None:
-    """Raises InputError unless a repo was made from `native`: its card speaks of that one."""
+def require_made_from(native: "Source", reports: "Mapping[str, Report]") -> None:
+    """Raises InputError unless all repos were made from `native`: their cards speak of that one."""
+    from quantkit.artifacts.inventory import with_hashes
     from quantkit.errors import InputError
+    from quantkit.source.source import file_hashes, with_values
 
-    made_from, here = report.plan.source, native.inventory.source
-    if made_from.structure != here.structure:
-        raise InputError(
-            f"{name}: was made from {made_from.name}, not from {here.name}; compare it to that, "
-            "or leave --record out."
-        )
+    native = with_values(native)
+    here = with_hashes(native.inventory.source, file_hashes(native))
+    for name, report in reports.items():
+        made_from = report.plan.source
+        if (made_from.structure, made_from.files) != (here.structure, here.files):
+            raise InputError(
+                f"{name}: was made from {made_from.name}, not from this {here.name}; compare it to "
+                "that, or leave --record out."
+            )
 
 
 def compare(
@@ -60,7 +67,8 @@ def compare(
     Runs one model after the other, a layer at a time, so it needs the memory of a layer only. The
     text is held out: quants that were calibrated on it are refused. Intervals are 95%, by
     bootstrap over sequences. The native model's last layer output is kept in the cache. `--record`
-    puts the figures into the quantkit.json and model card of those that quantkit wrote.
+    puts the figures into the quantkit.json and model card of the repos, which have to be folders
+    that quantkit made from NATIVE.
 
     `quantkit compare openai/gpt-oss-20b gpt-oss-20b-q8 mlx-community/gpt-oss-20b-MXFP4-Q8`
     """
@@ -74,16 +82,13 @@ def compare(
         require_plots(plot)
     reports = [read_report(Path(name)) for name in repos] if record else []
     source = open_model(native)
-    for name, report in zip(repos, reports, strict=False):
-        require_made_from(report, name, source)
+    if record:
+        require_made_from(source, dict(zip(repos, reports, strict=True)))
     console.note(speed_hint())
     request = Request(text, tokens, sequence_length, seed)
     comparison = fidelity.prepare(source, repos, request)
     with console.progress(comparison.steps, "Comparing", "steps") as progress:
         results = fidelity.compare(comparison, progress)
-    for name, report, found in zip(repos, reports, results, strict=False):
-        named = replace(found, repo=Path(name).resolve().name)
-        console.record(Path(name), replace(report, fidelity=named))
     if plot is not None:
         from quantkit.publish.plot import plot_fidelity
 
@@ -93,3 +98,5 @@ def compare(
         console.print_json(about | {"results": [result.to_json() for result in results]})
     else:
         tables.print_fidelity(results, comparison.text.name)
+    for name, found in zip(repos if record else (), results, strict=False):
+        console.record(Path(name), fidelity=replace(found, repo=Path(name).resolve().name))

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from quantkit.artifacts.report import Report
 from quantkit.errors import InputError
 from quantkit.progress import Progress
 
@@ -29,12 +28,12 @@ def print_json(value: Any) -> None:
     print(json.dumps(value, indent=2, ensure_ascii=False))
 
 
-def record(out: Path, report: Report) -> None:
-    """Put what was measured into a repo's report and card. Raises OutputError."""
+def record(out: Path, **found: Any) -> None:
+    """Put what was found into a repo's report and card. Raises OutputError."""
     from quantkit.publish.report import record as put
 
-    if not put(out, report):
-        note(f"{out}/README.md was edited and is left as it is; quantkit.json has the figures.")
+    if not put(out, **found):
+        note(f"{out}/README.md is not as quantkit drew it: it is left, quantkit.json has it all.")
 
 
 @contextmanager
@@ -75,13 +74,14 @@ def progress(total: int, what: str, unit: str = "bytes") -> Iterator[Progress]:
         yield lambda done, name: bar.update(task, advance=done, description=_short(name))
 
 
-def require_yes(question: str, option: str) -> None:
-    """Go on only if a person says yes. Raises InputError if not, or where nobody can be asked."""
+def require_yes(question: str, option: str, otherwise: str) -> None:
+    """Go on only if a person says yes. Raises InputError if not (`otherwise`), or where nobody can
+    be asked."""
     if not sys.stdin.isatty():
         raise InputError(f"{question} Nobody can be asked here; {option} says yes.")
     print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)
     if sys.stdin.readline().strip().lower() not in ("y", "yes"):
-        raise InputError("nothing was sent.")
+        raise InputError(otherwise)
 
 
 def _short(name: str) -> str:

@@ -30,10 +30,10 @@ def demo(
     from quantkit.backend import speed_hint
     from quantkit.cli.choose import Asked, choose_plan
     from quantkit.demo.build import demo_checkpoint
-    from quantkit.judge.answer import Manner, Speaker
     from quantkit.pipeline import quantize
     from quantkit.places import cache_folder
     from quantkit.source.source import open_source
+    from quantkit.talk.answer import Manner, Speaker
 
     console.note(speed_hint())
     with console.progress(0, "Building the demo model,") as progress:

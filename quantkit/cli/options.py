@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from quantkit.places import user_path
+
 _NOT_REPEATED = ("force", "json")
 
 Src = Annotated[
@@ -141,5 +143,8 @@ def command_line(ctx: typer.Context) -> str:
 
 
 def _without_folders(text: str) -> str:
-    kind, colon, path = text.rpartition(":")  # like:FOLDER
-    return kind + colon + Path(path).name if os.sep in path and Path(path).exists() else text
+    if text.startswith("like:"):
+        return f"like:{_without_folders(text.removeprefix('like:'))}"
+    named = os.sep in text or text.startswith(("~", "."))
+    path = user_path(text)
+    return path.resolve().name if named and path.exists() else text

@@ -11,8 +11,8 @@ from quantkit.cli.options import Json
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from quantkit.judge.answer import Manner, Speaker
-    from quantkit.judge.channels import Piece
+    from quantkit.talk.answer import Manner, Speaker
+    from quantkit.talk.channels import Piece
 
 _DIM, _PLAIN = "\033[2m", "\033[0m"
 
@@ -29,7 +29,7 @@ Temperature = Annotated[
     float, typer.Option("--temp", min=0.0, help="0: always the likeliest token.")
 ]
 TopP = Annotated[float, typer.Option(min=0.0, max=1.0, help="Draw from the likeliest so much.")]
-Seed = Annotated[int, typer.Option(min=0, help="Of what is drawn.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**64 - 1, help="Of what is drawn.")]
 
 
 def generate(
@@ -52,7 +52,7 @@ def generate(
 
     `quantkit generate gpt-oss-20b-16GB --reasoning low --prompt "Why is the sky blue?"`
     """
-    from quantkit.judge.channels import FINAL
+    from quantkit.talk.channels import FINAL
 
     manner = _manner(reasoning, max_tokens, temp, top_p, seed)
     speaker = _speaker(out, reasoning)
@@ -105,17 +105,17 @@ def serve(
 
     `curl localhost:8080/v1/chat/completions -d '{"messages": [{"role": "user", "content": "Hi"}]}'`
     """
-    from quantkit.judge.answer import serve as run_server
+    from quantkit.talk.serve import serve as run_server
 
-    options = {"host": host, "port": port, "max-tokens": max_tokens, "temp": temp, "top-p": top_p}
-    run_server(out, options)
+    options = {"max-tokens": max_tokens, "temp": temp, "top-p": top_p}
+    run_server(out, host, port, [f"--{name}={value}" for name, value in options.items()])
 
 
 def _manner(
     effort: str | None, max_tokens: int, temperature: float, top_p: float, seed: int
 ) -> "Manner":
     from quantkit.errors import InputError
-    from quantkit.judge.answer import EFFORTS, Manner
+    from quantkit.talk.answer import EFFORTS, Manner
 
     if effort is not None and effort not in EFFORTS:
         raise InputError(f"there is no effort {effort!r}. Efforts: {', '.join(EFFORTS)}.")
@@ -124,7 +124,7 @@ def _manner(
 
 def _speaker(out: str, effort: str | None) -> "Speaker":
     from quantkit.backend import speed_hint
-    from quantkit.judge.answer import Speaker
+    from quantkit.talk.answer import Speaker
 
     console.note(speed_hint())
     speaker = Speaker(out)
@@ -135,16 +135,17 @@ def _speaker(out: str, effort: str | None) -> "Speaker":
 
 def _ask() -> str:
     """A line from the terminal; empty at its end."""
+    terminal = sys.stdin.isatty()
     try:
-        return input("> ")
-    except EOFError:
-        print()
+        return input("> " if terminal else "")
+    except (EOFError, KeyboardInterrupt):
+        print(end="\n" if terminal else "")
         return ""
 
 
 def _print_answer(pieces: "Iterator[Piece]") -> str:
     """Print what comes, what is thought dimmed and only on a terminal; gives the answer."""
-    from quantkit.judge.channels import FINAL
+    from quantkit.talk.channels import FINAL
 
     terminal, answer, before = sys.stdout.isatty(), "", None
     try:

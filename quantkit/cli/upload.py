@@ -44,12 +44,13 @@ def upload(
 
     report = read_report(out)
     planned = plan_upload(out, report, repo, private=private, revision=revision, message=message)
-    foreign = not dry_run and is_foreign(repo)  # asked first: without a token all else is in vain
+    # Asked first: without a token all else is in vain.
+    foreign = not dry_run and is_foreign(planned)
     if foreign and not yes:
-        console.require_yes(
-            f"{repo} holds a model that quantkit did not make. Write over it?", "--yes"
-        )
-    require_good(run_checks(out, report, load and not dry_run, show=not json))
+        question = f"{repo} holds a model that quantkit did not make. Write over it?"
+        console.require_yes(question, "--yes", "nothing was sent.")
+    checks = run_checks(out, report, load and not dry_run, show=not json)
+    require_good(checks, json)
     if dry_run:
         if json:
             console.print_json(asdict(planned) | {"bytes": planned.bytes})
@@ -57,6 +58,7 @@ def upload(
             tables.print_upload(planned)
         return
     address = send(out, report, planned)
+    console.record(out, repo=repo)
     if json:
         console.print_json(asdict(planned) | {"bytes": planned.bytes, "address": address})
     else:

@@ -30,10 +30,9 @@ def verify(
     from quantkit.publish.report import read_report
 
     checks = run_checks(out, read_report(out), load, show=not json)
+    require_good(checks, json)
     if json:
-        ok = all(check.ok is not False for check in checks)
-        console.print_json({"ok": ok, "checks": [asdict(check) for check in checks]})
-    require_good(checks)
+        console.print_json({"ok": True, "checks": [asdict(check) for check in checks]})
 
 
 def run_checks(out: Path, report: "Report", load: bool, show: bool) -> "list[Check]":
@@ -55,7 +54,9 @@ def run_checks(out: Path, report: "Report", load: bool, show: bool) -> "list[Che
     return checks
 
 
-def require_good(checks: "Sequence[Check]") -> None:
-    """Ends the process with exit code 1 if a check failed."""
+def require_good(checks: "Sequence[Check]", json: bool) -> None:
+    """Ends the process with exit code 1 if a check failed, all being said as `json` if asked."""
     if any(check.ok is False for check in checks):
+        if json:
+            console.print_json({"ok": False, "checks": [asdict(check) for check in checks]})
         raise typer.Exit(1)

@@ -40,7 +40,6 @@ from quantkit.units import bits_per_weight
 
 _RESAMPLES = 1000
 # What model code raises on a config that it did not expect.
-_MODEL_ERRORS = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 _TOKENS_AT_ONCE = 4096  # through the head
 
 

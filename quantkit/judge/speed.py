@@ -16,8 +16,10 @@ from quantkit.macs import cache_bytes
 from quantkit.progress import Progress
 from quantkit.source.layout import optional_int, text_scope
 from quantkit.staging import versions
+from quantkit.units import gb
 
 _WARM = 16  # tokens
+_LONGEST = 1 << 20  # tokens, where the config does not say
 
 
 def measure(
@@ -29,14 +31,7 @@ def measure(
     take, OutputError for a repo that mlx-lm does not load.
     """
     config = load_json(repo / "config.json", OutputError)
-    longest = optional_int(text_scope(config), "max_position_embeddings", "n_positions")
-    for context in contexts:
-        if context < 1 or generated < 1:
-            raise InputError("prompts and answers have one token or more.")
-        if longest is not None and context + generated > longest:
-            raise InputError(
-                f"{context} + {generated} tokens are more than the {longest} that the model takes."
-            )
+    _require_possible(report, config, contexts, generated)
     import mlx_lm
 
     try:
@@ -68,9 +63,32 @@ def measure(
     return Speed(machine(), versions(), tuple(run(context, generated) for context in contexts))
 
 
+def _require_possible(
+    report: Report, config: dict[str, object], contexts: Sequence[int], generated: int
+) -> None:
+    longest = optional_int(text_scope(config), "max_position_embeddings", "n_positions") or _LONGEST
+    for context in contexts:
+        if context < 1 or generated < 1:
+            raise InputError("prompts and answers have one token or more.")
+        if context + generated > longest:
+            raise InputError(
+                f"{context} + {generated} tokens are more than the {longest} that the model takes."
+            )
+        needed = _predicted(report, config, context + generated) or 0
+        if needed > _memory():
+            raise InputError(
+                f"a prompt of {context} tokens needs {gb(needed)} with the weights, this machine "
+                f"has {gb(_memory())}. Give a smaller --context."
+            )
+
+
+def _memory() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def machine() -> str:
     """The machine in a few words: what computes, and its memory."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    memory = _memory() / 2**30
     if not on_cpu():
         name = str(mx.device_info().get("device_name", "a GPU"))
         return f"{name}, {memory:.0f} GB of memory"

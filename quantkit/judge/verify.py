@@ -9,7 +9,7 @@ from typing import Any
 from quantkit.artifacts.plan import Choice
 from quantkit.artifacts.report import Report
 from quantkit.backend import mx
-from quantkit.errors import SourceError
+from quantkit.errors import SourceError, first_line
 from quantkit.formats.dtypes import FLOATS, nan_scales, nonfinite
 from quantkit.formats.tiers import TIERS, Tier
 from quantkit.jsonfile import load_json
@@ -215,7 +215,7 @@ def _check_mlx_lm(repo: Path) -> Iterator[Check]:
     try:
         model, tokenizer = mlx_lm.load(str(repo))
     except Exception as exc:  # noqa: BLE001  (whatever mlx-lm stumbles over)
-        yield Check(name, False, _first_line(exc))
+        yield Check(name, False, _said(exc))
         return
     yield Check(name, True, f"mlx-lm {mlx_lm.__version__}, strict")
     try:
@@ -223,11 +223,11 @@ def _check_mlx_lm(repo: Path) -> Iterator[Check]:
         produced = list(mlx_lm.stream_generate(model, tokenizer, prompt, max_tokens=4))
         finite = not any(mx.any(mx.isnan(step.logprobs)).item() for step in produced)
     except Exception as exc:  # noqa: BLE001  (whatever mlx-lm stumbles over)
-        yield Check("generates", False, _first_line(exc))
+        yield Check("generates", False, _said(exc))
         return
     detail = f"{len(produced)} tokens" if finite else "log-probabilities are NaN"
     yield Check("generates", finite and bool(produced), detail)
 
 
-def _first_line(exc: Exception) -> str:
-    return f"{type(exc).__name__}: {(str(exc).strip() or 'no message').splitlines()[0]}"
+def _said(exc: Exception) -> str:
+    return f"{type(exc).__name__}: {first_line(exc)}"

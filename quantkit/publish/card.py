@@ -3,14 +3,14 @@
 import re
 from pathlib import Path
 
+import yaml
+
 from quantkit.artifacts.fidelity import Fidelity, Interval
-from quantkit.artifacts.report import Report
+from quantkit.artifacts.report import License, Report
 from quantkit.roles import group_roles
 from quantkit.units import count, gib, size
 
 CARD_FILE = "README.md"
-_FRONT_MATTER = re.compile(r"\A---\n(.*?\n)---\n", re.DOTALL)
-_LICENSE = re.compile(r"^license:[ \t]*[\"']?([\w.+-]+)", re.MULTILINE)
 
 
 def card(report: Report) -> str:
@@ -32,7 +32,7 @@ def card(report: Report) -> str:
         _front(report),
         f"# {title}, {plan.bits_per_weight:.2f} bits per weight",
         f"A mixed-precision MLX quant of {_linked(report)}, made with quantkit "
-        f"{report.versions['quantkit']} ({plan.origin}).",
+        f"{report.versions['quantkit']} ({_plain(plan.origin)}).",
         "\n".join(facts),
         _tiers(report),
         *_fidelity(report),
@@ -43,48 +43,58 @@ def card(report: Report) -> str:
     return "\n\n".join(sections) + "\n"
 
 
-def license_of(folder: Path) -> str | None:
+def license_of(folder: Path) -> License | None:
     """The licence that the source's own card states in its front matter."""
-    if not (folder / CARD_FILE).is_file():
-        return None
+    from huggingface_hub import metadata_load
+
     try:
-        text = (folder / CARD_FILE).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
+        stated = metadata_load(folder / CARD_FILE) or {}
+    except (OSError, ValueError, yaml.YAMLError):
         return None
-    front = _FRONT_MATTER.match(text)
-    match = _LICENSE.search(front.group(1)) if front else None
-    return match.group(1) if match else None
+    texts = {
+        name: value if isinstance(value := stated.get(name), str) else None
+        for name in ("license", "license_name", "license_link")
+    }
+    if not texts["license"]:
+        return None
+    return License(texts["license"], texts["license_name"], texts["license_link"])
 
 
 def _front(report: Report) -> str:
-    lines = ["---", "library_name: mlx", "pipeline_tag: text-generation"]
-    if report.license:
-        lines.append(f"license: {report.license}")
+    front: dict[str, object] = {"library_name": "mlx", "pipeline_tag": "text-generation"}
+    if found := report.license:
+        known = {"license": found.id, "license_name": found.name, "license_link": found.link}
+        front |= {name: value for name, value in known.items() if value is not None}
     if report.base_model:
-        lines += [f"base_model: {report.base_model}", "base_model_relation: quantized"]
-    return "\n".join([*lines, "tags:", "- mlx", "- quantkit", f"- {report.plan.model_type}", "---"])
+        front |= {"base_model": report.base_model, "base_model_relation": "quantized"}
+    front["tags"] = ["mlx", "quantkit", report.plan.model_type]
+    return f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---"
 
 
 def _title(report: Report) -> str:
-    return (report.base_model or report.plan.source.name).rpartition("/")[2]
+    return _plain((report.base_model or report.plan.source.name).rpartition("/")[2])
 
 
 def _linked(report: Report) -> str:
     base = report.base_model
-    return f"[{base}](https://huggingface.co/{base})" if base else _title(report)
+    return f"[{_plain(base)}](https://huggingface.co/{base})" if base else _title(report)
+
+
+def _plain(text: str) -> str:
+    """Some text that is not ours, so that Markdown shows it as it is, on one line."""
+    return re.sub(r"([\\`*\[\]<>|#])", r"\\\1", " ".join(text.split()))
 
 
 def _memory(report: Report) -> list[str]:
     memory = report.memory
     if memory is None:
         return []
-    fits = f"Macs with {memory.smallest_mac_gib} GB of memory or more"
+    fits = f"computed to fit Macs with {memory.smallest_mac_gib} GB of memory or more"
     if memory.smallest_mac_gib is None:
-        fits = "no Mac that is sold"
+        fits = "computed to fit no Mac that is sold"
     return [
         f"- Memory: {size(memory.needed_bytes)} for the weights, {memory.context} tokens of KV "
-        f"cache ({size(memory.cache_bytes)}) and {size(memory.reserve_bytes)} in reserve; "
-        f"computed, that is {fits}"
+        f"cache ({size(memory.cache_bytes)}) and {size(memory.reserve_bytes)} in reserve; {fits}"
     ]
 
 
@@ -103,8 +113,8 @@ def _choice(report: Report) -> list[str]:
     lines.append(f"- Rounding: {plan.rounding}{tuned}")
     for text in plan.calibrations:
         lines.append(
-            f"- Calibrated on {text.tokens} tokens of {text.name} ({text.sequences} sequences of "
-            f"{text.sequence_length}, seed {text.seed})"
+            f"- Calibrated on {text.tokens} tokens of {_plain(text.name)} ({text.sequences} "
+            f"sequences of {text.sequence_length}, seed {text.seed})"
         )
     return lines
 
@@ -127,8 +137,8 @@ def _fidelity(report: Report) -> list[str]:
     return [
         "## How close it is to the native model",
         f"Measured with `quantkit compare` on {found.tokens} tokens ({found.sequences} sequences, "
-        f"seed {found.seed}) of {found.text} that nothing was calibrated on. KL divergences are in "
-        f"nats per token, to {found.native}.",
+        f"seed {found.seed}) of {_plain(found.text)} that nothing was calibrated on. KL "
+        f"divergences are in nats per token, to {_plain(found.native)}.",
         _fidelity_table(found),
     ]
 
@@ -178,7 +188,7 @@ def _speed(report: Report) -> list[str]:
 
 
 def _usage(report: Report) -> str:
-    name = report.repo or f"path/to/{_title(report)}"
+    name = report.repo or "path/to/this/folder"
     return "\n".join(
         [
             "## Use",

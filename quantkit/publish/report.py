@@ -1,16 +1,23 @@
 """The report inside a repo (`quantkit.json`), and reading it back."""
 
+import hashlib
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from quantkit.artifacts.report import REPORT_FILE, Report
 from quantkit.errors import OutputError
-from quantkit.jsonfile import dump_json, load_json, read_text, write_atomically
+from quantkit.jsonfile import dump_json, load_json, write_atomically
 from quantkit.publish.card import CARD_FILE, card
+from quantkit.source.checkpoint import hash_file
 
 
 def documents(report: Report) -> dict[str, str]:
     """Name -> text of report and card, without a date: the same inputs give the same files."""
-    return {REPORT_FILE: dump_json(report.to_json()), CARD_FILE: card(report)}
+    drawn = card(report)
+    cards = dict.fromkeys((*report.cards[-1:], _sha256(drawn)))
+    known = replace(report, cards=tuple(cards))
+    return {REPORT_FILE: dump_json(known.to_json()), CARD_FILE: drawn}
 
 
 def updated(repo: Path, report: Report) -> dict[str, str]:
@@ -18,20 +25,26 @@ def updated(repo: Path, report: Report) -> dict[str, str]:
 
     A card that a person has edited is theirs, and stays. Raises OutputError.
     """
-    before, after = documents(read_report(repo)), documents(report)
-    path = repo / CARD_FILE
-    if path.exists() and read_text(path, OutputError) not in (before[CARD_FILE], after[CARD_FILE]):
-        del after[CARD_FILE]
-    return after
+    texts, path = documents(report), repo / CARD_FILE
+    if path.exists() and hash_file(path, CARD_FILE) not in (
+        *report.cards,
+        _sha256(texts[CARD_FILE]),
+    ):
+        del texts[CARD_FILE]
+    return texts
 
 
-def record(repo: Path, report: Report) -> bool:
-    """Put `report` in the place of the repo's report, and renew the card; False if that was edited
-    by a person and so left alone. Raises OutputError."""
-    texts = updated(repo, report)
-    for name in sorted(texts):  # the card first: killed in between, it is still known for ours
-        write_atomically(repo / name, texts[name])
+def record(out: Path, **found: Any) -> bool:
+    """Put what was found into the fields of the report in `out`, and renew the card; False if that
+    was edited by a person and so left alone. Raises OutputError."""
+    texts = updated(out, replace(read_report(out), **found))
+    for name in sorted(texts, reverse=True):  # the report first: it knows both cards
+        write_atomically(out / name, texts[name])
     return CARD_FILE in texts
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def read_report(repo: Path) -> Report:

@@ -26,7 +26,8 @@ def edit_config(config: Mapping[str, Any], inventory: Inventory, plan: Plan) -> 
     Every quantized module has an entry of its own, since not every mlx-lm infers missing ones; the
     top level, required, repeats the tier that holds most weights.
     """
-    edited = {key: value for key, value in config.items() if key != "quantization_config"}
+    left_out = ("quantization_config", "_name_or_path")  # the latter may be a path of somebody's
+    edited = {key: value for key, value in config.items() if key not in left_out}
     tiers = _quantized(inventory, plan)
     if tiers:
         held: Counter[Tier] = Counter()

@@ -29,7 +29,7 @@ from quantkit.rounding.tune import Tuner, Tuning
 from quantkit.work import Tensors, Work
 
 _EMBEDDING = "rounded-embedding"
-_EMBEDDING_TOKENS = 4096  # to take gradients on
+EMBEDDING_TOKENS = 4096  # to take gradients on
 _AT_ONCE = 32_000_000  # values of a table
 
 
@@ -175,7 +175,7 @@ class LayerRounder:
 
     def _round_embedding(self) -> None:
         done: dict[str, Tensors] = {}
-        count = max(1, _EMBEDDING_TOKENS // self._tokens.shape[1])
+        count = max(1, EMBEDDING_TOKENS // self._tokens.shape[1])
         tokens = self._tokens[:count]
         hessian = embedding_hessian(self._model, tokens, self._work, self._progress)
         for table in self._model.tables.values():

@@ -218,3 +218,31 @@ def test_starts_without_mlx(cli, checkpoint, tmp_path, command):
     run = [sys.executable, "-c", NO_MLX, command, *map(str, arguments)]
     done = subprocess.run(run, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_recorded_command_names_no_folders(checkpoint, tmp_path):
+    """What is published tells how to do it again, not where things lie."""
+    source = tmp_path / "we:ird folder"
+    shutil.copytree(checkpoint, source)
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text('[[rules]]\ntier = "q4g64"\n')
+    command = [sys.executable, "-m", "quantkit", "quantize", "../we:ird folder", "-r", str(recipe)]
+    (tmp_path / "here").mkdir()
+    command += ["-o", str(tmp_path / "out"), "--shard-size", "300kB", "--force"]
+    subprocess.run(command, cwd=tmp_path / "here", check=True, capture_output=True)
+    text = (tmp_path / "out" / "quantkit.json").read_text()
+    wanted = "quantkit quantize 'we:ird folder' --output OUT --recipe mine.toml --shard-size 300kB"
+    assert json.loads(text)["command"] == wanted
+    assert wanted in (tmp_path / "out" / "README.md").read_text()
+    assert str(tmp_path) not in text
+
+
+def test_recording_wants_the_model_that_it_was_made_from(cli, checkpoint, tmp_path):
+    out, other = tmp_path / "out", tiny.gpt_oss_tensors(seed=1)
+    assert cli("quantize", checkpoint, "-r", "mxfp4-q8", "-o", out).exit_code == 0
+    before = (out / "quantkit.json").read_bytes()
+    fine_tune = tiny.write_checkpoint(tmp_path / "other", tiny.CONFIG, other)
+    done = cli("compare", fine_tune, out, "--record")
+    assert done.exit_code == 2
+    assert "was made from tiny-gpt-oss, not from this other" in done.stderr
+    assert (out / "quantkit.json").read_bytes() == before

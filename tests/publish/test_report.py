@@ -1,3 +1,4 @@
+import hashlib
 import json
 import re
 import shutil
@@ -7,7 +8,7 @@ import pytest
 
 from quantkit.allocate.recipe import load_recipe, plan_by_recipe
 from quantkit.artifacts.fidelity import Fidelity, Interval
-from quantkit.artifacts.report import Report
+from quantkit.artifacts.report import License, Report
 from quantkit.artifacts.speed import Run, Speed
 from quantkit.errors import OutputError, PlanError
 from quantkit.pipeline import quantize
@@ -82,6 +83,14 @@ BAD = {
     "speed lacks its runs": (
         edited(lambda v: v.update(speed={"machine": "x", "versions": {}})), PlanError, "'runs'",
     ),
+    "fidelity is empty": (edited(lambda v: v.update(fidelity={})), PlanError, "not a complete"),
+    "memory as text": (
+        edited(lambda v: v["memory"].update(needed_bytes="many")), PlanError, "no whole numbers",
+    ),
+    "a base model that is a list": (
+        edited(lambda v: v.update(base_model=["a/b"])), PlanError, "base_model is no text",
+    ),
+    "no version": (edited(lambda v: v["versions"].pop("quantkit")), PlanError, "'quantkit'"),
     "memory of other fields": (
         edited(lambda v: v.update(memory={"x": 1})), PlanError, "not a complete report",
     ),
@@ -100,7 +109,7 @@ def test_bad_report(tmp_path, written, case):
 
 def test_card(written):
     _, report = written
-    known = replace(report, base_model="openai/gpt-oss-20b", license="apache-2.0")
+    known = replace(report, base_model="openai/gpt-oss-20b", license=License("apache-2.0"))
     text = card(known)
     front = text.split("---\n")[1]
     assert front == (
@@ -186,30 +195,64 @@ def test_what_was_measured_is_in_the_card(written):
 def test_measured_reports_read_back(written):
     report = measured(written[1])
     value = json.loads(documents(report)["quantkit.json"])
-    assert Report.from_json(value, "quantkit.json") == report
+    assert replace(Report.from_json(value, "quantkit.json"), cards=report.cards) == report
 
 
 def test_recording_renews_report_and_card(tmp_path, written):
     out = shutil.copytree(written[0], tmp_path / "out")
-    assert record(out, measured(written[1]))
-    assert read_report(out) == measured(written[1])
+    assert record(out, speed=SPEED)
+    assert record(out, fidelity=FIDELITY)
+    assert (read_report(out).speed, read_report(out).fidelity) == (SPEED, FIDELITY)
     assert "12.35 GB" in (out / "README.md").read_text()
-    assert record(out, written[1])
+    assert record(out, speed=None)
     assert "12.35 GB" not in (out / "README.md").read_text()
 
 
-def test_an_edited_card_is_left_alone(tmp_path, written):
+def test_a_card_of_another_version_is_still_known(tmp_path, written):
+    """By its hash, not by what this version would draw."""
     out = shutil.copytree(written[0], tmp_path / "out")
-    (out / "README.md").write_text("Mine.")
-    assert not record(out, measured(written[1]))
-    assert (out / "README.md").read_text() == "Mine."
+    (out / "README.md").write_text("Drawn by an older one.")
+    digest = hashlib.sha256(b"Drawn by an older one.").hexdigest()
+    edited(lambda v: v.update(cards=[digest]))(out)
+    assert record(out, speed=SPEED)
+    assert "12.35 GB" in (out / "README.md").read_text()
+
+
+def test_killed_between_report_and_card(tmp_path, written):
+    out = shutil.copytree(written[0], tmp_path / "out")
+    before = (out / "README.md").read_text()
+    assert record(out, speed=SPEED)
+    (out / "README.md").write_text(before)
+    assert record(out, fidelity=FIDELITY)
+    assert "12.35 GB" in (out / "README.md").read_text()
+
+
+@pytest.mark.parametrize("content", [b"Mine.", b"\xe9"])
+def test_an_edited_card_is_left_alone(tmp_path, written, content):
+    out = shutil.copytree(written[0], tmp_path / "out")
+    (out / "README.md").write_bytes(content)
+    assert not record(out, speed=SPEED)
+    assert (out / "README.md").read_bytes() == content
     assert read_report(out).speed == SPEED
+
+
+def test_foreign_names_do_no_harm(written):
+    name = "we:ird *big* |model| [x](http:q)\n# $(id)"
+    plan = replace(written[1].plan, source=replace(written[1].plan.source, name=name))
+    text = card(replace(written[1], plan=plan))
+    title = next(line for line in text.splitlines() if line.startswith("# "))
+    assert title.startswith(r"# we:ird \*big\* \|model\| \[x\](http:q) \# $(id), ")
+    assert "$(id)" not in text.partition("## Use")[2]
 
 
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
         ("---\nlicense: apache-2.0\n---\n", "apache-2.0"),
+        ("---\nlicense: no\n---\n", None),
+        ('---\nlicense: "no"\n---\n', "no"),
+        ("---\nlicense: [mit]\n---\n", None),
+        ("---\nlicense: {\n---\n", None),
         ("---\ntags:\n- x\nlicense: mit\npipeline_tag: y\n---\n# Hello\n", "mit"),
         ("# No front matter\nlicense: gpl\n", None),
         ("---\nlicense: 'mit'\n---\n", "mit"),
@@ -219,4 +262,12 @@ def test_an_edited_card_is_left_alone(tmp_path, written):
 )
 def test_license_of_the_source(tmp_path, text, expected):
     (tmp_path / "README.md").write_text(text)
-    assert license_of(tmp_path) == expected
+    found = license_of(tmp_path)
+    assert (found and found.id) == expected
+
+
+def test_a_licence_of_its_own_keeps_name_and_link(tmp_path, written):
+    text = "---\nlicense: other\nlicense_name: mine\nlicense_link: LICENSE\n---\n"
+    (tmp_path / "README.md").write_text(text)
+    front = card(replace(written[1], license=license_of(tmp_path))).split("---\n")[1]
+    assert "license: other\nlicense_name: mine\nlicense_link: LICENSE\n" in front

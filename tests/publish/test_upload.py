@@ -140,26 +140,72 @@ def test_a_model_that_is_not_ours_is_asked_about(online, out, there):
     assert contents(theirs) == contents(out)
 
 
+def test_what_mlx_lm_does_not_read_is_left(online, out, there):
+    """A folder whose name begins as shards' names do is none of ours."""
+    old = there / "tiny"
+    (old / "model-lora").mkdir(parents=True)
+    (old / "quantkit.json").write_text("{}")
+    (old / "model-lora" / "adapter.safetensors").write_bytes(b"kept")
+    with hub.serving({"user/tiny": old}, there) as (endpoint, _):
+        done = online(endpoint, "upload", out, "user/tiny", "--no-load", **LOGGED_IN)
+    assert done.returncode == 0, done.stderr
+    assert (old / "model-lora" / "adapter.safetensors").read_bytes() == b"kept"
+
+
+def test_a_public_repo_does_not_turn_private(online, out, there):
+    (there / "tiny").mkdir()
+    with hub.serving({"user/tiny": there / "tiny"}, there) as (endpoint, _):
+        done = online(endpoint, "upload", out, "user/tiny", "--private", "--no-load", **LOGGED_IN)
+    assert done.returncode == 2
+    assert "exists and is public" in done.stderr
+    assert not list((there / "tiny").iterdir())
+
+
+def test_an_edited_card_is_sent_as_it_is(online, out, there):
+    (out / "README.md").write_text("Mine.")
+    with hub.serving({}, there) as (endpoint, _):
+        done = online(endpoint, "upload", out, "user/tiny", "--no-load", **LOGGED_IN)
+    assert done.returncode == 0, done.stderr
+    assert (there / "tiny" / "README.md").read_text() == "Mine."
+    assert "README.md is not as quantkit drew it" in done.stderr
+    assert contents(there / "tiny") == contents(out)
+
+
 REFUSED = {
     "no token": ("user/tiny", {}, "hf auth login"),
     "a wrong token": ("user/tiny", {"HF_TOKEN": "hf_wrong"}, "does not take the token"),
+    "a token that reads": ("user/tiny", {"HF_TOKEN": hub.READER}, "may only read"),
     "no right": ("other/tiny", LOGGED_IN, "may not write there"),
+    "no right to what is there": ("other/theirs", LOGGED_IN, "may not write there"),
+    "no right of an organization's": ("org/tiny", LOGGED_IN, "You don't have the rights"),
     "no repo id": ("tiny", LOGGED_IN, "user/name"),
+    "not the Hub's kind of name": ("user/..", LOGGED_IN, "not a repo on the Hub"),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_bad_input_is_one_line(online, out, there, case):
+def test_bad_input_is_one_line(online, out, there, tmp_path, case):
     repo, env, message = REFUSED[case]
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    (theirs / "quantkit.json").write_text("{}")
     before = contents(out)
-    with hub.serving({}, there) as (endpoint, _):
-        done = online(endpoint, "upload", out, repo, "--no-load", **env)
+    with hub.serving({"other/theirs": theirs}, there) as (endpoint, _):
+        done = online(endpoint, "upload", out, repo, "--no-load", "--json", **env)
     assert done.returncode == 2
     assert message in done.stderr
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1
+    assert done.stdout == ""
     assert contents(out) == before
     assert not list(there.iterdir())
+
+
+def test_names_are_looked_at_before_a_dry_run(cli, out):
+    for repo in ("user/..", "user/a--b", "user/né", "user/" + "x" * 120):
+        done = cli("upload", out, repo, "--dry-run")
+        assert done.exit_code == 2
+        assert "not a repo on the Hub" in done.stderr
 
 
 def test_no_network(online, out):
@@ -178,6 +224,8 @@ def test_a_damaged_repo_is_not_sent(online, out, there):
     shard.write_bytes(data)
     with hub.serving({}, there) as (endpoint, log):
         done = online(endpoint, "upload", out, "user/tiny", **LOGGED_IN)
-    assert done.returncode == 1
+        said = online(endpoint, "upload", out, "user/tiny", "--json", **LOGGED_IN)
+    assert done.returncode == said.returncode == 1
     assert "FAIL  hashes" in done.stdout
+    assert not json.loads(said.stdout)["ok"]
     assert not any(method in ("PUT", "POST") for method, _, _ in log)

@@ -1,6 +1,5 @@
 """Letting a repo speak, through stock mlx-lm."""
 
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,8 +7,8 @@ from typing import Any
 
 from quantkit.backend import mx
 from quantkit.errors import InputError, OutputError, first_line
-from quantkit.judge.channels import Channels, Piece
 from quantkit.source.hub import is_repo_id
+from quantkit.talk.channels import Channels, Piece
 
 EFFORTS = ("low", "medium", "high")
 
@@ -33,7 +32,7 @@ class Speaker:
         """Raises OutputError for what mlx-lm does not load."""
         import mlx_lm
 
-        _require_repo(repo)
+        require_repo(repo)
         try:
             self._model, self._tokenizer = mlx_lm.load(repo)
         except Exception as exc:
@@ -56,8 +55,13 @@ class Speaker:
         yield from Channels(self._tokenizer).pieces(tokens)
 
     def _prompt(self, messages: Sequence[Mapping[str, str]], effort: str | None) -> list[int]:
+        said = "\n".join(message["content"] for message in messages)
+        try:
+            said.encode()
+        except UnicodeEncodeError as exc:
+            raise InputError("the prompt is not UTF-8 text.") from exc
         if not getattr(self._tokenizer, "chat_template", None):
-            return list(self._tokenizer.encode("\n".join(m["content"] for m in messages)))
+            return self._some(list(self._tokenizer.encode(said)))
         more = {"reasoning_effort": effort} if effort else {}
         try:
             prompt = self._tokenizer.apply_chat_template(
@@ -65,7 +69,12 @@ class Speaker:
             )
         except Exception as exc:
             raise InputError(f"the chat template refuses this ({first_line(exc)}).") from exc
-        return list(prompt)
+        return self._some(list(prompt))
+
+    def _some(self, prompt: list[int]) -> list[int]:
+        if not prompt:
+            raise InputError("the prompt is empty. Ask something.")
+        return prompt
 
     def _tokens(self, prompt: list[int], max_tokens: int, sampler: Any) -> Iterator[int]:
         import mlx_lm
@@ -74,22 +83,19 @@ class Speaker:
             self._model, self._tokenizer, prompt, max_tokens=max_tokens, sampler=sampler
         )
         self.truncated = False
-        for step in steps:
-            self.truncated = step.finish_reason == "length"
-            if step.token not in self._tokenizer.eos_token_ids:
-                yield step.token
+        try:
+            for step in steps:
+                self.truncated = step.finish_reason == "length"
+                if step.token not in self._tokenizer.eos_token_ids:
+                    yield step.token
+        except (RuntimeError, ValueError) as exc:
+            raise OutputError(f"mlx-lm cannot go on ({first_line(exc)}).") from exc
 
 
-def serve(repo: str, options: Mapping[str, object]) -> None:
-    """Run mlx-lm's server in this process until it is interrupted. Raises OutputError."""
-    from mlx_lm import server
-
-    _require_repo(repo)
-    given = [text for name, value in options.items() for text in (f"--{name}", str(value))]
-    sys.argv = ["mlx_lm.server", "--model", repo, *given]
-    server.main()
-
-
-def _require_repo(repo: str) -> None:
-    if not Path(repo).is_dir() and not is_repo_id(repo):
+def require_repo(repo: str) -> None:
+    """Raises OutputError for what can be neither a folder that holds a model nor a Hub id."""
+    folder = Path(repo)
+    if not folder.is_dir() and not is_repo_id(repo):
         raise OutputError(f"{repo}: no such folder, and no Hub id such as user/name.")
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise OutputError(f"{repo}: holds no model (no config.json).")

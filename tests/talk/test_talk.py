@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import pytest
 from mlx_lm.utils import load_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from quantkit.judge.channels import Channels, Piece
+from quantkit.talk.channels import Channels, Piece
 
 MARKS = ["<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|return|>"]
 WORDS = ["analysis", "final", "commentary", "assistant", "Paris", "of", "course", "hm"]
@@ -111,7 +112,7 @@ def test_generate_is_mlx_lms_own(cli, out):
 
 def test_generate_prints_the_answer_alone(cli, out, monkeypatch):
     """In a pipe, what was thought is left out."""
-    from quantkit.judge import answer
+    from quantkit.talk import answer
 
     pieces = [Piece("analysis", "hm"), Piece("final", "Paris")]
     monkeypatch.setattr(answer.Speaker, "answer", lambda *_: iter(pieces))
@@ -126,7 +127,7 @@ def test_chat_keeps_what_was_said(cli, out, monkeypatch):
     from typer.testing import CliRunner
 
     from quantkit.cli.main import app
-    from quantkit.judge import answer
+    from quantkit.talk import answer
 
     heard = []
 
@@ -170,16 +171,30 @@ def test_serve_answers(out):
                 assert time.monotonic() < deadline
                 time.sleep(0.2)
     finally:
-        server.terminate()
-        server.communicate()
+        server.send_signal(signal.SIGINT)
+        said = server.communicate(timeout=60)[1]
     assert value["choices"][0]["message"]["content"]
+    assert "Traceback" not in said
+
+
+def test_a_port_that_is_taken(out):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        command = [sys.executable, "-m", "quantkit", "serve", str(out), "--port", port]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2
+    assert "cannot be listened on" in done.stderr
 
 
 BAD = {
     "no such folder": (("generate", "nowhere", "-p", "x"), "no such folder"),
     "nothing to serve": (("serve", "nowhere"), "no such folder"),
     "another effort": (("generate", "OUT", "-p", "x", "--reasoning", "much"), "low, medium, high"),
-    "no model in the folder": (("chat", "EMPTY"), "mlx-lm does not load it"),
+    "no model in the folder": (("chat", "EMPTY"), "holds no model"),
+    "no model to serve": (("serve", "EMPTY"), "holds no model"),
+    "no such host": (("serve", "OUT", "--host", "256.256.256.256"), "cannot be listened on"),
+    "an empty prompt": (("generate", "OUT", "-p", ""), "the prompt is empty"),
+    "no text": (("generate", "OUT", "-p", "\udce9"), "not UTF-8"),
 }
 
 
@@ -195,26 +210,31 @@ def test_bad_input_is_one_line(cli, out, tmp_path, case):
 
 def test_bench_records_what_it_measured(cli, out, tmp_path):
     copy = shutil.copytree(out, tmp_path / "out")
-    done = cli("bench", copy, "--context", "8,16", "--tokens", 4, "--record", "--json")
+    done = cli("bench", copy, "--context", "8,16", "--tokens", 16, "--record", "--json")
     assert done.exit_code == 0, done.output
     runs = json.loads(done.stdout)["runs"]
     assert [run["context"] for run in runs] == [8, 16]
     stored = json.loads((copy / "quantkit.json").read_text())
     assert stored["speed"]["runs"] == runs
     for run in runs:
-        assert run["generated"] == 4
+        assert run["generated"] == 16
         assert run["peak_bytes"] >= stored["total_bytes"]
         assert run["predicted_bytes"] > stored["total_bytes"]
         assert run["generated_per_second"] > 0
         assert f"{run['prefill_per_second']:.1f}" in (copy / "README.md").read_text()
-    shown = cli("bench", copy, "--context", "8", "--tokens", 4)
+    shown = cli("bench", copy, "--context", "8", "--tokens", 16)
     assert "8 tokens" in shown.stdout
     assert cli("verify", copy).exit_code == 0
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [(("--context", "x"), "not a number of tokens"), (("--context", "0"), "one token or more")],
+    [
+        (("--context", "x"), "not a number of tokens"),
+        (("--context", "0"), "one token or more"),
+        (("--context", "999999999999"), "more than the"),
+        (("--tokens", "1"), "16"),
+    ],
 )
 def test_bench_refuses(cli, out, options, message):
     done = cli("bench", out, *options)

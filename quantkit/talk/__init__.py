@@ -1,0 +1,1 @@
+"""Letting a repo speak, through stock mlx-lm."""

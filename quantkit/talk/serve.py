@@ -1,0 +1,38 @@
+"""mlx-lm's own server, for one repo."""
+
+import os
+import socket
+import sys
+
+from quantkit.backend import mx  # noqa: F401  (before mlx-lm: see backend)
+from quantkit.errors import InputError, first_line
+from quantkit.talk.answer import require_repo
+
+
+def serve(repo: str, host: str, port: int, options: list[str]) -> None:
+    """Run the server in this process, which ends with it. `options` are mlx_lm.server's.
+
+    Raises OutputError for no repo, InputError for an address that is not to be had.
+    """
+    require_repo(repo)
+    try:
+        with socket.create_server((host, port)):
+            pass
+    except OSError as exc:
+        raise InputError(
+            f"{host}:{port} cannot be listened on ({exc.strerror or exc}). Give another --port."
+        ) from exc
+    from mlx_lm import server
+
+    sys.argv = ["mlx_lm.server", "--model", repo, "--host", host, "--port", str(port), *options]
+    code = 0
+    try:
+        server.main()
+    except KeyboardInterrupt:
+        pass
+    except Exception as exc:  # noqa: BLE001  (whatever mlx-lm stumbles over)
+        print(f"error: mlx_lm.server: {first_line(exc)}.", file=sys.stderr)
+        code = 2
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # its generation thread ends in no other way
