@@ -54,8 +54,12 @@ def write_atomically(path: Path, text: str) -> None:
 
     Raises OutputError.
     """
-    # A name that is not UTF-8 on the disk may have come this far.
-    write_bytes_atomically(path, text.encode("utf-8", errors="backslashreplace"))
+    write_bytes_atomically(path, encoded(text))
+
+
+def encoded(text: str) -> bytes:
+    """UTF-8, even of a name that is none on the disk."""
+    return text.encode("utf-8", errors="backslashreplace")
 
 
 def write_bytes_atomically(path: Path, content: bytes) -> None:

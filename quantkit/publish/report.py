@@ -7,7 +7,7 @@ from typing import Any
 
 from quantkit.artifacts.report import REPORT_FILE, Report
 from quantkit.errors import OutputError
-from quantkit.jsonfile import dump_json, load_json, write_atomically
+from quantkit.jsonfile import dump_json, encoded, load_json, write_atomically
 from quantkit.publish.card import CARD_FILE, card
 from quantkit.source.checkpoint import hash_file
 
@@ -44,7 +44,7 @@ def record(out: Path, **found: Any) -> bool:
 
 
 def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(encoded(text)).hexdigest()
 
 
 def read_report(repo: Path) -> Report:

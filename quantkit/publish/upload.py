@@ -16,6 +16,7 @@ from typing import Any
 
 from quantkit.artifacts.report import REPORT_FILE, Report
 from quantkit.errors import HubError, HubUnreachableError, first_line
+from quantkit.jsonfile import encoded
 from quantkit.publish.card import CARD_FILE
 from quantkit.publish.report import updated
 from quantkit.source.hub import is_repo_id
@@ -57,7 +58,7 @@ def plan_upload(
     if (out / CARD_FILE).is_file():  # one that was edited
         sizes[CARD_FILE] = (out / CARD_FILE).stat().st_size
     texts = updated(out, replace(report, repo=repo))
-    sizes |= {name: len(text.encode()) for name, text in texts.items()}
+    sizes |= {name: len(encoded(text)) for name, text in texts.items()}
     about = f"{report.plan.bits_per_weight:.2f} bits per weight"
     made = f"quantkit {report.versions['quantkit']}"
     return Upload(
@@ -120,7 +121,7 @@ def _gather(out: Path, report: Report, upload: Upload, folder: Path) -> None:
     texts = updated(out, replace(report, repo=upload.repo))
     for name, _ in upload.files:
         if name in texts:
-            (folder / name).write_text(texts[name], encoding="utf-8")
+            (folder / name).write_bytes(encoded(texts[name]))
         else:
             (folder / name).symlink_to((out / name).resolve())
 
