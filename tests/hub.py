@@ -16,7 +16,6 @@ from urllib.parse import urlsplit
 
 COMMIT = "c0ffee" + "0" * 34
 TOKEN, READER = "hf_of_user", "hf_that_reads"
-PART = 100_000  # bytes
 
 
 @contextmanager
@@ -24,11 +23,12 @@ def serving(
     repos: dict[str, Path],
     new: Path | None = None,
     drops: Callable[[str], bool] = lambda _: False,
+    part: int = 100_000,
 ):
     """Serve folders under repo ids; gives (endpoint, [(method, path, bytes sent)]).
 
-    `new` is where the repos that `user` creates are put. An upload to a path that `drops` is cut in
-    the middle.
+    `new` is where the repos that `user` creates are put. Large files come in parts of `part` bytes;
+    an upload to a path that `drops` is cut in the middle.
     """
     log: list[tuple[str, str, int]] = []
     stored: dict[str, bytes] = {}
@@ -112,9 +112,9 @@ def serving(
             for asked in json.loads(sent)["objects"]:
                 entry = dict(asked)
                 if (oid := asked["oid"]) not in stored:
-                    count = -(-asked["size"] // PART)
+                    count = -(-asked["size"] // part)
                     urls = {f"{i + 1:05}": f"{base}/{oid}/{i}" for i in range(count)}
-                    header = {"chunk_size": str(PART), **urls}
+                    header = {"chunk_size": str(part), **urls}
                     upload = {"href": f"{base}/{oid}/complete", "header": header}
                     entry["actions"] = {"upload": upload}
                 objects.append(entry)

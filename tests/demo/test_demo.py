@@ -11,17 +11,12 @@ import pytest
 
 from quantkit.allocate.recipe import load_recipe, plan_by_recipe
 from quantkit.backend import mx
-from quantkit.demo.build import build, demo_checkpoint
+from quantkit.demo.build import build
 from quantkit.demo.smollm2 import SmolLM2, gguf_path
 from quantkit.errors import SourceError
 from quantkit.judge.verify import verify
 from quantkit.publish.report import read_report
 from quantkit.source.source import file_hashes, open_source
-
-
-@pytest.fixture(scope="module")
-def demo():
-    return demo_checkpoint()
 
 
 @pytest.fixture(scope="module")
