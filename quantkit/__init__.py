@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from quantkit.allocate.allocate import Limits, Wishes, frontier, plan_by_budget
+    from quantkit.allocate.allocate import Limits, Wishes, frontier, plan_by_budget, recipe_plans
     from quantkit.allocate.budget import parse_budget
     from quantkit.allocate.plan import make_plan, read_plan
     from quantkit.allocate.recipe import Recipe, load_recipe, plan_by_recipe, recipe_names
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from quantkit.artifacts.plan import Plan
     from quantkit.artifacts.profile import Profile
     from quantkit.artifacts.report import Report
+    from quantkit.demo.build import demo_checkpoint
     from quantkit.errors import QuantkitError
     from quantkit.formats.codec import decode, encode
     from quantkit.formats.tiers import TIERS, Tier, parse_tier
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from quantkit.pipeline import compare, make_profile, quantize, refine
     from quantkit.profile.profile import Settings
     from quantkit.profile.store import load_profile
+    from quantkit.publish.plot import plot_fidelity, plot_frontier, plot_profile
     from quantkit.publish.report import read_report
     from quantkit.source.source import Source, open_source
 
@@ -48,6 +50,7 @@ _HOME = {
     "Wishes": "allocate.allocate",
     "compare": "pipeline",
     "decode": "formats.codec",
+    "demo_checkpoint": "demo.build",
     "encode": "formats.codec",
     "frontier": "allocate.allocate",
     "load_profile": "profile.store",
@@ -59,10 +62,14 @@ _HOME = {
     "parse_tier": "formats.tiers",
     "plan_by_budget": "allocate.allocate",
     "plan_by_recipe": "allocate.recipe",
+    "plot_fidelity": "publish.plot",
+    "plot_frontier": "publish.plot",
+    "plot_profile": "publish.plot",
     "quantize": "pipeline",
     "read_plan": "allocate.plan",
     "read_report": "publish.report",
     "recipe_names": "allocate.recipe",
+    "recipe_plans": "allocate.allocate",
     "refine": "pipeline",
     "verify": "judge.verify",
 }
@@ -86,6 +93,7 @@ __all__ = [
     "Wishes",
     "compare",
     "decode",
+    "demo_checkpoint",
     "encode",
     "frontier",
     "load_profile",
@@ -97,10 +105,14 @@ __all__ = [
     "parse_tier",
     "plan_by_budget",
     "plan_by_recipe",
+    "plot_fidelity",
+    "plot_frontier",
+    "plot_profile",
     "quantize",
     "read_plan",
     "read_report",
     "recipe_names",
+    "recipe_plans",
     "refine",
     "verify",
 ]

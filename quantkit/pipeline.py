@@ -19,7 +19,7 @@ from quantkit.judge import fidelity
 from quantkit.macs import Room, memory_needed
 from quantkit.model import joint
 from quantkit.model.calibration import Request, read_text
-from quantkit.model.streaming import StreamingModel
+from quantkit.model.streaming import StreamingModel, has_gradients
 from quantkit.places import plain_path
 from quantkit.profile.profile import Settings, make, prepare
 from quantkit.progress import Progress
@@ -103,6 +103,8 @@ def _calibrated(
     if plan.rounding == "rtn":
         return plan, None
     require_method(plan.rounding)
+    if plan.tuned_steps and not has_gradients(source):
+        raise InputError("--tune: a mixture of experts needs mlx-lm 0.32 (and so Python 3.11).")
     count = request.sequences
     validated = max(1, count // _VALIDATED) if plan.tuned_steps else 0
     if plan.tuned_steps:  # new text for every step, and some to see which step is best
@@ -118,7 +120,6 @@ def _calibrated(
         )
     plan = replace(plan, calibrations=tuple(dict.fromkeys((*plan.calibrations, text.about))))
     model = StreamingModel(source)
-    layers = [sum(c.bytes for c in plan.choices if c.layer == i) for i in range(len(model.layers))]
 
     def make(folder: Path, progress: Progress) -> Rounder:
         return LayerRounder(model, plan, parts, folder, progress)
@@ -128,23 +129,27 @@ def _calibrated(
         "number of tuning steps": str(plan.tuned_steps),
         "text to round on": digest([text.about.sha256, count, rest]),
     }
-    # What waits: the streams of two layers, and the layers of a shard that is not full yet.
-    space = 2 * 4 * text.tokens.size * model.head_weight.shape[-1] + 2 * max(layers, default=0)
-    space += min(shard_bytes, plan.total_bytes)
-    space += (
-        4
-        * min(text.tokens.size, EMBEDDING_TOKENS)
-        * model.head_weight.shape[-1]
-        * (2 * len(model.layers))
-    )
-    if plan.tuned_steps:  # all that is rounded; per group two generations of six values in float32
-        groups = sum(
-            choice.parameters // tier.group_size
-            for choice in plan.choices
-            if (tier := parse_tier(choice.storage)).mode == "affine"
-        )
-        space += plan.total_bytes + 52 * groups
+    space = _waiting(model, plan, text.tokens.size, shard_bytes)
     return plan, Rounding(depends, make, space)
+
+
+def _waiting(model: StreamingModel, plan: Plan, tokens: int, shard_bytes: int) -> int:
+    """Bytes of disk for what waits while it is rounded on so many `tokens`."""
+    layers = [sum(c.bytes for c in plan.choices if c.layer == i) for i in range(len(model.layers))]
+    affine = [
+        (choice, tier)
+        for choice in plan.choices
+        if (tier := parse_tier(choice.storage)).mode == "affine"
+    ]
+    stream = 4 * model.head_weight.shape[-1]  # bytes per token
+    # The streams of two layers, and the layers of a shard that is not full yet.
+    space = 2 * stream * tokens + 2 * max(layers, default=0) + min(shard_bytes, plan.total_bytes)
+    if any(choice.role == "embedding" for choice, _ in affine):  # all inputs, for the way back
+        space += stream * min(tokens, EMBEDDING_TOKENS) * (len(layers) + 3)
+    if plan.tuned_steps:  # all that is rounded; per group two generations of six values in float32
+        groups = sum(choice.parameters // tier.group_size for choice, tier in affine)
+        space += plan.total_bytes + 52 * groups
+    return space
 
 
 def _silent(_done: int, _name: str) -> None:

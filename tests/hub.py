@@ -25,7 +25,8 @@ def serving(
     drops: Callable[[str], bool] = lambda _: False,
     part: int = 100_000,
 ):
-    """Serve folders under repo ids; gives (endpoint, [(method, path, bytes sent)]).
+    """Serve folders under repo ids; gives (endpoint, [(method, path, bytes sent)]). Commits and new
+    repos are in the log, too, as ("COMMIT", branch and message, 0), ("NEW", name and visibility, 0).
 
     `new` is where the repos that `user` creates are put. Large files come in parts of `part` bytes;
     an upload to a path that `drops` is cut in the middle.
@@ -33,7 +34,7 @@ def serving(
     log: list[tuple[str, str, int]] = []
     stored: dict[str, bytes] = {}
     parts: dict[tuple[str, int], bytes] = {}
-    commits: list[dict] = []
+    private: set[str] = set()
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -69,7 +70,7 @@ def serving(
                 ("/api/validate-yaml", lambda _: self.reply({"errors": [], "warnings": []})),
                 (r"/api/models/(.+?)/branch/.+", lambda _, repo: self.reply({})),
                 (r"/api/models/(.+?)/preupload/.+", self.preupload),
-                (r"/api/models/(.+?)/commit/.+", self.commit),
+                (r"/api/models/(.+?)/commit/(.+)", self.commit),
                 (r"/(.+?)\.git/info/lfs/objects/batch", self.batch),
                 (r"/lfs/([0-9a-f]+)/complete", self.complete),
             ):
@@ -90,6 +91,9 @@ def serving(
                 return self.reply({"error": "You already created this model repo", "url": url}, 409)
             repos[repo] = new / asked["name"]
             repos[repo].mkdir()
+            if asked.get("private") or asked.get("visibility") == "private":
+                private.add(repo)
+            log.append(("NEW", f"{repo} {'private' if repo in private else 'public'}", 0))
             return self.reply({"url": url})
 
         def preupload(self, sent, repo):
@@ -128,12 +132,12 @@ def serving(
             stored[oid] = data
             return self.reply({})
 
-        def commit(self, sent, repo):
+        def commit(self, sent, repo, branch):
             lines = [json.loads(line) for line in sent.splitlines()]
             for line in lines:
                 value = line["value"]
                 if line["key"] == "header":
-                    commits.append(value)
+                    log.append(("COMMIT", f"{branch}: {value['summary']}", 0))
                 elif line["key"] == "file":
                     (repos[repo] / value["path"]).write_bytes(base64.b64decode(value["content"]))
                 elif line["key"] == "lfsFile":
@@ -166,7 +170,7 @@ def serving(
 
         def info(self, repo, folder):
             siblings = [self.sibling(path) for path in sorted(folder.iterdir()) if path.is_file()]
-            about = {"sha": COMMIT, "siblings": siblings, "tags": [], "private": False}
+            about = {"sha": COMMIT, "siblings": siblings, "tags": [], "private": repo in private}
             return {"id": repo, "modelId": repo, **about}
 
         def sibling(self, path):

@@ -94,8 +94,7 @@ def table(source: Source, groups: Groups) -> str:
                 print(rows[-1], flush=True)
     return "\n".join(
         [
-            f"{machine()}; rounded on 16,384 tokens, tuned on 1,024 a step, judged on "
-            f"{found[0].tokens} held out.",
+            f"{machine()}; rounded on 16,384 tokens, judged on {found[0].tokens} held out.",
             "",
             "| | bpw | KL mean | ratio | top-1 | time |",
             "|---|---|---|---|---|---|",

@@ -65,8 +65,7 @@ def generate(
         found = {"answer": said.get(FINAL), "channels": said, "truncated": speaker.truncated}
         console.print_json(found)
         return
-    answer = _print_answer(speaker.answer(messages, manner))
-    _warn(speaker, answer, max_tokens)
+    _warn(speaker, _print_answer(speaker.answer(messages, manner)), max_tokens)
 
 
 def chat(
@@ -90,7 +89,8 @@ def chat(
         answer = _print_answer(speaker.answer(turn, manner))
         _warn(speaker, answer, max_tokens)
         # What was thought is not part of the conversation: gpt-oss's template leaves it out, too.
-        messages = [*turn, {"role": "assistant", "content": answer}]
+        if answer:
+            messages = [*turn, {"role": "assistant", "content": answer}]
 
 
 def serve(
@@ -143,8 +143,9 @@ def _ask() -> str:
         return ""
 
 
-def _print_answer(pieces: "Iterator[Piece]") -> str:
-    """Print what comes, what is thought dimmed and only on a terminal; gives the answer."""
+def _print_answer(pieces: "Iterator[Piece]") -> str | None:
+    """Print what comes, what is thought dimmed and only on a terminal; gives the answer, None for
+    one that was interrupted."""
     from quantkit.talk.channels import FINAL
 
     terminal, answer, before = sys.stdout.isatty(), "", None
@@ -159,7 +160,8 @@ def _print_answer(pieces: "Iterator[Piece]") -> str:
             before = piece.channel
             print(piece.text if final else f"{_DIM}{piece.text}{_PLAIN}", end="", flush=True)
     except KeyboardInterrupt:
-        pass
+        print()
+        return answer or None
     print()
     return answer
 
@@ -168,8 +170,8 @@ def _system(text: str | None) -> list[dict[str, str]]:
     return [{"role": "system", "content": text}] if text else []
 
 
-def _warn(speaker: "Speaker", answer: str, max_tokens: int) -> None:
+def _warn(speaker: "Speaker", answer: str | None, max_tokens: int) -> None:
     if speaker.truncated:
         console.note(f"cut after {max_tokens} tokens; --max-tokens allows more.")
-    elif not answer:
+    elif answer == "":
         console.note("no answer: it never reached its final channel.")

@@ -58,8 +58,8 @@ def upload(
             tables.print_upload(planned)
         return
     address = send(out, report, planned)
-    console.record(out, repo=repo)
     if json:
         console.print_json(asdict(planned) | {"bytes": planned.bytes, "address": address})
     else:
         print(f"Sent: {address}")
+    console.record(out, repo=repo)

@@ -39,7 +39,6 @@ from quantkit.staging import source_marks, versions
 from quantkit.units import bits_per_weight
 
 _RESAMPLES = 1000
-# What model code raises on a config that it did not expect.
 _TOKENS_AT_ONCE = 4096  # through the head
 
 

@@ -78,9 +78,8 @@ def _before_the_layers(
 ) -> dict[int, mx.array]:
     """The first layer's input under every change that rounds an embedding."""
     streams = {}
-    for name, table in model.tables.items():
-        if table.weight.role == "embedding":
-            for number, tiers in enumerate(changes):
-                if name in tiers:
-                    streams[number] = model.embedded(tokens, name, tiers[name])
+    names = [name for name, table in model.tables.items() if table.weight.role == "embedding"]
+    for number, tiers in enumerate(changes):
+        if own := {name: tiers[name] for name in names if name in tiers}:
+            streams[number] = model.embedded(tokens, own)
     return streams

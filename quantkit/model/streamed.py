@@ -82,8 +82,8 @@ class Streamed:
 class Table(Streamed):
     """An embedding or a head: a row for every token of the vocabulary, read as they are needed.
 
-    `rows` are those of which a head gives logits; `tier` is one to round its values to; `heard`
-    holds the input of the last call as a head.
+    `rows` are those of which a head gives logits; `tier` is one to round its values to; `moved` is
+    added to what is looked up; `heard` holds the input of the last call as a head.
     """
 
     def __init__(self, module: Any, weight: Weight, read: Rows) -> None:
@@ -91,6 +91,7 @@ class Table(Streamed):
         self.weight = weight
         self.rows = range(weight.shape[0])
         self.tier: Tier | None = None
+        self.moved: mx.array | None = None
         self.heard: list[mx.array] = []
         self._read = read
 
@@ -106,6 +107,15 @@ class Table(Streamed):
             yield
         finally:
             self.rows, self.tier = before
+
+    @contextmanager
+    def moved_by(self, change: mx.array) -> Iterator[None]:
+        """With `change` (batch, tokens, width) added to what is looked up of tokens."""
+        self.moved = change
+        try:
+            yield
+        finally:
+            self.moved = None
 
     def as_linear(self, x: mx.array) -> mx.array:
         """Logits (..., rows) for `x` (..., hidden)."""
@@ -124,7 +134,10 @@ class Table(Streamed):
     def _look_up(self, tokens: mx.array) -> mx.array:
         ids, places = np.unique(np.array(tokens), return_inverse=True)
         rows = mx.concatenate([self._values(i, i + 1) for i in ids.tolist()])
-        return rows[mx.array(places.reshape(tokens.shape))]
+        found = rows[mx.array(places.reshape(tokens.shape))]
+        if self.moved is not None and self.moved.shape == found.shape:
+            return found + self.moved
+        return found
 
     def _values(self, start: int, stop: int) -> mx.array:
         values = self._read("weight", start, stop)

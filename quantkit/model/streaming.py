@@ -10,8 +10,8 @@ All values are float32, so that what is measured is the weights' doing; only on 
 experts left packed, for mlx's kernels. On the CPU experts are plain products.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from importlib.metadata import version
 from typing import Any
@@ -129,11 +129,26 @@ class StreamingModel:
         (x,) = self.tables[self.head_weight.name].heard
         return x
 
-    def embedded(self, tokens: mx.array, name: str, tier: Tier) -> mx.array:
-        """The first layer's input, the embedding `name` rounded to `tier`."""
-        table = self.tables[name]
-        with table.seen_as(table.rows, tier):
+    def embedded(self, tokens: mx.array, tiers: Mapping[str, Tier]) -> mx.array:
+        """The first layer's input, embeddings rounded to `tiers`, by name."""
+        with ExitStack() as stack:
+            for name, tier in tiers.items():
+                table = self.tables[name]
+                stack.enter_context(table.seen_as(table.rows, tier))
             return self.calls(tokens)[0].x
+
+    def behind_embedding(self, name: str, tokens: mx.array, g: mx.array) -> mx.array:
+        """The gradient at the output of the embedding `name`, `g` being that at the first layer's
+        input: models scale what is looked up, or add to it."""
+        table = self.tables[name]
+
+        def first(change: mx.array) -> mx.array:
+            with table.moved_by(change):
+                return self.calls(tokens)[0].x
+
+        nothing = mx.zeros((*tokens.shape, table.weight.shape[-1]))
+        _, (found,) = mx.vjp(first, [nothing], [g])
+        return found
 
     def head_blocks(self, tokens: int) -> Iterator[range]:
         """The rows of the vocabulary in blocks that are small for so many tokens, too."""
@@ -145,8 +160,10 @@ class StreamingModel:
     @property
     def head_weight(self) -> Weight:
         """The output head: the embedding itself where that is tied."""
-        heads = [t.weight for t in self.tables.values() if t.weight.role == "lm_head"]
-        return (heads or [table.weight for table in self.tables.values()])[0]
+        weights = [table.weight for table in self.tables.values()]
+        heads = [weight for weight in weights if weight.role == "lm_head"]
+        # Beside the vocabulary there may be a table of positions, which are fewer.
+        return (heads or sorted(weights, key=lambda weight: -weight.shape[0]))[0]
 
     @contextmanager
     def _instead(self, replacements: list[Callable[[Call], mx.array]]) -> Iterator[None]:

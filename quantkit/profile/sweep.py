@@ -142,7 +142,7 @@ class Sweep:
         g = self.work.array("g-layer-0.npy")
         x = self.work.array("x-0.npy")
         for entry in self._of(EMBEDDING):
-            moved = self.model.embedded(self.tokens, entry.weight.name, entry.tier) - x
+            moved = self.model.embedded(self.tokens, {entry.weight.name: entry.tier}) - x
             found.losses[entry.key] = predicted(iter([moved]), g)
             progress(1, entry.weight.name)
         return found

@@ -145,7 +145,7 @@ def _fidelity(report: Report) -> list[str]:
 
 def _fidelity_table(found: Fidelity) -> str:
     rows = [("KL divergence, mean", found.kl_mean)]
-    rows += [(f"of it on {kind}", kl) for kind, kl in found.kl_by_text.items()]
+    rows += [(f"KL divergence, mean on {kind}", kl) for kind, kl in found.kl_by_text.items()]
     rows += [
         ("KL divergence, median", found.kl_median),
         ("KL divergence, 95th percentile", found.kl_p95),

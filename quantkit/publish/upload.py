@@ -98,22 +98,23 @@ def send(out: Path, report: Report, upload: Upload) -> str:
     logging.set_verbosity_error()  # what goes wrong for good is raised, too
     (enable_progress_bars if sys.stderr.isatty() else disable_progress_bars)()
     api = _api()
-    with tempfile.TemporaryDirectory() as name, _clear_errors(upload.repo, sending=True):
+    with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         _gather(out, report, upload, folder)
-        api.create_repo(upload.repo, private=upload.private or None, exist_ok=True)
-        if upload.revision is not None:
-            api.create_branch(upload.repo, branch=upload.revision, exist_ok=True)
-        sent = {name for name, _ in upload.files}
-        there = [name for name in _files(api, upload) if "/" not in name and name not in sent]
-        done = api.upload_folder(
-            repo_id=upload.repo,
-            folder_path=folder,
-            revision=upload.revision,
-            commit_message=upload.message,
-            delete_patterns=[glob.escape(name) for name in there if fnmatchcase(name, _SHARDS)],
-        )
-    return str(done.commit_url)
+        with _clear_errors(upload.repo, sending=True):
+            api.create_repo(upload.repo, private=upload.private or None, exist_ok=True)
+            if upload.revision is not None:
+                api.create_branch(upload.repo, branch=upload.revision, exist_ok=True)
+            sent = {name for name, _ in upload.files}
+            there = [name for name in _files(api, upload) if "/" not in name and name not in sent]
+            done = api.upload_folder(
+                repo_id=upload.repo,
+                folder_path=folder,
+                revision=upload.revision,
+                commit_message=upload.message,
+                delete_patterns=[glob.escape(name) for name in there if fnmatchcase(name, _SHARDS)],
+            )
+            return str(done.commit_url)
 
 
 def _gather(out: Path, report: Report, upload: Upload, folder: Path) -> None:

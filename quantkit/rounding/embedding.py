@@ -1,12 +1,13 @@
 """What an embedding's errors cost: the covariance of the gradient at its output.
 
-A row that is wrong by e moves the residual stream by e wherever its token stands, which costs
+A row that is wrong by e moves the residual stream wherever its token stands, which costs
 1/2 (g . e)^2 there, g = d log p(y) / d e for labels y drawn from the model: the expansion that
 profiles are made by. So the mean of g g^T over the tokens of the text is to an embedding what the
-Hessian of its inputs is to any other weight, every token counted as often as it comes. A table that
-is the head as well is asked for its rows times x, too; both costs add up, and so do the two.
+Hessian of its inputs is to any other weight, every token counted as often as it comes. Where the
+table is the head as well, the Hessian of the head's inputs is added.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -20,13 +21,18 @@ from quantkit.progress import Progress
 from quantkit.work import Work
 
 _SEED = 0
+_ROWS = 64  # of a head, to see what is done to its products
 
 
-def embedding_hessian(
-    model: StreamingModel, tokens: mx.array, work: Work, progress: Progress
-) -> mx.array:
-    """(hidden, hidden) in float32, from `tokens` (sequences, length): one pass forward and one
-    back, a layer at a time. A killed one goes on at the layer it had reached."""
+def embedding_hessians(
+    model: StreamingModel, names: Sequence[str], tokens: mx.array, work: Work, progress: Progress
+) -> dict[str, mx.array]:
+    """(width, width) in float32 for the embeddings `names`, from `tokens` (sequences, length): one
+    pass forward and one back, a layer at a time. A killed one goes on at the layer it had reached.
+
+    All zeros for a table that the text does not reach. Raises ValueError or RuntimeError for a
+    layer that mlx cannot differentiate.
+    """
     layers = len(model.layers)
     if not work.has("e-h.npy"):
 
@@ -48,15 +54,23 @@ def embedding_hessian(
         call = Call(work.array(f"e-x-{number}.npy"), calls[number].args, calls[number].kwargs)
         g = _back(model, number, call, g)
         work.save_array(f"e-g-{number}.npy", g)
-        work.drop(f"e-x-{number}.npy")
+        for used in (f"e-x-{number}.npy", f"e-g-{number + 1}.npy"):
+            work.drop(used)
         free_memory()
-    found = _covariance(g)
-    if model.head_weight.role == "embedding":
-        found = found + _covariance(model.head_input(h))
+    found = {name: _covariance(model.behind_embedding(name, tokens, g)) for name in names}
+    if (head := model.head_weight.name) in names:
+        x = model.head_input(h)
+        found[head] = found[head] + _slope(model, h, x) ** 2 * _covariance(x)
     mx.eval(found)
-    for name in ("e-h.npy", *(f"e-g-{n}.npy" for n in range(layers + 1))):
-        work.drop(name)
     return found
+
+
+def drop_gradients(model: StreamingModel, work: Work) -> None:
+    """Remove what `embedding_hessians` left to go on from."""
+    for number in range(len(model.layers) + 1):
+        work.drop(f"e-x-{number}.npy")
+        work.drop(f"e-g-{number}.npy")
+    work.drop("e-h.npy")
 
 
 def _back(model: StreamingModel, number: int, call: Call, g: mx.array) -> mx.array:
@@ -78,3 +92,11 @@ def _back(model: StreamingModel, number: int, call: Call, g: mx.array) -> mx.arr
 def _covariance(values: mx.array) -> mx.array:
     rows = values.reshape(-1, values.shape[-1]).astype(mx.float32)
     return rows.T @ rows / len(rows)
+
+
+def _slope(model: StreamingModel, h: mx.array, x: mx.array) -> mx.array:
+    """By what the model multiplies the products of its head: 1 in most."""
+    rows = range(min(_ROWS, model.head_weight.shape[0]))
+    weight = model.values(model.head_weight.name, rows.start, rows.stop).astype(mx.float32)
+    logits, products = model.head_block(h[:1], rows), x[:1] @ weight.T
+    return (logits * products).sum() / mx.square(products).sum()

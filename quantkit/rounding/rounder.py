@@ -7,6 +7,7 @@ reached.
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from quantkit.model.replay import tapped
 from quantkit.model.streamed import Call
 from quantkit.model.streaming import StreamingModel, has_gradients
 from quantkit.progress import Progress
-from quantkit.rounding.embedding import embedding_hessian
+from quantkit.rounding.embedding import drop_gradients, embedding_hessians
 from quantkit.rounding.inputs import Inputs, has_inputs, inputs_of, shared_inputs, stacked
 from quantkit.rounding.round import Hessians, rounded_under, stored_float
 from quantkit.rounding.tune import Tuner, Tuning
@@ -177,11 +178,15 @@ class LayerRounder:
         done: dict[str, Tensors] = {}
         count = max(1, EMBEDDING_TOKENS // self._tokens.shape[1])
         tokens = self._tokens[:count]
-        hessian = embedding_hessian(self._model, tokens, self._work, self._progress)
-        for table in self._model.tables.values():
-            if table.weight.role == "embedding" and table.weight.name in self._tiers:
-                self._round_table(table.weight, hessian, done)
+        tables = {name: t.weight for name, t in self._model.tables.items() if name in self._tiers}
+        names = [name for name, weight in tables.items() if weight.role == "embedding"]
+        with suppress(RuntimeError, ValueError):  # mlx does not differentiate all that it runs
+            found = embedding_hessians(self._model, names, tokens, self._work, self._progress)
+            for name, hessian in found.items():
+                if hessian.any().item():
+                    self._round_table(tables[name], hessian, done)
         self._keep(_EMBEDDING, done)
+        drop_gradients(self._model, self._work)
 
     def _round_table(self, weight: Weight, hessian: mx.array, done: dict[str, Tensors]) -> None:
         """A matrix as tall as the vocabulary, some rows at a time."""

@@ -164,18 +164,23 @@ class Tuner:
         tokens = mx.array(self._tokens[rows])
         inputs: list[mx.array] = []
         other = self._forward(tokens, step, inputs)
-        kl, g = self._divergence(str(rows[0]), tokens, other)
+        again = count * self._tuning.steps > len(self._tokens)
+        kl, g = self._divergence(str(rows[0]) if again else None, tokens, other)
         g = g / kl.size
         for number, dry in reversed(list(enumerate(self._model.calls(tokens)))):
             g = self._backward(number, step, replace(dry, x=inputs[number]), g)
             self._progress(0, f"step {step + 1} of {self._tuning.steps}, layer {number}")
 
-    def _divergence(self, key: str, tokens: mx.array, other: mx.array) -> tuple[mx.array, mx.array]:
+    def _divergence(
+        self, key: str | None, tokens: mx.array, other: mx.array
+    ) -> tuple[mx.array, mx.array]:
         tier = self._tiers.get(self._model.head_weight.name)
         return divergence_gradient(self._model, self._native(key, tokens), other, tier)
 
-    def _native(self, key: str, tokens: mx.array) -> mx.array:
-        """The native model's last layer output, kept for the next time round."""
+    def _native(self, key: str | None, tokens: mx.array) -> mx.array:
+        """The native model's last layer output, kept under `key` for the next time round."""
+        if key is None:
+            return self._model.run(tokens, lambda *_: None)
         name = f"native-{key}.npy"
         if not self._work.has(name):
             self._work.save_array(name, self._model.run(tokens, lambda *_: None))
@@ -186,10 +191,12 @@ class Tuner:
     ) -> mx.array:
         """The last layer's output, all that is tuned in its place; `inputs` gets every layer's."""
         calls = self._model.calls(tokens)
-        x = calls[0].x
-        for name, table in self._model.tables.items():
-            if table.weight.role == "embedding" and name in self._tiers:
-                x = self._model.embedded(tokens, name, self._tiers[name])
+        embeddings = {
+            name: self._tiers[name]
+            for name, table in self._model.tables.items()
+            if table.weight.role == "embedding" and name in self._tiers
+        }
+        x = self._model.embedded(tokens, embeddings)
         for number, (layer, dry) in enumerate(zip(self._model.layers, calls, strict=True)):
             if inputs is not None:
                 inputs.append(x)

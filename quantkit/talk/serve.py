@@ -16,11 +16,13 @@ def serve(repo: str, host: str, port: int, options: list[str]) -> None:
     """
     require_repo(repo)
     try:
-        with socket.create_server((host, port)):
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        with socket.create_server((host, port), family=family):
             pass
-    except OSError as exc:
+    except (OSError, UnicodeError) as exc:
         raise InputError(
-            f"{host}:{port} cannot be listened on ({exc.strerror or exc}). Give another --port."
+            f"{host}, port {port}: cannot be listened on ({first_line(exc)}). Give another --port "
+            "or --host."
         ) from exc
     from mlx_lm import server
 

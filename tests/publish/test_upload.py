@@ -40,10 +40,11 @@ def contents(folder):
 
 
 def test_what_arrives_loads_in_stock_mlx_lm(online, out, there):
-    with hub.serving({}, there) as (endpoint, _):
+    with hub.serving({}, there) as (endpoint, log):
         shown = online(endpoint, "upload", out, "user/tiny", "--dry-run", "--json")
-        done = online(endpoint, "upload", out, "user/tiny", "--private", **LOGGED_IN)
+        done = online(endpoint, "upload", out, "user/tiny", **LOGGED_IN)
         assert done.returncode == 0, done.stderr
+    assert [path for method, path, _ in log if method == "NEW"] == ["user/tiny public"]
     assert "Sent: " in done.stdout
     planned = dict(json.loads(shown.stdout)["files"])
     assert {name: len(data) for name, data in contents(there / "tiny").items()} == planned
@@ -54,6 +55,18 @@ def test_what_arrives_loads_in_stock_mlx_lm(online, out, there):
     assert mlx_lm.generate(model, tokenizer, tokenizer.encode("The"), max_tokens=2) is not None
     assert hub.TOKEN not in done.stdout + done.stderr
     assert not any(hub.TOKEN.encode() in data for data in contents(out).values())
+
+
+def test_private_on_a_branch_with_a_message(online, out, there):
+    options = ("--private", "--revision", "exp", "-m", "First of all", "--no-load")
+    with hub.serving({}, there) as (endpoint, log):
+        for _ in range(2):  # again: it is there already, and private
+            done = online(endpoint, "upload", out, "user/tiny", *options, **LOGGED_IN)
+            assert done.returncode == 0, done.stderr
+    said = [(method, path) for method, path, _ in log if method in ("NEW", "COMMIT")]
+    assert said[:2] == [("NEW", "user/tiny private"), ("COMMIT", "exp: First of all")]
+    assert all(path == "exp: First of all" for _, path in said[1:])
+    assert any(path.endswith("/branch/exp") for _, path, _ in log)
 
 
 def test_a_dry_run_needs_no_hub_and_changes_nothing(online, out):

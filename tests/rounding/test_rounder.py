@@ -6,6 +6,8 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
+from importlib.metadata import version
 
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ from quantkit.formats.affine import objective
 from quantkit.model.calibration import read_text
 from quantkit.model.head import Changed, divergence, divergence_gradient, label_gradients
 from quantkit.model.streaming import StreamingModel
-from quantkit.rounding.embedding import embedding_hessian
+from quantkit.rounding.embedding import drop_gradients, embedding_hessians
 from quantkit.rounding.inputs import Inputs
 from quantkit.work import Work
 from tests import tiny
@@ -25,6 +27,9 @@ from tests.source.test_generic import LLAMA, write
 from tests.test_pipeline import words
 
 QUANTIZE = (sys.executable, "-m", "quantkit", "quantize")
+pytestmark = pytest.mark.skipif(
+    version("mlx-lm").startswith("0.31"), reason="mlx-lm differentiates its expert indices there"
+)
 FEW = ("--rounding-tokens", "512")
 
 
@@ -86,6 +91,7 @@ def test_a_killed_run_goes_on_at_its_layer(checkpoint, text, rounded, tmp_path, 
 
 
 def test_killed_while_gradients_are_taken(checkpoint, text, rounded, tmp_path):
+    """The next run goes on at the layer that was reached."""
     options = ("-r", "uniform-3", "--rounding", "gptq", "--calibration", text, *FEW)
     command = [*QUANTIZE, checkpoint, "-o", tmp_path / "out", *options]
     work = tmp_path / "out.partial" / "work"
@@ -95,33 +101,61 @@ def test_killed_while_gradients_are_taken(checkpoint, text, rounded, tmp_path):
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     assert not (work / "rounded-embedding.npz").exists()
-    subprocess.run(command, check=True, capture_output=True)
+    stamp = (work / "e-h.npy").stat().st_mtime_ns
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not (work / "rounded-embedding.npz").exists():
+        with suppress(FileNotFoundError):
+            assert (work / "e-h.npy").stat().st_mtime_ns == stamp
+        assert not (work / "e-g-4.npy").exists()  # where a way back begins
+        time.sleep(0.002)
+    assert process.wait() == 0
     assert hashes(tmp_path / "out") == hashes(rounded)
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_an_embeddings_hessian_is_that_of_the_whole_model(tmp_path, tied):
+GRANITE = {
+    **LLAMA,
+    "model_type": "granite",
+    "embedding_multiplier": 12.0,
+    "logits_scaling": 8.0,
+    "attention_multiplier": 0.1,
+    "residual_multiplier": 0.2,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "max_position_embeddings": 512,
+}
+EMBEDDINGS = {
+    "apart": {**LLAMA, "tie_word_embeddings": False},
+    "tied": LLAMA,
+    "tied and scaled": GRANITE,
+}
+
+
+@pytest.mark.parametrize("case", EMBEDDINGS)
+def test_an_embeddings_hessian_is_that_of_the_whole_model(tmp_path, case):
     """The gradient of the labels' log-likelihood, streamed, is the whole model's; a table that is
-    the head as well has its inputs added."""
-    folder = write(tmp_path / "src", {**LLAMA, "tie_word_embeddings": tied})
+    the head as well has its inputs added. What the model multiplies both by counts."""
+    config = EMBEDDINGS[case]
+    folder = write(tmp_path / "src", config)
     model, whole = StreamingModel(quantkit.open_source(str(folder))), plainly_loaded(folder)
     tokens = mx.array(np.random.default_rng(0).integers(0, 64, (3, 16), np.int32))
-    found = embedding_hessian(model, tokens, Work(tmp_path), lambda *_: None)
+    name = "model.embed_tokens"
+    found = embedding_hessians(model, [name], tokens, Work(tmp_path), lambda *_: None)[name]
     levels = np.random.default_rng(0).random((1, *tokens.shape), np.float32)
     (at_h,) = label_gradients(model, model.run(tokens, lambda *_: None), mx.array(levels))
 
-    def layers(x):
+    def layers(rows):
+        x = rows * config.get("embedding_multiplier", 1.0)
         for layer in whole.model.layers:
             x = layer(x, "causal", None)
         return x
 
-    embedded = whole.model.embed_tokens(tokens)
-    (h,), (g,) = mx.vjp(layers, [embedded], [at_h])
+    (h,), (g,) = mx.vjp(layers, [whole.model.embed_tokens(tokens)], [at_h])
     expected = g.reshape(-1, g.shape[-1]).T @ g.reshape(-1, g.shape[-1]) / tokens.size
-    if tied:
-        x = whole.model.norm(h).reshape(-1, h.shape[-1])
+    if config["tie_word_embeddings"]:
+        x = whole.model.norm(h).reshape(-1, h.shape[-1]) / config.get("logits_scaling", 1.0)
         expected = expected + x.T @ x / tokens.size
     assert mx.allclose(found, expected, rtol=1e-3, atol=1e-4 * expected.max().item()).item()
+    drop_gradients(model, Work(tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == ["src"]
 
 
@@ -129,18 +163,49 @@ def test_an_embedding_is_rounded_under_its_gradients(cli, checkpoint, text, roun
     options = ("-r", "uniform-3", "--calibration", text, "--rounding", "rtn")
     assert cli("quantize", checkpoint, "-o", tmp_path / "rtn", *options).exit_code == 0
     source = quantkit.open_source(str(checkpoint))
-    model = StreamingModel(source)
+    model, name = StreamingModel(source), "model.embed_tokens"
     tokens = mx.array(read_text(source.checkpoint, quantkit.Request(str(text), 512)).tokens)
-    hessian = embedding_hessian(model, tokens, Work(tmp_path), lambda *_: None)
+    found = embedding_hessians(model, [name], tokens, Work(tmp_path), lambda *_: None)
     losses = []
     for out in (tmp_path / "rtn", rounded):
         made = mx.load(str(out / "model.safetensors"))
-        name = "model.embed_tokens"
         packed, s, b = (made[f"{name}.{part}"] for part in ("weight", "scales", "biases"))
         values = mx.dequantize(packed, s.astype(mx.float32), b.astype(mx.float32), 64, 3)
         weight = model.values(name).astype(mx.float32)
-        losses.append(objective(weight[None], values[None], hessian[None]).item())
+        losses.append(objective(weight[None], values[None], found[name][None]).item())
     assert losses[1] < 0.7 * losses[0]
+
+
+def test_a_table_of_positions_is_no_head(cli, tmp_path, text):
+    """GPT-2 has two tables; the one of the vocabulary is the head, the other is left to nearest."""
+    from mlx.utils import tree_flatten
+    from mlx_lm.models import gpt2
+
+    config = {
+        "model_type": "gpt2", "n_ctx": 256, "n_embd": 64, "n_head": 2, "n_layer": 2,
+        "n_positions": 256, "layer_norm_epsilon": 1e-5, "vocab_size": 320, "eos_token_id": 1,
+    }  # fmt: skip
+    mx.random.seed(0)
+    built = gpt2.Model(gpt2.ModelArgs.from_dict(config))
+    values = {}
+    for name, value in tree_flatten(built.parameters()):
+        turned = name.split(".")[-2] in ("c_attn", "c_proj", "c_fc") and name.endswith("weight")
+        value = (value.T if turned else value).astype(mx.bfloat16)
+        values[name.removeprefix("model.")] = mx.contiguous(value)
+    folder = tmp_path / "src"
+    folder.mkdir()
+    mx.save_safetensors(str(folder / "model.safetensors"), values, {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config))
+    tiny.write_tokenizer(folder, 320)
+    more = ("--rounding-tokens", 512, "--calibration", text, "--rounding", "gptq")
+    outs = [tmp_path / "rtn", tmp_path / "out"]
+    assert cli("quantize", folder, "-r", "uniform-4", "-o", outs[0]).exit_code == 0
+    made = cli("quantize", folder, "-r", "uniform-4", "-o", outs[1], *more, "--json")
+    assert made.exit_code == 0, made.output
+    before, after = (mx.load(str(out / "model.safetensors")) for out in outs)
+    same = {n: mx.array_equal(before[n], after[n]).item() for n in before if n.endswith("weight")}
+    assert same["model.wpe.weight"]
+    assert not same["model.wte.weight"]
 
 
 def test_another_text_does_not_go_on_from_it(cli, checkpoint, text, tmp_path):
