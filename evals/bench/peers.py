@@ -4,7 +4,7 @@
 
 On plain SmolLM2-135M in BF16. Each runs in a process of its own, by its own main(), on the same
 text, in float32 (products in BF16 do not go through BLAS), and stores BF16. Ours gets the bytes of
-theirs. All are judged from their written repos on text that none has seen.
+mlx_lm.gptq's. All are judged from their written repos on text that none has seen.
 """
 
 import argparse
@@ -27,7 +27,7 @@ PEERS = {
     "mlx_lm.convert": ["-q", "--q-bits", "4", "--q-group-size", "64"],
     "mlx_lm.gptq": [*FOUR_BITS, "--fallback-bits", "4", "--fallback-group-size", "64"],
     "mlx_lm.awq": [*FOUR_BITS, "--embed-bits", "4", "--embed-group-size", "64"],
-    "mlx_lm.dynamic_quant": ["--target-bpw", "5.0"],
+    "mlx_lm.dynamic_quant": ["--target-bpw", "4.5", "--low-bits", "3", "--high-bits", "5"],
 }
 
 
@@ -62,6 +62,14 @@ def prepared(name: str):
         store(path, source, model, *rest)
 
     module.load, module.save = load_float32, save_bf16
+    if name == "mlx_lm.dynamic_quant":
+        estimate = module.estimate_threshold
+
+        def estimate_bf16(model, *args, **kwargs):
+            model.set_dtype(mx.bfloat16)  # it counts the bits of scales and biases as they are
+            return estimate(model, *args, **kwargs)
+
+        module.estimate_threshold = estimate_bf16
     module.load_data = lambda *_, **__: mx.array(tokens)
     return module.main
 
@@ -78,18 +86,12 @@ def table() -> str:
             outs.append(str(out))
             print(*rows[-1], flush=True)
 
-        def add_ours(label: str, like: Path, profile: list[str]) -> None:
-            out = Path(f"{like}-ours")
-            own = [sys.executable, "-m", "quantkit", "quantize", "demo-llama", "-o", str(out)]
-            add(label, out, [*own, "--budget", f"like:{like}", *profile])
-
         for peer_name, options in PEERS.items():
             command = [sys.executable, __file__, "peer", peer_name, str(folder / peer_name)]
             add(" ".join([peer_name, *options]), folder / peer_name, [*command, *options])
-        four, five = folder / "mlx_lm.gptq", folder / "mlx_lm.dynamic_quant"
-        add_ours("quantkit, the bytes of the first three, its profile included", four, [])
-        kept = ["--profile", f"{four}-ours-profile"]
-        add_ours("quantkit, the bytes of mlx_lm.dynamic_quant, that profile", five, kept)
+        like, out = folder / "mlx_lm.gptq", folder / "ours"
+        own = [sys.executable, "-m", "quantkit", "quantize", "demo-llama", "-o", str(out)]
+        add("quantkit, its profile included", out, [*own, "--budget", f"like:{like}"])
         found = compare(source, outs)
     lines = []
     for (label, seconds, peak), result in zip(rows, found, strict=True):
