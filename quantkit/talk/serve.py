@@ -1,6 +1,7 @@
 """mlx-lm's own server, for one repo."""
 
 import os
+import signal
 import socket
 import sys
 
@@ -27,14 +28,18 @@ def serve(repo: str, host: str, port: int, options: list[str]) -> None:
     from mlx_lm import server
 
     sys.argv = ["mlx_lm.server", "--model", repo, "--host", host, "--port", str(port), *options]
-    code = 0
+    for asked in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(asked, lambda *_: _end(0))
     try:
         server.main()
-    except KeyboardInterrupt:
-        pass
     except Exception as exc:  # noqa: BLE001  (whatever mlx-lm stumbles over)
         print(f"error: mlx_lm.server: {first_line(exc)}.", file=sys.stderr)
-        code = 2
+        _end(2)
+    _end(0)
+
+
+def _end(code: int) -> None:
+    """End the process at once: the server's generation thread does not end by itself."""
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)  # its generation thread ends in no other way
+    os._exit(code)

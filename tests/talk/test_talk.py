@@ -172,9 +172,13 @@ def test_serve_answers(out):
                 time.sleep(0.2)
     finally:
         server.send_signal(signal.SIGINT)
-        said = server.communicate(timeout=60)[1]
+        try:
+            said = server.communicate(timeout=60)[1]
+        finally:
+            server.kill()
     assert value["choices"][0]["message"]["content"]
     assert "Traceback" not in said
+    assert server.returncode == 0
 
 
 def test_a_port_that_is_taken(out):
