@@ -70,7 +70,7 @@ def recipe_plans(source: Source, profile: Profile) -> Groups:
     return groups
 
 
-def table(source: Source, groups: Groups) -> str:
+def table(source: Source, groups: Groups, tuned: str = "") -> str:
     """What is compared with what: the first of each group is the yardstick."""
     rows = []
     with tempfile.TemporaryDirectory() as folder:
@@ -94,7 +94,7 @@ def table(source: Source, groups: Groups) -> str:
                 print(rows[-1], flush=True)
     return "\n".join(
         [
-            f"{machine()}; rounded on 16,384 tokens, judged on {found[0].tokens} held out.",
+            f"{machine()}; rounded on 16,384 tokens,{tuned} judged on {found[0].tokens} held out.",
             "",
             "| | bpw | KL mean | ratio | top-1 | time |",
             "|---|---|---|---|---|---|",
@@ -111,7 +111,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.part != "recipes":
         source = open_source(str(demo_checkpoint()))
-        save(table(source, expert_plans(source)), "rounding-experts")
+        text = table(source, expert_plans(source), " tuned on 1,024 a step,")
+        save(text, "rounding-experts")
     if args.part != "experts":
         source, profile = demo_and_profile(args.profile)
         save(table(source, recipe_plans(source, profile)), "rounding-recipes")
