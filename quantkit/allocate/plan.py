@@ -8,7 +8,7 @@ from quantkit.artifacts.inventory import Inventory, KeptTensor, Weight
 from quantkit.artifacts.plan import Choice, Plan, tiers_sha256
 from quantkit.artifacts.profile import Profile
 from quantkit.errors import PlanError, TierError
-from quantkit.formats.tiers import Tier, canonical, float_dtype, parse_tier, resolve
+from quantkit.formats.tiers import Tier, canonical, parse_tier, resolve
 from quantkit.jsonfile import require_kind
 
 KEPT_LABEL = "kept"
@@ -110,7 +110,7 @@ def _choice(inventory: Inventory, weight: Weight, tier: Tier) -> Choice:
 def stored_bytes(weight: Weight, tier: Tier) -> int:
     """Exact bytes of a weight in a tier, `native` meaning as it is held. Raises TierError."""
     storage = parse_tier(weight.storage)
-    return resolve(tier, storage).stored_bytes(weight.shape, float_dtype(storage))
+    return resolve(tier, storage).stored_bytes(weight.shape, weight.dtype)
 
 
 def active_bytes(inventory: Inventory, weight: Weight, stored: int) -> int | None:

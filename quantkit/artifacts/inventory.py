@@ -41,7 +41,7 @@ class Weight:
     """A quantizable matrix, or a stack of experts, under its mlx-lm module path.
 
     `shape` is (..., out, in). `storage` names the tier in which the source holds it, `bytes` what
-    it takes there.
+    it takes there. `dtype` is the float type (BF16, F16 or F32) of its affine scales and biases.
     """
 
     name: str
@@ -51,6 +51,7 @@ class Weight:
     shape: tuple[int, ...]
     storage: str
     bytes: int
+    dtype: str = "BF16"
 
     @property
     def parameters(self) -> int:

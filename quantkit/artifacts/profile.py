@@ -59,7 +59,8 @@ class WeightLosses:
 class Calibration:
     """The text a profile was measured on: how much of it, and the sha256 of its token ids.
 
-    `sketch` is a sample of its passages, by which other text can be told apart from it.
+    `sketch` is a sample of its passages, by which other text can be told apart from it;
+    `skipped_rows` counts the rows that held no text.
     """
 
     name: str
@@ -69,6 +70,7 @@ class Calibration:
     seed: int
     sha256: str
     sketch: str
+    skipped_rows: int = 0
 
     @property
     def tokens(self) -> int:
@@ -84,7 +86,8 @@ class Calibration:
         texts = (found.name, found.licence, found.sha256, found.sketch)
         if not all(isinstance(text, str) for text in texts) or not _SKETCH.fullmatch(found.sketch):
             raise TypeError("the calibration text is not described rightly")
-        if not all(is_count(n) for n in (found.sequences, found.sequence_length, found.seed)):
+        counts = (found.sequences, found.sequence_length, found.seed, found.skipped_rows)
+        if not all(is_count(n) for n in counts):
             raise TypeError("the calibration text has no such size or seed")
         return found
 

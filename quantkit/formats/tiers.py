@@ -138,8 +138,3 @@ def kept_name(storage: str) -> str:
     """What keeping a weight as it is held in `storage` is called."""
     held = parse_tier(storage)
     return canonical(held, held).name
-
-
-def float_dtype(storage: Tier) -> str:
-    """The float type (BF16, F16 or F32) of a weight held in `storage`."""
-    return storage.name.upper() if storage.mode == "float" else "BF16"

@@ -5,8 +5,10 @@ text they have not seen.
 """
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from datetime import date
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,14 @@ import numpy as np
 
 from quantkit.artifacts.profile import Calibration
 from quantkit.backend import mx  # noqa: F401  (before mlx-lm, which brings the tokenizer)
-from quantkit.errors import CalibrationError, first_line
+from quantkit.errors import CalibrationError, InputError, first_line
+from quantkit.model.chat_template import (
+    NoTextError,
+    has_chat_template,
+    normalize_messages,
+    render_chat,
+    without_nulls,
+)
 from quantkit.places import data_folder, user_path
 from quantkit.source.checkpoint import Checkpoint
 from quantkit.source.layout import optional_int, text_scope
@@ -31,7 +40,7 @@ _DIALOGUES = ("messages", "conversations", "conversation")
 _PASSAGE = 16  # tokens
 _SKETCH = 2048  # passages
 _FEWEST = 4  # passages to judge a sequence by
-_TODAY = "2025-08-05"  # what templates take for today, so that the same text gives the same tokens
+_TODAY = date(2025, 8, 5)  # for templates, so that the same text gives the same tokens every day
 
 
 @dataclass(frozen=True)
@@ -71,9 +80,9 @@ def read_text(checkpoint: Checkpoint, request: Request) -> Text:
     rows = optional_int(text_scope(checkpoint.config), "vocab_size")
     name = Path(request.name).name if user_path(request.name).exists() else request.name
     names = _KINDS if request.name == DEFAULT else (name,)
-    kinds = dict(
-        zip(names, (_sequences(r, tokenizer, request) for r in _records(request)), strict=True)
-    )
+    skipped: Counter[str] = Counter()
+    every = [_sequences(rows, tokenizer, request, skipped) for rows in _records(request)]
+    kinds = dict(zip(names, every, strict=True))
     chosen: list[list[int]] = []
     held_out: list[tuple[str, list[int]]] = []
     while kinds and (len(chosen) < request.sequences or len(held_out) < request.sequences):
@@ -84,9 +93,10 @@ def read_text(checkpoint: Checkpoint, request: Request) -> Text:
             chosen += part[: _HELD_OUT - 1]
             held_out += [(kind, sequence) for sequence in part[_HELD_OUT - 1 :]]
     if not chosen:
+        without = f" ({skipped.total()} rows without text were skipped)" if skipped else ""
         raise CalibrationError(
-            f"{request.name}: holds less than one sequence of {request.sequence_length} tokens. "
-            "Give more text, or a smaller --sequence-length."
+            f"{request.name}: holds less than one sequence of {request.sequence_length} tokens"
+            f"{without}. Give more text, or a smaller --sequence-length."
         )
     tokens = np.array(_in_turn(chosen, request), np.int32)
     if rows is not None and (largest := int(tokens.max())) >= rows:
@@ -101,6 +111,7 @@ def read_text(checkpoint: Checkpoint, request: Request) -> Text:
         seed=request.seed,
         sha256=hashlib.sha256(tokens.tobytes()).hexdigest(),
         sketch=sketch(tokens),
+        skipped_rows=skipped.total(),
     )
     held_out = held_out[: request.sequences]
     rest = np.array([sequence for _, sequence in held_out], np.int32)
@@ -185,7 +196,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
     folder = checkpoint.path("")
     try:
         return utils.load_tokenizer(folder)
-    except (AttributeError, OSError, ValueError, KeyError, TypeError) as exc:
+    except Exception as exc:  # whatever transformers and tokenizers raise on a file
         raise CalibrationError(
             f"{checkpoint.name}: its tokenizer cannot be read ({first_line(exc)})."
         ) from exc
@@ -248,59 +259,49 @@ def _read(data: Any, name: str) -> Iterator[Mapping[str, Any]]:
 
 
 def _sequences(
-    records: Iterator[Mapping[str, Any]], tokenizer: Any, request: Request
+    records: Iterator[Mapping[str, Any]], tokenizer: Any, request: Request, skipped: Counter[str]
 ) -> Iterator[list[int]]:
-    """Documents one after the other, cut into sequences; the rest at the end is left."""
+    """Yield documents one after the other, cut into sequences; the rest at the end is left.
+
+    Rows whose text is null or empty, and chats with images, are counted in `skipped`.
+    """
     held: list[int] = []
     for record in records:
-        held += _tokens(record, tokenizer, request.name)
+        tokens = _tokens(record, tokenizer, request.name)
+        if tokens is None:
+            skipped[request.name] += 1
+            continue
+        held += tokens
         while len(held) >= request.sequence_length:
             yield held[: request.sequence_length]
             held = held[request.sequence_length :]
 
 
-def _tokens(record: Mapping[str, Any], tokenizer: Any, name: str) -> list[int]:
+def _tokens(record: Mapping[str, Any], tokenizer: Any, name: str) -> list[int] | None:
+    """Return the token ids of a row, None if it holds no text. Raises CalibrationError."""
     for column in _DIALOGUES:
         if isinstance(messages := record.get(column), list) and messages:
-            return _dialogue(messages, tokenizer, f"{name}, column {column}")
+            where = f"{name}, column {column}"
+            return _dialogue(messages, record.get("tools"), tokenizer, where)
     for column in _TEXTS:
         if isinstance(text := record.get(column), str):
-            return list(tokenizer.encode(text + "\n")) if text else []
+            return list(tokenizer.encode(text + "\n")) if text else None
+    if any(column in record for column in _TEXTS + _DIALOGUES):
+        return None  # null, or an empty chat
     columns = ", ".join(map(repr, record)) or "none"
     raise CalibrationError(
         f"{name}: has no text: expected a column {', '.join(_TEXTS + _DIALOGUES)}; found {columns}."
     )
 
 
-def _dialogue(messages: list[Any], tokenizer: Any, where: str) -> list[int]:
+def _dialogue(messages: list[Any], tools: Any, tokenizer: Any, where: str) -> list[int] | None:
     try:
-        turns = [
-            {
-                "role": {"human": "user", "gpt": "assistant"}.get(
-                    role := m.get("role") or m["from"], role
-                ),
-                "content": str(m.get("content") or m.get("value") or ""),
-            }
-            for m in messages
-        ]
-    except (AttributeError, KeyError, TypeError) as exc:
-        raise CalibrationError(f"{where}: its messages have no role and content.") from exc
-    from jinja2 import TemplateError
-
-    if not getattr(tokenizer, "chat_template", None):
-        return list(tokenizer.encode("\n".join(turn["content"] for turn in turns) + "\n"))
-    try:
-        rendered = tokenizer.apply_chat_template(
-            turns, tokenize=False, strftime_now=lambda form: _strftime(form)
-        )
-    except TemplateError as exc:
-        raise CalibrationError(
-            f"{where}: the model's chat template cannot render it ({first_line(exc)})."
-        ) from exc
-    return list(tokenizer.encode(rendered, add_special_tokens=False))
-
-
-def _strftime(form: str) -> str:
-    from datetime import date
-
-    return date.fromisoformat(_TODAY).strftime(form)
+        chat = normalize_messages(messages)
+        if not has_chat_template(tokenizer):
+            return list(tokenizer.encode("\n".join(turn["content"] for turn in chat) + "\n"))
+        text = render_chat(tokenizer, chat, tools=without_nulls(tools), today=_TODAY)
+    except NoTextError:
+        return None
+    except InputError as exc:
+        raise CalibrationError(f"{where}: {exc}.") from exc
+    return list(tokenizer.encode(text, add_special_tokens=False))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from quantkit.artifacts.inventory import Inventory, Weight
 from quantkit.artifacts.profile import Calibration, Loss, Profile, WeightLosses
 from quantkit.errors import TierError
-from quantkit.formats.tiers import Tier, float_dtype, kept_name, parse_tier
+from quantkit.formats.tiers import Tier, kept_name, parse_tier
 
 DEFAULT_TIERS = (
     "q8g64",
@@ -60,10 +60,9 @@ def candidates(weights: Iterable[Weight], tiers: Iterable[str]) -> list[Candidat
     """Every fitting tier that takes fewer bytes than the weight has now; others could only lose."""
     found = []
     for weight in weights:
-        dtype = float_dtype(parse_tier(weight.storage))
         for tier in map(parse_tier, tiers):
             if tier.fits(weight.shape):
-                stored = sum(s.nbytes for s in tier.tensors(weight.name, weight.shape, dtype))
+                stored = tier.stored_bytes(weight.shape, weight.dtype)
                 if stored < weight.bytes:
                     found.append(Candidate(weight, tier, stored))
     return found

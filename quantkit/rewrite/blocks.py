@@ -14,7 +14,7 @@ import numpy as np
 from quantkit.backend import mx, streams
 from quantkit.errors import DamagedError, TierError
 from quantkit.formats import mxfp4
-from quantkit.formats.codec import decode_mxfp4, encode, to_mx, to_numpy
+from quantkit.formats.codec import FLOAT_TYPES, decode_mxfp4, encode, to_mx, to_numpy
 from quantkit.formats.dtypes import FLOATS, nan_scales, nonfinite
 from quantkit.formats.tiers import MXFP4, Tier, parse_tier
 from quantkit.rewrite.shards import Unit
@@ -67,7 +67,8 @@ def _encoded(source: Source, unit: Unit, tier: Tier, storage: Tier) -> Iterator[
         if _nonfinite(packed):
             raise _nonfinite_error(source, unit.name, storage)
         with mx.stream(next(lanes)):
-            encoded = encode(_decode(packed), tier)
+            values = _decode(packed).astype(FLOAT_TYPES[source.weights[unit.name].dtype])
+            encoded = encode(values, tier)
         mx.async_eval(*encoded)  # type: ignore[no-untyped-call]
         pending.append(encoded)
         if len(pending) == _AHEAD:

@@ -11,6 +11,7 @@ from quantkit.artifacts.inventory import Inventory
 from quantkit.artifacts.plan import Plan
 from quantkit.errors import SourceError
 from quantkit.formats.tiers import Tier, parse_tier
+from quantkit.source.model_config import with_dtype
 
 _COMPANIONS = (
     *("*.json", "*.jinja", "*.txt", "*.jsonl", "*.model", "*.tiktoken", "*.py"),
@@ -26,8 +27,10 @@ def edit_config(config: Mapping[str, Any], inventory: Inventory, plan: Plan) -> 
     Every quantized module has an entry of its own, since not every mlx-lm infers missing ones; the
     top level, required, repeats the tier that holds most weights.
     """
-    left_out = ("quantization_config", "_name_or_path")  # the latter may be a path of somebody's
-    edited = {key: value for key, value in config.items() if key not in left_out}
+    left_out = ("quantization", "quantization_config", "_name_or_path")  # the last: a user's path
+    held_in: Counter[str] = Counter(weight.dtype for weight in inventory.weights)
+    edited = with_dtype(config, held_in.most_common(1)[0][0]) if held_in else dict(config)
+    edited = {key: value for key, value in edited.items() if key not in left_out}
     tiers = _quantized(inventory, plan)
     if tiers:
         held: Counter[Tier] = Counter()

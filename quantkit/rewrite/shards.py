@@ -20,7 +20,7 @@ from quantkit.artifacts.plan import Plan
 from quantkit.artifacts.report import ShardRecord
 from quantkit.errors import OutputError
 from quantkit.formats.files import header_bytes
-from quantkit.formats.tiers import TensorSpec, Tier, float_dtype, parse_tier
+from quantkit.formats.tiers import TensorSpec, Tier, parse_tier
 from quantkit.staging import sync_folder
 
 _QUEUE = 8  # blocks on their way to the disk
@@ -87,7 +87,7 @@ def _units(inventory: Inventory, plan: Plan) -> list[Unit]:
     for weight, choice in zip(inventory.weights, plan.choices, strict=True):
         storage = parse_tier(weight.storage)
         physical = parse_tier(choice.storage)
-        specs = physical.tensors(weight.name, weight.shape, float_dtype(storage))
+        specs = physical.tensors(weight.name, weight.shape, weight.dtype)
         tier = None if physical == storage else physical
         placed.append((_place(weight.layer, weight.role), Unit(weight.name, specs, tier)))
     for tensor in inventory.kept:

@@ -5,7 +5,7 @@ from quantkit.backend import mx
 from quantkit.errors import InputError
 from quantkit.formats.affine import Feedback, Rounded, feedback, gptq, objective, refit, search
 from quantkit.formats.codec import FLOAT_TYPES
-from quantkit.formats.tiers import ROUNDINGS, Tier, float_dtype, parse_tier
+from quantkit.formats.tiers import ROUNDINGS, Tier
 from quantkit.rounding.inputs import Inputs, stacked
 
 _AT_ONCE = 32_000_000  # values rounded in one go
@@ -88,4 +88,4 @@ def rounded_whole(
 
 def stored_float(weight: Weight) -> mx.Dtype:
     """The type in which a weight's scales and biases are stored."""
-    return FLOAT_TYPES[float_dtype(parse_tier(weight.storage))]
+    return FLOAT_TYPES[weight.dtype]

@@ -14,7 +14,7 @@ import numpy as np
 
 from quantkit.backend import free_memory, mx
 from quantkit.formats.codec import rounded, to_mx, to_numpy
-from quantkit.formats.tiers import Tier, float_dtype, parse_tier
+from quantkit.formats.tiers import Tier
 from quantkit.model.experts import switch_product
 from quantkit.model.head import divergence_gradient
 from quantkit.model.replay import Product, tapped
@@ -257,8 +257,9 @@ class Tuner:
         for name, (packed, scales, biases) in self._rounded(number).items():
             tier, weight = self._tiers[name], self._model.weights[name]
             rows = (*weight.shape[:-1], -1)
-            dtype = float_dtype(parse_tier(weight.storage))
-            s, b = (to_mx(x, dtype).astype(mx.float32).reshape(rows) for x in (scales, biases))
+            s, b = (
+                to_mx(x, weight.dtype).astype(mx.float32).reshape(rows) for x in (scales, biases)
+            )
             ones = mx.ones_like(s)
             integers = (mx.array(packed).reshape(rows), ones, mx.zeros_like(ones))
             q = mx.dequantize(*integers, tier.group_size, tier.bits)

@@ -3,8 +3,10 @@
 import hashlib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -15,7 +17,9 @@ from quantkit.errors import SourceError
 from quantkit.formats.dtypes import numpy_dtype
 from quantkit.jsonfile import digest, load_json
 from quantkit.progress import Progress
+from quantkit.source.foreign import recognize_files
 from quantkit.source.headers import StoredTensor, read_header
+from quantkit.source.model_config import with_rope_settings
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -28,22 +32,30 @@ class Checkpoint:
     """A source repo, opened from its headers alone.
 
     `folder` is None when only the Hub's metadata is at hand: it can be inspected and planned, but
-    not read. Shard file descriptors are opened on the first read and kept.
+    not read. `stated_config` is config.json as it stands. `trust_remote_code` allows a tokenizer
+    that comes with Python code to run it. Shard file descriptors are opened on the first read and
+    kept.
     """
 
     name: str
     revision: str | None
     folder: Path | None
-    config: Mapping[str, Any]
+    stated_config: Mapping[str, Any]
     tensors: Mapping[str, StoredTensor]
     files: tuple[SourceFile, ...]
+    trust_remote_code: bool = False
     _descriptors: dict[str, int] = field(default_factory=dict, repr=False, compare=False)
+
+    @cached_property
+    def config(self) -> Mapping[str, Any]:
+        """The config with its settings in the forms that mlx-lm reads."""
+        return with_rope_settings(self.stated_config)
 
     @property
     def id(self) -> SourceId:
         """Name, revision, structure hash (config, and every tensor's name, type, shape), files."""
         shapes = {name: [t.dtype, *t.shape] for name, t in self.tensors.items()}
-        structure = digest({"config": dict(self.config), "tensors": shapes})
+        structure = digest({"config": dict(self.stated_config), "tensors": shapes})
         return SourceId(self.name, self.revision, structure, self.files)
 
     def read(self, tensor: StoredTensor, start: int, stop: int) -> np.ndarray:
@@ -115,8 +127,7 @@ def open_folder(folder: Path, name: str | None = None, revision: str | None = No
     if not folder.is_dir():
         raise SourceError(f"{folder}: not a folder.")
     config = read_config(folder)
-    weight_map = _weight_map(folder)
-    names = sorted(set(weight_map.values())) if weight_map else [SINGLE_FILE]
+    weight_map, names = _weight_files(folder)
     files = tuple(_source_file(folder / file) for file in names)
     headers = {file.name: read_header(folder / file.name) for file in files}
     tensors = merge_headers(headers, weight_map)
@@ -124,26 +135,13 @@ def open_folder(folder: Path, name: str | None = None, revision: str | None = No
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The `config.json` of a model folder, its RoPE settings as mlx-lm reads them. Raises
-    SourceError."""
+    """Return the `config.json` of a model folder. Raises SourceError."""
     if not (folder / "config.json").is_file():
-        raise SourceError(f"{folder}: not a model folder: it has no config.json.")
-    return with_rope(load_json(folder / "config.json", SourceError))
-
-
-def with_rope(config: dict[str, Any]) -> dict[str, Any]:
-    """`config` with `rope_theta` and `rope_scaling`, which transformers 5 folds into
-    `rope_parameters`: mlx-lm models that do not read the new key would refuse the config, or
-    silently lose YaRN."""
-    rope = config.get("rope_parameters")
-    if not isinstance(rope, dict) or "rope_theta" not in rope:
-        return config
-    restored = {"rope_theta": rope["rope_theta"]}
-    scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
-    if scaling.get("rope_type", "default") != "default":
-        restored["rope_scaling"] = scaling
-    missing = {key: value for key, value in restored.items() if config.get(key) is None}
-    return {**config, **missing}
+        there = recognize_files(path.name for path in folder.iterdir())
+        raise SourceError(
+            f"{folder}: not a model folder: it has no config.json{f'; {there}' if there else '.'}"
+        )
+    return load_json(folder / "config.json", SourceError)
 
 
 def merge_headers(
@@ -172,7 +170,7 @@ def merge_headers(
         name = min(extra)
         raise SourceError(
             f"{tensors[name].file}: tensor {name!r} is not in {INDEX_FILE} (one of {len(extra)} "
-            "such). Download the index again."
+            "such). If the shards are right, remove the index: they are read without it, too."
         )
     if not tensors:
         raise SourceError("the checkpoint holds no tensors.")
@@ -194,14 +192,31 @@ def check_weight_map(index: Mapping[str, Any], where: str) -> dict[str, str]:
     return weight_map
 
 
-def _weight_map(folder: Path) -> dict[str, str] | None:
+def _weight_files(folder: Path) -> tuple[dict[str, str] | None, list[str]]:
+    index = None
     if (folder / INDEX_FILE).is_file():
-        return check_weight_map(load_json(folder / INDEX_FILE, SourceError), INDEX_FILE)
-    if (folder / SINGLE_FILE).exists():
-        return None
-    raise SourceError(
-        f"{folder}: not a model folder: it has neither {INDEX_FILE} nor {SINGLE_FILE}."
-    )
+        index = check_weight_map(load_json(folder / INDEX_FILE, SourceError), INDEX_FILE)
+    return choose_files({path.name for path in folder.iterdir()}, index, str(folder))
+
+
+def choose_files(
+    present: Collection[str], weight_map: dict[str, str] | None, where: str
+) -> tuple[dict[str, str] | None, list[str]]:
+    """Return the index to go by and the safetensors files that hold the checkpoint.
+
+    Those that the index names. Without an index, or beside one of which no file is there, those
+    that mlx-lm loads: every model*.safetensors, and the index is None. Raises SourceError where
+    there are none.
+    """
+    loaded = sorted(name for name in present if fnmatchcase(name, "model*.safetensors"))
+    if weight_map is not None:
+        named = set(weight_map.values())
+        if named & set(present) or not loaded:
+            return weight_map, sorted(named)
+    if loaded:
+        return None, loaded
+    there = recognize_files(present) or "found no weights at all."
+    raise SourceError(f"{where}: neither {INDEX_FILE} nor model*.safetensors is there; {there}")
 
 
 def _source_file(path: Path) -> SourceFile:

@@ -23,7 +23,9 @@ from quantkit.formats.codec import to_numpy
 from quantkit.formats.dtypes import FLOATS
 from quantkit.formats.tiers import TIERS, Tier, parse_tier
 from quantkit.source.checkpoint import Checkpoint
+from quantkit.source.foreign import recognize_tensors
 from quantkit.source.layout import Layout, Place, optional_int, text_scope
+from quantkit.source.model_config import mlx_quantization
 from quantkit.source.views import ComputedView, View, plain_view
 
 _DTYPES = {
@@ -109,7 +111,8 @@ class _Model:
         except _MODEL_ERRORS as exc:
             raise SourceError(
                 f"mlx-lm's {self.model.model_type} model does not recognise these tensors "
-                f"({type(exc).__name__}: {exc}). Is the checkpoint complete?"
+                f"({type(exc).__name__}: {exc}); "
+                f"{recognize_tensors(arrays) or 'is the checkpoint complete?'}"
             ) from exc
 
     @cached_property
@@ -150,15 +153,15 @@ def describe(checkpoint: Checkpoint) -> Layout:
         rows = array.size // width if width else 0
         return ComputedView(name, _NAMES[array.dtype], rows, width, values.compute)
 
-    return _layout(checkpoint, model, arrays, packed, view)
+    layout = _layout(checkpoint, model, arrays, packed, view)
+    layout.may_cast = getattr(model.model, "cast_predicate", layout.may_cast)
+    return layout
 
 
 def _packed(checkpoint: Checkpoint, arrays: dict[str, mx.array]) -> dict[str, Tier]:
     """The tier of every packed module, by its path, as mlx-lm would take it to be."""
     found = {}
-    entries = checkpoint.config.get("quantization") or {}
-    if not isinstance(entries, dict):
-        raise SourceError("config.json: quantization is no object.")
+    entries = mlx_quantization(checkpoint.config) or {}
     for path in (name.removesuffix(".scales") for name in arrays if name.endswith(".scales")):
         entry = own if isinstance(own := entries.get(path), dict) else entries
         wanted = {"mode": "affine"} | {
@@ -248,9 +251,12 @@ def _require_loadable(
     missing, unknown = shapes.keys() - arrays.keys(), arrays.keys() - shapes.keys()
     for names, what in ((missing, "is missing"), (unknown, "is not part of the model")):
         if names:
+            there = recognize_tensors(unknown)
+            if there is None and missing and unknown:
+                there = f"found {min(unknown)}, which is not part of the model."
             raise SourceError(
                 f"tensor {min(names)!r} {what} (one of {len(names)} such): "
-                "mlx-lm would not load this checkpoint."
+                f"mlx-lm would not load this checkpoint{f'; {there}' if there else '.'}"
             )
     for name, shape in shapes.items():
         if tuple(arrays[name].shape) != shape:

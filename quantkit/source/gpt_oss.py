@@ -1,9 +1,12 @@
-"""gpt-oss checkpoints: as published (MXFP4 experts) and as BF16 fine-tunes write them.
+"""gpt-oss checkpoints: as published (MXFP4 experts), as BF16 fine-tunes write them, and under
+mlx-lm's own names.
 
 Published experts are `gate_up_proj_blocks` [E, 2I, H/32, 16] with `_scales` [E, 2I, H/32] and
 `down_proj_blocks` [E, H, I/32, 16]: two FP4 values a byte, low nibble first, which read as
 little-endian uint32 is mlx's own packing. Fine-tunes hold plain `gate_up_proj` [E, H, 2I] and
-`down_proj` [E, I, H]. In both, gate and up alternate, gate first.
+`down_proj` [E, I, H]. In both, gate and up alternate, gate first. mlx-lm writes `gate_proj`,
+`up_proj` and `down_proj` apart, [E, out, in] each, in floats (`mlx_lm.fuse --dequantize`) or as
+packed MXFP4 (`mlx_lm.convert` without -q).
 
 This is the only place that spells gpt-oss names.
 """
@@ -15,8 +18,10 @@ from typing import Any, Literal
 from quantkit.errors import SourceError
 from quantkit.formats.tiers import MXFP4, TensorSpec
 from quantkit.source.checkpoint import Checkpoint
+from quantkit.source.foreign import recognize_tensors
 from quantkit.source.headers import StoredTensor
 from quantkit.source.layout import Layout, Place, config_int, float_storage
+from quantkit.source.model_config import mlx_quantization
 from quantkit.source.views import RowView, TransposedView, plain_view
 
 MODEL_TYPE = "gpt_oss"
@@ -66,11 +71,26 @@ def describe(checkpoint: Checkpoint) -> Layout:
     config implies.
     """
     shape = _shape(checkpoint.config)
-    reader = _Reader(checkpoint, Layout(shape.layers))
+    reader = _Reader(checkpoint, shape)
     for part in _parts(shape):
         {"matrix": reader.matrix, "kept": reader.kept, "experts": reader.experts}[part.form](part)
     reader.require_all_used()
     return reader.layout
+
+
+def is_native(checkpoint: Checkpoint) -> bool:
+    """Return whether a gpt-oss checkpoint that mlx-lm wrote holds what was published: MXFP4 in the
+    experts and floats elsewhere."""
+    names = checkpoint.tensors
+    scales = [name.removesuffix(".scales") for name in names if name.endswith(".scales")]
+    quantization = mlx_quantization(checkpoint.config) or {}
+    if any(name.endswith(".biases") for name in names):
+        return False
+    entries = [quantization.get(path) or quantization for path in scales] or [quantization]
+    packed = MXFP4.config_entry().items()
+    return all(".mlp.experts." in path for path in scales) and all(
+        isinstance(entry, Mapping) and packed <= entry.items() for entry in entries
+    )
 
 
 def stored_tensors(config: Mapping[str, Any], packed: bool = True) -> Iterator[TensorSpec]:
@@ -149,9 +169,10 @@ def _shape(config: Mapping[str, Any]) -> _Shape:
 class _Reader:
     """Takes tensors off the checkpoint's table, each checked, and adds them to the layout."""
 
-    def __init__(self, checkpoint: Checkpoint, layout: Layout) -> None:
-        self.layout = layout
+    def __init__(self, checkpoint: Checkpoint, shape: _Shape) -> None:
+        self.layout = Layout(shape.layers)
         self._left = dict(checkpoint.tensors)
+        self._foreign = self._left.keys() - _every_name(shape)
 
     def matrix(self, part: _Part) -> None:
         tensor = self._take(f"{part.at.name}.weight", part.shape)
@@ -165,6 +186,15 @@ class _Reader:
     def experts(self, part: _Part) -> None:
         stored, stride = part.at.name, len(part.projections)
         experts, n_out, n_in = part.shape
+        paths = [f"{stored.rpartition('.')[0]}.{projection}" for projection in part.projections]
+        places = [
+            replace(part.at, name=path, role=f"expert_{path.rpartition('.')[2][:-5]}")
+            for path in paths
+        ]
+        if f"{paths[0]}.weight" in self._left:
+            for at in places:
+                self._separate_projection(at, part.shape)
+            return
         bias = self._take(f"{stored}_bias", (experts, stride * n_out))
         float_storage(bias)
         packed = f"{stored}_blocks" in self._left or f"{stored}_scales" in self._left
@@ -172,9 +202,7 @@ class _Reader:
             blocks, scales = self._take_packed(stored, (experts, stride * n_out, n_in))
         else:
             plain = self._take(stored, (experts, n_in, stride * n_out))
-        for offset, projection in enumerate(part.projections):
-            name = f"{stored.rpartition('.')[0]}.{projection}"
-            at = replace(part.at, name=name, role=f"expert_{projection.removesuffix('_proj')}")
+        for offset, at in enumerate(places):
             rows = experts * n_out
             if packed:
                 views = (
@@ -186,7 +214,19 @@ class _Reader:
                 view = TransposedView(plain, stride, offset)
                 self.layout.add_weight(at, part.shape, float_storage(plain), view)
             bias_view = RowView(bias, bias.dtype, rows, 1, stride, offset)
-            self.layout.add_kept(replace(at, name=f"{name}.bias"), (experts, n_out), bias_view)
+            self.layout.add_kept(replace(at, name=f"{at.name}.bias"), (experts, n_out), bias_view)
+
+    def _separate_projection(self, at: Place, shape: tuple[int, ...]) -> None:
+        """Add a stack under mlx-lm's own name, in floats or in MXFP4 as mlx packs it."""
+        *rows, n_in = shape
+        if f"{at.name}.scales" in self._left:
+            packed = self._take(f"{at.name}.weight", (*rows, n_in // 8), "U32")
+            scales = self._take(f"{at.name}.scales", (*rows, n_in // _BLOCK), "U8")
+            self.layout.add_weight(at, shape, MXFP4, plain_view(packed), plain_view(scales))
+        else:
+            plain = self._take(f"{at.name}.weight", shape)
+            self.layout.add_weight(at, shape, float_storage(plain), plain_view(plain))
+        self.kept(_Part("kept", replace(at, name=f"{at.name}.bias"), tuple(rows)))
 
     def _take_packed(
         self, stored: str, shape: tuple[int, int, int]
@@ -208,13 +248,13 @@ class _Reader:
         tensor = self._left.pop(name, None)
         if tensor is None:
             raise SourceError(
-                f"tensor {name!r} is missing: not a complete gpt_oss checkpoint. "
-                "Download the shards and the index again."
+                f"tensor {name!r} is missing: not a complete gpt_oss checkpoint; "
+                f"{self._explanation()}"
             )
         if tensor.shape != shape:
             raise SourceError(
-                f"{tensor.file}: tensor {name!r} has shape {list(tensor.shape)}, "
-                f"but config.json implies {list(shape)}."
+                f"{tensor.file}: tensor {name!r} has shape {list(tensor.shape)}, but config.json "
+                f"implies {list(shape)}."
             )
         if dtype is not None and tensor.dtype != dtype:
             raise SourceError(
@@ -227,5 +267,32 @@ class _Reader:
             tensor = self._left[min(self._left)]
             raise SourceError(
                 f"{tensor.file}: tensor {tensor.name!r} is not part of a gpt_oss model "
-                f"(one of {len(self._left)} such)."
+                f"(one of {len(self._left)} such); {self._explanation()}"
             )
+
+    def _explanation(self) -> str:
+        """What the tensors look like, and what to do: only a checkpoint that holds nothing else
+        can have lost some on its way."""
+        if known := recognize_tensors(self._foreign):
+            return known
+        if not self._foreign:
+            return "download the shards and the index again."
+        return (
+            f"found {min(self._foreign)}, which no layout of gpt-oss has. quantkit reads the "
+            "published one, transformers' and mlx-lm's."
+        )
+
+
+def _every_name(shape: _Shape) -> set[str]:
+    """Return the name of every tensor in every layout of gpt-oss."""
+    found = set()
+    for part in _parts(shape):
+        name = part.at.name
+        if part.form != "experts":
+            found.add(f"{name}.weight" if part.form == "matrix" else name)
+            continue
+        found |= {name, *(f"{name}_{end}" for end in ("blocks", "scales", "bias"))}
+        for projection in part.projections:
+            path = f"{name.rpartition('.')[0]}.{projection}"
+            found |= {f"{path}.{end}" for end in ("weight", "scales", "bias")}
+    return found

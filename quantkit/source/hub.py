@@ -3,6 +3,7 @@
 import re
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,18 +12,20 @@ from quantkit.artifacts.inventory import SourceFile
 from quantkit.errors import HubError, HubUnreachableError, OutputError, SourceError, first_line
 from quantkit.jsonfile import load_json
 from quantkit.source.checkpoint import (
+    INDEX_FILE,
     Checkpoint,
     check_weight_map,
+    choose_files,
     merge_headers,
     open_folder,
-    with_rope,
 )
 from quantkit.source.headers import StoredTensor, check_header
 
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-# Only the top level: gpt-oss repos also hold original/ and metal/, as large again.
-DOWNLOAD = ["*.json", "model*.safetensors", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py"]
-DOWNLOAD += ["LICENSE*", "NOTICE*", "USAGE_POLICY*", "README.md"]
+_DOWNLOAD = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py"]
+_DOWNLOAD += ["LICENSE*", "NOTICE*", "USAGE_POLICY*", "README.md"]
+_TEMPLATES = "additional_chat_templates/*.jinja"
+_READERS = 8  # headers fetched at a time
 
 
 def is_repo_id(name: str) -> bool:
@@ -46,17 +49,22 @@ def open_hub(repo: str, revision: str | None) -> Checkpoint:
         commit = info.sha
         # By the name asked for: so the cache learns which commit that is.
         config_file = Path(hf_hub_download(repo, "config.json", revision=revision))
-        config = with_rope(load_json(config_file, SourceError))
-        metadata = api.get_safetensors_metadata(repo, revision=commit)
-    siblings = {sibling.rfilename: sibling for sibling in info.siblings or ()}
-    if metadata.sharded:
-        check_weight_map({"weight_map": metadata.weight_map}, repo)
-    files = tuple(_file(siblings.get(name), name) for name in sorted(metadata.files_metadata))
-    headers = {
-        file.name: _header(metadata.files_metadata[file.name].tensors, file) for file in files
-    }
-    tensors = merge_headers(headers, metadata.weight_map if metadata.sharded else None)
-    return Checkpoint(repo, commit, None, config, tensors, files)
+        config = load_json(config_file, SourceError)
+        siblings = {sibling.rfilename: sibling for sibling in info.siblings or ()}
+        index = None
+        if INDEX_FILE in siblings:
+            index_file = Path(hf_hub_download(repo, INDEX_FILE, revision=commit))
+            index = check_weight_map(load_json(index_file, SourceError), repo)
+        weight_map, names = choose_files({n for n in siblings if "/" not in n}, index, repo)
+        files = tuple(_file(siblings.get(name), name) for name in names)
+
+        def header(file: SourceFile) -> dict[str, StoredTensor]:
+            read = api.parse_safetensors_file_metadata(repo, file.name, revision=commit)
+            return _header(read.tensors, file)
+
+        with ThreadPoolExecutor(_READERS) as pool:
+            headers = dict(zip(names, pool.map(header, files), strict=True))
+    return Checkpoint(repo, commit, None, config, merge_headers(headers, weight_map), files)
 
 
 def open_cached(repo: str, revision: str | None) -> Checkpoint | None:
@@ -65,7 +73,7 @@ def open_cached(repo: str, revision: str | None) -> Checkpoint | None:
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        folder = snapshot_download(repo, revision=revision, local_files_only=True, **_FILES)
+        folder = snapshot_download(repo, revision=revision, local_files_only=True)
         return open_folder(Path(folder), repo, Path(folder).name)
     except (LocalEntryNotFoundError, SourceError):
         return None
@@ -80,12 +88,18 @@ def download(checkpoint: Checkpoint) -> Path:
     from huggingface_hub.utils import enable_progress_bars
 
     repo, revision = checkpoint.name, checkpoint.revision
-    if (whole := open_cached(repo, revision)) is not None:
+    shards = [file.name for file in checkpoint.files]
+    whole = open_cached(repo, revision)
+    if whole is not None and [file.name for file in whole.files] == shards:
         return whole.path("")
     _require_space(Path(constants.HF_HUB_CACHE), sum(file.size for file in checkpoint.files))
     enable_progress_bars()
     with _clear_errors(repo, revision):
-        return Path(snapshot_download(repo, revision=revision, **_FILES))
+        # No folders: repos of gpt-oss also hold original/ and metal/, as large again.
+        snapshot_download(
+            repo, revision=revision, allow_patterns=[*_DOWNLOAD, *shards], ignore_patterns=["*/*"]
+        )
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=[_TEMPLATES]))
 
 
 def fetch_file(repo: str, name: str) -> Path:
@@ -94,9 +108,6 @@ def fetch_file(repo: str, name: str) -> Path:
 
     with _clear_errors(repo, None):
         return Path(hf_hub_download(repo, name))
-
-
-_FILES: dict[str, Any] = {"allow_patterns": DOWNLOAD, "ignore_patterns": ["*/*"]}
 
 
 def _require_space(cache: Path, needed: int) -> None:

@@ -1,7 +1,7 @@
 """A source: a checkpoint, its inventory, and the values behind every mlx-lm tensor name."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -13,19 +13,25 @@ from quantkit.places import user_path
 from quantkit.progress import Progress
 from quantkit.source import gpt_oss, hub
 from quantkit.source.checkpoint import Checkpoint, hash_file, open_folder
-from quantkit.source.layout import Layout, experts_of, optional_int
+from quantkit.source.layout import Layout, cast_floats, experts_of, optional_int, text_scope
+from quantkit.source.model_config import DTYPES, mlx_quantization, stated_dtype
 from quantkit.source.views import View
 
+STATED, STORED = "stated", "stored"
 _BLOCK_BYTES = 2_000_000  # larger ones cost more in page faults than they save in calls
 
 
 @dataclass(frozen=True)
 class Source:
-    """What later stages read: the inventory, and the rows of any tensor it lists."""
+    """What later stages read: the inventory, and the rows of any tensor it lists.
+
+    `floats` says which float type its tensors have: see `open_source`.
+    """
 
     checkpoint: Checkpoint
     inventory: Inventory
     views: Mapping[str, View]
+    floats: str
 
     def blocks(self, name: str) -> Iterator[tuple[int, int]]:
         """Row ranges that cover tensor `name`, each of about 2 MB as stored."""
@@ -49,27 +55,46 @@ class Source:
         return self.views[name].dtype
 
 
-def open_source(name: str, revision: str | None = None, *, quantized: bool = False) -> Source:
+def open_source(
+    name: str,
+    revision: str | None = None,
+    *,
+    quantized: bool = False,
+    floats: str = STATED,
+    trust_remote_code: bool = False,
+) -> Source:
     """Open a local folder or a Hub id, from headers alone; with `quantized` also a repo that mlx
     has quantized, to be looked at.
 
-    Raises SourceError or HubError.
+    `floats` is the float type of unquantized tensors, scales and biases: bfloat16, float16 or
+    float32; `stated` for the one that config.json states, or else most values have; `stored` leaves
+    every tensor as it is. `trust_remote_code` allows the tokenizer to run code of its own. Raises
+    SourceError or HubError.
     """
+    if floats not in (STATED, STORED, *DTYPES):
+        raise SourceError(f"there is no dtype {floats!r}. Types: {', '.join(DTYPES)}.")
+    opened = _open(name, revision)
+    if trust_remote_code:
+        opened = replace(opened, trust_remote_code=True)
+    return _source(opened, quantized, floats)
+
+
+def _open(name: str, revision: str | None) -> Checkpoint:
     folder = user_path(name)
     try:
         there = folder.exists()
     except (OSError, ValueError) as exc:
         raise SourceError(f"{name[:80]}: not a path ({exc}).") from exc
     if there:
-        return _source(open_folder(folder), quantized)
+        return open_folder(folder)
     if not hub.is_repo_id(name):
         raise SourceError(f"{name}: no such folder, and not a Hub id (user/name).")
     try:
-        return _source(hub.open_hub(name, revision), quantized)
+        return hub.open_hub(name, revision)
     except HubUnreachableError:
         if (cached := hub.open_cached(name, revision)) is None:
             raise
-        return _source(cached, quantized)
+        return cached
 
 
 def with_values(source: Source) -> Source:
@@ -78,8 +103,9 @@ def with_values(source: Source) -> Source:
     if checkpoint.folder is not None:
         return source
     folder = hub.download(checkpoint)
-    quantized = "quantization" in checkpoint.config
-    return _source(open_folder(folder, checkpoint.name, checkpoint.revision), quantized)
+    opened = open_folder(folder, checkpoint.name, checkpoint.revision)
+    opened = replace(opened, trust_remote_code=checkpoint.trust_remote_code)
+    return _source(opened, mlx_quantization(checkpoint.config) is not None, source.floats)
 
 
 def file_hashes(source: Source, progress: Progress | None = None) -> dict[str, str]:
@@ -95,10 +121,12 @@ def file_hashes(source: Source, progress: Progress | None = None) -> dict[str, s
     return hashes
 
 
-def _source(checkpoint: Checkpoint, quantized: bool) -> Source:
-    if not (quantized and "quantization" in checkpoint.config):
+def _source(checkpoint: Checkpoint, quantized: bool, floats: str) -> Source:
+    if not (quantized and mlx_quantization(checkpoint.config)):
         _require_unquantized(checkpoint)
     layout = _describe(checkpoint)
+    if floats != STORED and not quantized:
+        cast_floats(layout, DTYPES.get(floats) or stated_dtype(checkpoint.config))
     experts, per_token = experts_of(checkpoint.config)
     inventory = Inventory(
         source=checkpoint.id,
@@ -109,7 +137,7 @@ def _source(checkpoint: Checkpoint, quantized: bool) -> Source:
         weights=tuple(layout.weights),
         kept=tuple(layout.kept),
     )
-    return Source(checkpoint, inventory, layout.views)
+    return Source(checkpoint, inventory, layout.views, floats)
 
 
 def _describe(checkpoint: Checkpoint) -> Layout:
@@ -121,7 +149,8 @@ def _describe(checkpoint: Checkpoint) -> Layout:
         raise SourceError(
             f"config.json: {layers} layers, but the shards hold {len(checkpoint.tensors)} tensors."
         )
-    if model_type == gpt_oss.MODEL_TYPE and "quantization" not in checkpoint.config:
+    quantized = mlx_quantization(checkpoint.config) is not None
+    if model_type == gpt_oss.MODEL_TYPE and (not quantized or gpt_oss.is_native(checkpoint)):
         return gpt_oss.describe(checkpoint)
     from quantkit.source import generic  # imports mlx and mlx-lm
 
@@ -130,16 +159,19 @@ def _describe(checkpoint: Checkpoint) -> Layout:
 
 def _require_unquantized(checkpoint: Checkpoint) -> None:
     config = checkpoint.config
-    if "quantization" in config:
+    is_gpt_oss = config.get("model_type") == gpt_oss.MODEL_TYPE
+    if mlx_quantization(config) is not None:
+        if is_gpt_oss and gpt_oss.is_native(checkpoint):
+            return
         raise SourceError(
             f"{checkpoint.name}: already quantized by mlx. Start from the published checkpoint "
             "(quantkit report shows what a quant holds)."
         )
-    declared = config.get("quantization_config") or {}
-    if not isinstance(declared, dict):
+    declared = config.get("quantization_config") or text_scope(config).get("quantization_config")
+    if declared is not None and not isinstance(declared, dict):
         raise SourceError("config.json: quantization_config is no object.")
-    method = declared.get("quant_method")
-    if method and not (method == "mxfp4" and config.get("model_type") == gpt_oss.MODEL_TYPE):
+    method = (declared or {}).get("quant_method")
+    if method and not (method == "mxfp4" and is_gpt_oss):
         raise SourceError(
             f"{checkpoint.name}: already quantized ({method}). Start from its BF16 checkpoint."
         )

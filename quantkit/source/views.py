@@ -111,6 +111,32 @@ class ComputedView:
         return self.compute(self.name).reshape(self.rows, self.width)[start:stop]
 
 
+@dataclass(frozen=True)
+class CastView:
+    """A float tensor in another float type, rounded to nearest as mlx does it."""
+
+    stored: View
+    dtype: str
+
+    @property
+    def rows(self) -> int:
+        return self.stored.rows
+
+    @property
+    def width(self) -> int:
+        return self.stored.width
+
+    @property
+    def step(self) -> int:
+        return self.stored.step
+
+    def read(self, checkpoint: Checkpoint, start: int, stop: int) -> np.ndarray:
+        from quantkit.formats.codec import FLOAT_TYPES, to_mx, to_numpy  # mlx, for values only
+
+        values = to_mx(self.stored.read(checkpoint, start, stop), self.stored.dtype)
+        return to_numpy(values.astype(FLOAT_TYPES[self.dtype]))
+
+
 def plain_view(tensor: StoredTensor) -> RowView:
     """A stored tensor as it is."""
     width = tensor.shape[-1] if tensor.shape else 1

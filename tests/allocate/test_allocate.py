@@ -20,7 +20,7 @@ from quantkit.allocate.plan import with_losses
 from quantkit.allocate.recipe import load_recipe, plan_by_recipe
 from quantkit.artifacts.profile import Calibration, Loss, Profile, WeightLosses
 from quantkit.errors import InputError, PlanError
-from quantkit.formats.tiers import canonical, float_dtype, parse_tier
+from quantkit.formats.tiers import canonical, parse_tier
 from quantkit.macs import Room, cache_bytes
 from quantkit.source.source import open_source
 from tests import tiny
@@ -39,7 +39,7 @@ def made_up(inventory, tiers=TIERS, seed=0, dominated=False):
         scale = weight.parameters / inventory.parameters * np.exp(rng.normal())
         for tier in map(parse_tier, tiers):
             if tier.fits(weight.shape):
-                size = tier.stored_bytes(weight.shape, float_dtype(storage))
+                size = tier.stored_bytes(weight.shape, weight.dtype)
                 if size < weight.bytes or dominated:
                     rows.append(Loss(tier.name, size, float(scale * 4.0**-(tier.bits)), 0.0))
         weights.append(

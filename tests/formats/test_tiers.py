@@ -9,7 +9,6 @@ from quantkit.formats.tiers import (
     NATIVE,
     TIERS,
     canonical,
-    float_dtype,
     parse_tier,
     resolve,
 )
@@ -79,8 +78,3 @@ def test_native_is_what_the_source_holds():
 def test_config_entry_always_spells_the_mode():
     assert parse_tier("q6g32").config_entry() == {"group_size": 32, "bits": 6, "mode": "affine"}
     assert parse_tier("nvfp4").config_entry() == {"group_size": 16, "bits": 4, "mode": "nvfp4"}
-
-
-def test_float_type_of_scales():
-    assert float_dtype(parse_tier("f16")) == "F16"
-    assert float_dtype(MXFP4) == "BF16"

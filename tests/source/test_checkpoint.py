@@ -14,6 +14,7 @@ from tests import tiny
 INDEX = "model.safetensors.index.json"
 FIRST = "model-00000-of-00001.safetensors"
 SECOND = "model-00001-of-00001.safetensors"
+SECOND = "model-00001-of-00001.safetensors"
 
 
 @pytest.fixture
@@ -53,7 +54,10 @@ BAD = {
     "config is no JSON": (lambda f: (f / "config.json").write_text("{"), "config.json: not valid"),
     "config is a list": (lambda f: (f / "config.json").write_text("[]"), "expected a JSON object"),
     "no model_type": (lambda f: (f / "config.json").write_text("{}"), "has no model_type"),
-    "no weights": (lambda f: (f / INDEX).unlink(), "it has neither model.safetensors.index.json"),
+    "no weights": (
+        lambda f: [(f / name).unlink() for name in (INDEX, FIRST, SECOND)],
+        "neither model.safetensors.index.json nor model\\*.safetensors is there; found no weights",
+    ),
     "missing shard": (lambda f: (f / FIRST).unlink(), f"{FIRST}: missing from"),
     "truncated shard": (truncate, f"{FIRST}: truncated: tensor"),
     "index without map": (lambda f: (f / INDEX).write_text("{}"), "has no weight_map"),
@@ -90,7 +94,9 @@ BAD = {
     ),
     "not UTF-8": (lambda f: (f / "config.json").write_bytes(b"\xff\xfe{"), "not UTF-8 text"),
     "already an mlx quant": (
-        lambda f: (f / "config.json").write_text(json.dumps({**tiny.CONFIG, "quantization": {}})),
+        lambda f: (f / "config.json").write_text(
+            json.dumps({**tiny.CONFIG, "quantization": {"group_size": 64, "bits": 4}})
+        ),
         "already quantized by mlx",
     ),
     "quantized otherwise": (

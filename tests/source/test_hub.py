@@ -72,7 +72,10 @@ def test_repo_without_weights(online, tmp_path):
     (tmp_path / "bare" / "config.json").write_text("{}")
     with hub.serving({"openai/bare": tmp_path / "bare"}) as (endpoint, _):
         message = one_line(online(endpoint, "inspect", "openai/bare"))
-    assert "openai/bare: has no readable safetensors" in message
+    assert (
+        "openai/bare: neither model.safetensors.index.json nor model*.safetensors is there"
+        in message
+    )
 
 
 def test_repo_without_config(online, tmp_path):
