@@ -43,6 +43,10 @@ class DamagedError(SourceError):
     """Values that cannot be right: NaN, infinite, or not of the published hash."""
 
 
+class CacheWarning(UserWarning):
+    """A cache that cannot be written: work will be done again, and nothing else is lost."""
+
+
 class HubError(InputError):
     """The Hugging Face Hub has no such repo, or none that may be read."""
 

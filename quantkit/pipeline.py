@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +13,11 @@ from quantkit.artifacts.plan import Plan
 from quantkit.artifacts.profile import Profile
 from quantkit.artifacts.report import REPORT_FILE, Report
 from quantkit.backend import mx
-from quantkit.errors import CalibrationError, InputError
+from quantkit.errors import CalibrationError, InputError, SourceError
 from quantkit.formats.tiers import Tier, parse_tier
 from quantkit.jsonfile import digest
 from quantkit.judge import fidelity
+from quantkit.judge.attention import attention_differences, attention_settings
 from quantkit.macs import Room, memory_needed
 from quantkit.model import joint
 from quantkit.model.calibration import Request, read_text
@@ -29,6 +31,7 @@ from quantkit.rewrite.rewrite import SHARD_BYTES, Rounder, Rounding, Written, re
 from quantkit.rounding.round import require_method
 from quantkit.rounding.rounder import EMBEDDING_TOKENS, LayerRounder, RoundingText
 from quantkit.rounding.tune import Tuning
+from quantkit.source.generic import build_model
 from quantkit.source.hub import is_repo_id
 from quantkit.source.source import Source, with_values
 from quantkit.staging import require_apart, require_free, versions
@@ -46,13 +49,15 @@ def quantize(
     shard_bytes: int = SHARD_BYTES,
     room: Room | None = None,
     command: str | None = None,
+    base_model: str | None = None,
     force: bool = False,
     progress: Progress | None = None,
 ) -> Report:
     """Carry `plan` out: write the repo `out`, its report and card included, and give the report.
 
     `text` is what to round on where the plan's rounding is a calibrated one; `room` is for what the
-    report says of memory, `command` for how it says that the repo was made. A source on the Hub is
+    report says of memory, `command` for how it says that the repo was made, `base_model` the Hub id
+    that the card names, by default the source's own. A source on the Hub is
     downloaded first. Raises what `rewrite` raises, InputError, CalibrationError and HubError.
     """
     if source.checkpoint.folder is None:  # what `rewrite` checks too, before the download
@@ -60,8 +65,12 @@ def quantize(
         if not (out / REPORT_FILE).exists():
             require_free(plain_path(out), force)
         source = with_values(source)
+    require_same_attention(source)
     name = source.checkpoint.name
-    base_model = name if is_repo_id(name) else None  # a local folder's name has no slash
+    if base_model is not None and not is_repo_id(base_model):
+        raise InputError(f"--base-model {base_model!r}: not a Hub id. Write it like user/name.")
+    if base_model is None and is_repo_id(name):  # a local folder's name has no slash
+        base_model = name
     stated = license_of(source.checkpoint.path(""))
     memory = memory_needed(plan.total_bytes, source.checkpoint.config, room)
 
@@ -73,6 +82,7 @@ def quantize(
                 written.shards,
                 written.files,
                 versions(),
+                attention_settings(source.checkpoint.stated_config),
                 base_model,
                 stated,
                 command,
@@ -92,6 +102,20 @@ def quantize(
         progress=progress,
     )
     return read_report(out)
+
+
+def require_same_attention(source: Source) -> None:
+    """Raises SourceError where stock mlx-lm would build another attention from what is written than
+    the source's config asks for: the repo would be wrong in a way that no file shows."""
+    checkpoint = source.checkpoint
+    model = build_model(checkpoint.config)
+    wanted = attention_settings(checkpoint.stated_config)
+    if found := attention_differences(wanted, model):
+        more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+        raise SourceError(
+            f"config.json: {found[0]}{more}. mlx-lm {version('mlx-lm')} does not support these "
+            "settings of RoPE or attention for this architecture."
+        )
 
 
 def _calibrated(

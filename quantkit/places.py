@@ -1,6 +1,7 @@
 """Where things lie: the data that ships with quantkit, and its cache."""
 
 import os
+import tempfile
 from pathlib import Path
 
 from quantkit.errors import InputError
@@ -29,7 +30,21 @@ def plain_path(path: Path) -> Path:
 
 
 def cache_folder() -> Path:
-    """`$QUANTKIT_CACHE`, else `quantkit` under `$XDG_CACHE_HOME` or ~/.cache. May not exist yet."""
+    """`$QUANTKIT_CACHE`, else `quantkit` under `$XDG_CACHE_HOME` or ~/.cache, or in the folder for
+    temporary files where there is no home. May not exist yet."""
     if own := os.environ.get("QUANTKIT_CACHE"):
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "quantkit"
+        return user_path(own)
+    if shared := os.environ.get("XDG_CACHE_HOME"):
+        return Path(shared) / "quantkit"
+    if (home := home_folder()) is not None:
+        return home / ".cache" / "quantkit"
+    return Path(tempfile.gettempdir()) / f"quantkit-{os.getuid()}"
+
+
+def home_folder() -> Path | None:
+    """The user's home; None where HOME is not set and the system does not know the user, as in
+    containers that run under an arbitrary number."""
+    try:
+        return Path.home()
+    except RuntimeError:
+        return None

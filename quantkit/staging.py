@@ -25,8 +25,9 @@ from typing import Any
 
 from quantkit.artifacts.profile import PROFILE_FILE
 from quantkit.artifacts.report import REPORT_FILE, ShardRecord, shard_record
-from quantkit.errors import OutputError
+from quantkit.errors import InputError, OutputError
 from quantkit.jsonfile import dump_json, load_json, write_atomically
+from quantkit.places import home_folder
 from quantkit.source.checkpoint import hash_file
 from quantkit.source.source import Source
 
@@ -78,7 +79,14 @@ class Staging:
     def __exit__(
         self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
     ) -> None:
+        if isinstance(exc, InputError) and self._is_empty():
+            self.discard()  # refused before anything was done: nothing is left
         self._unlock()
+
+    def _is_empty(self) -> bool:
+        return not self._records and not any(
+            folder.is_dir() and any(folder.iterdir()) for folder in (self.repo, self.work)
+        )
 
     def tidy(self) -> None:
         """Remove what is left of this very rewrite, killed after its repo had taken its name."""
@@ -183,14 +191,14 @@ class Staging:
         """Put a JSON file into the repo."""
         write_atomically(self.repo / name, dump_json(value))
 
-    def copy(self, path: Path) -> str:
-        """Put a copy of a file into the repo; gives its name."""
-        target = self.repo / path.name
+    def copy(self, path: Path, name: str) -> None:
+        """Put a copy of a file into the repo, under a name that may lie in a folder."""
+        target = self.repo / name
         with _clear_errors(target):
+            target.parent.mkdir(exist_ok=True)
             shutil.copyfile(path, target)
             with open(target, "rb") as file:
                 os.fsync(file.fileno())
-        return path.name
 
     def commit(self) -> None:
         """Give the finished repo its name, in place of what `--force` allows to be replaced.
@@ -232,7 +240,8 @@ def source_marks(source: Source) -> dict[str, str]:
         f"source file {file.name}": source.checkpoint.fingerprint(file)
         for file in source.checkpoint.files
     }
-    return {"source structure": source.inventory.source.structure, **files}
+    structure = source.inventory.source.structure
+    return {"source structure": structure, "float type": source.floats, **files}
 
 
 def require_apart(out: Path, source: Path | None) -> None:
@@ -240,7 +249,7 @@ def require_apart(out: Path, source: Path | None) -> None:
     directory: nothing may be put there, whatever is forced; nor in the staging folder. `source` is
     None while it is remote."""
     with _clear_errors(out):
-        kept = [folder.resolve() for folder in (source, Path.cwd(), Path.home()) if folder]
+        kept = [folder.resolve() for folder in (source, Path.cwd(), home_folder()) if folder]
         for target in (out.resolve(), Path(f"{out}.partial").resolve()):
             for folder in kept:
                 if target == folder or target in folder.parents:

@@ -6,7 +6,6 @@ from fractions import Fraction
 from quantkit.errors import InputError
 
 _UNITS = {
-    "": 1,
     "B": 1,
     "KB": 10**3,
     "MB": 10**6,
@@ -21,14 +20,18 @@ _SIZE = re.compile(r"\s*([0-9]{1,18}(?:\.[0-9]{1,9})?)\s*([A-Za-z]*)\s*", re.ASC
 
 
 def parse_bytes(text: str) -> int:
-    """A size such as `5GB` (10^9), `48GiB` (2^30), `300 MB` or plain bytes.
+    """A size such as `5GB` (10^9), `48GiB` (2^30), `300 MB` or `1024B`; 0 needs no unit.
 
-    Raises InputError for a negative or unreadable size or an unknown unit.
+    Raises InputError for a negative or unreadable size, or a missing or unknown unit.
     """
     match = _SIZE.fullmatch(text)
     if match is None:
         raise InputError(f"size {text!r} is not a number and a unit. Write it like 5GB or 48GiB.")
     number, unit = match.groups()
+    if not unit and Fraction(number):
+        raise InputError(f"size {text!r} has no unit. Write it like {text.strip()}GB or 48GiB.")
+    if not unit:
+        return 0
     if unit.upper() not in _UNITS:
         raise InputError(f"size {text!r}: unknown unit {unit!r}. Use MB, GB, MiB or GiB.")
     return int(Fraction(number) * _UNITS[unit.upper()])

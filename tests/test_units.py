@@ -6,13 +6,20 @@ from quantkit.units import bits_per_weight, count, parse_bytes, size
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [("5GB", 5 * 10**9), ("48GiB", 48 * 2**30), ("1.5 MB", 1_500_000), ("7", 7), ("2kb", 2000)],
+    [
+        ("5GB", 5 * 10**9),
+        ("48GiB", 48 * 2**30),
+        ("1.5 MB", 1_500_000),
+        ("7B", 7),
+        ("0", 0),
+        ("2kb", 2000),
+    ],
 )
 def test_sizes(text, expected):
     assert parse_bytes(text) == expected
 
 
-@pytest.mark.parametrize("text", ["", "GB", "-1GB", "5GBs", "1e9", "5 G B", "nan"])
+@pytest.mark.parametrize("text", ["", "GB", "-1GB", "5GBs", "1e9", "5 G B", "nan", "7", "4.5"])
 def test_bad_sizes(text):
     with pytest.raises(InputError, match="size"):
         parse_bytes(text)

@@ -88,7 +88,9 @@ def plan_by_budget(inventory: Inventory, profile: Profile, limits: Limits, wishe
     try:
         solution = solve([group.options for group in groups], left)
     except ImpossibleError as exc:
-        raise PlanError(_impossible(inventory, groups, limits, exc.least, left)) from exc
+        raise PlanError(
+            _impossible(inventory, groups, limits, exc.least, left, profile.is_measured)
+        ) from exc
     except UnsolvedError as exc:
         raise PlanError(f"{' and '.join(limits.texts)}: {exc}. Loosen one of them.") from exc
     tiers = {
@@ -318,18 +320,19 @@ def _impossible(
     limits: Limits,
     least: Sequence[int],
     left: Sequence[int],
+    measured: bool,
 ) -> str:
     kept = kept_choice(inventory)
     fixed = (kept.bytes, kept.active_bytes or 0)
     for k, (need, limit) in enumerate(zip(least, left, strict=True)):
         if need > limit:
-            loss = sum(min((o.costs[k], o.loss) for o in group.options)[1] for group in groups)
+            losses = [min((o.costs[k], o.loss) for o in group.options)[1] for group in groups]
+            at = f", at a predicted KL divergence of {sum(losses):.3g}" if measured else ""
             total = need + fixed[k]
             bits = f", {bits_per_weight(total, inventory.parameters):.3f}bpw" if k == 0 else ""
             return (
                 f"{limits.texts[k]} are not possible: the tiers that are allowed take at least "
-                f"{total:,} bytes ({size(total)}{bits}), at a predicted KL divergence of "
-                f"{loss:.3g}."
+                f"{total:,} bytes ({size(total)}{bits}){at}."
             )
     both = " and ".join(limits.texts)
     return f"{both} are not possible: each alone is, but no plan keeps to both."

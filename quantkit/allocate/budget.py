@@ -21,6 +21,7 @@ from quantkit.places import user_path
 from quantkit.source.checkpoint import open_folder
 from quantkit.units import gb, parse_bytes, parse_count
 
+_NUMBER = re.compile(r"\s*[0-9]+(?:\.[0-9]*)?\s*", re.ASCII)
 _BPW = re.compile(r"\s*([0-9]{1,9}(?:\.[0-9]{1,9})?)\s*bpw\s*", re.IGNORECASE)
 _SPEED = re.compile(r"\s*([0-9]{1,9}(?:\.[0-9]{1,9})?)\s*tok/s\s*@\s*([^/]+)/s\s*", re.IGNORECASE)
 
@@ -48,6 +49,11 @@ def parse_budget(
         return Budget(_bytes_like(what, inventory), text)
     if colon:
         raise InputError(f"budget {text!r}: there is mac:64GB, mac:this, like:RECIPE, like:FOLDER.")
+    if _NUMBER.fullmatch(text):
+        number = text.strip()
+        raise InputError(
+            f"budget {text!r} has no unit. Write {number}bpw for bits per weight, or {number}GB."
+        )
     try:
         return Budget(parse_bytes(text), text.strip())
     except InputError as exc:

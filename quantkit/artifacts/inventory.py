@@ -6,7 +6,7 @@ Tiers appear by name, so that nothing here needs to know what a tier is.
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from pathlib import PurePosixPath
 from typing import Any
 
 from quantkit.roles import EXPERT_ROLES
@@ -145,7 +145,9 @@ def source_file(data: Mapping[str, Any]) -> SourceFile:
     """A file of a source read back. Raises TypeError for what cannot be one."""
     file = SourceFile(**data)
     known = file.sha256 is None or isinstance(file.sha256, str)
-    if not known or not is_count(file.size) or Path(file.name).name != file.name:
+    path = PurePosixPath(file.name)
+    plain = str(path) == file.name and not path.is_absolute() and ".." not in path.parts
+    if not known or not is_count(file.size) or not plain or not path.name:
         raise TypeError(f"file {file.name!r} is not described rightly")
     return file
 

@@ -12,6 +12,7 @@ from quantkit.jsonfile import FORMAT_VERSION
 
 _SKETCH = re.compile(r"(\d{1,10}:([0-9a-f]{8})*)?")
 _MOST = 1e6  # nats per token that a loss can be
+UNMEASURED = "none"  # the method of a list of possible entries
 PROFILE_FILE = "profile.json"
 IMPORTANCE_FILE = "importance.safetensors"
 
@@ -110,6 +111,11 @@ class Profile:
     weights: tuple[WeightLosses, ...]
     expert_tokens: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether its losses are known; those of a list of possible entries are not."""
+        return self.method != UNMEASURED
 
     def to_json(self) -> dict[str, Any]:
         weights = [

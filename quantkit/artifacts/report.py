@@ -1,7 +1,7 @@
 """What a written repo holds, and how it came to be."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -58,8 +58,10 @@ class Report:
     """What a repo holds and how it came to be; `quantkit.json` inside the repo.
 
     `files` are those beside the shards that mlx-lm reads: config, index, tokenizer and the like.
-    `base_model` is the source's Hub id, `license` what its card states, `command` what was typed,
-    `repo` the Hub id that it was uploaded as; `fidelity` and `speed` are what was measured of it.
+    `source_config` are the settings of the source's config.json that decide on its attention, as
+    they stand there. `base_model` is the source's Hub id, `license` what its card states,
+    `command` what was typed, `repo` the Hub id that it was uploaded as; `fidelity` and `speed` are
+    what was measured of it.
     All of them are None where they are not known. `cards` are the sha256 of the cards drawn from
     it, by which one that a person has edited is told.
     """
@@ -68,6 +70,7 @@ class Report:
     shards: tuple[ShardRecord, ...]
     files: tuple[SourceFile, ...]
     versions: Mapping[str, str]
+    source_config: Mapping[str, Any] = field(default_factory=dict)
     base_model: str | None = None
     license: License | None = None
     command: str | None = None
@@ -113,6 +116,7 @@ class Report:
             "shards": [asdict(shard) for shard in self.shards],
             "files": [asdict(file) for file in self.files],
             "versions": dict(self.versions),
+            "source_config": dict(self.source_config),
             "plan": {key: plan[key] for key in plan if key not in ("tiers", "weights", "source")},
         }
 
@@ -127,6 +131,7 @@ class Report:
             versions = {str(name): str(number) for name, number in data["versions"].items()}
             known = {name: _optional_text(data, name) for name in _TEXTS}
             versions["quantkit"]  # every report has it
+            source_config = dict(data["source_config"])
             license_ = _optional(data, "license", _license)
             memory = _optional(data, "memory", _memory)
             fidelity = _optional(data, "fidelity", Fidelity.from_json)
@@ -139,6 +144,7 @@ class Report:
             shards,
             files,
             versions,
+            source_config,
             **known,
             license=license_,
             memory=memory,

@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from quantkit.cli import console, tables
-from quantkit.cli.options import Json, Record, Repo
+from quantkit.cli.options import Json, Record, Repo, TrustRemoteCode
 
 
 def bench(
@@ -14,6 +14,7 @@ def bench(
         str, typer.Option(help="Lengths of the prompts in tokens, such as 1k,4k.")
     ] = "1k,4k",
     tokens: Annotated[int, typer.Option(min=16, help="How many to generate after each.")] = 128,
+    trust_remote_code: TrustRemoteCode = False,
     record: Record = False,
     json: Json = False,
 ) -> None:
@@ -31,7 +32,9 @@ def bench(
     contexts = [parse_count(text) for text in context.split(",")]
     console.note(speed_hint())
     with console.progress(len(contexts) * tokens, "Generating", "tokens") as progress:
-        speed = measure(out, report, contexts, tokens, progress)
+        speed = measure(
+            out, report, contexts, tokens, progress, trust_remote_code=trust_remote_code
+        )
     if json:
         console.print_json(speed.to_json())
     else:

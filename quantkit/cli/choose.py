@@ -25,17 +25,23 @@ if TYPE_CHECKING:
 DEMOS = ("demo", "demo-llama")
 
 
-def open_model(name: str, revision: str | None = None) -> "Source":
+def open_model(
+    name: str,
+    revision: str | None = None,
+    *,
+    dtype: str | None = None,
+    trust_remote_code: bool = False,
+) -> "Source":
     """The source called `name`: a folder, a Hub id, or one of the two small models that are built
     on the spot, `demo` and `demo-llama`. Raises InputError."""
-    from quantkit.source.source import open_source
+    from quantkit.source.source import STATED, open_source
 
     if name in DEMOS and not Path(name).exists():
         from quantkit.demo import build
 
         built = build.demo_checkpoint() if name == "demo" else build.plain_checkpoint()
-        return open_source(str(built))
-    return open_source(name, revision)
+        name = str(built)
+    return open_source(name, revision, floats=dtype or STATED, trust_remote_code=trust_remote_code)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from quantkit.cli import console, tables
-from quantkit.cli.options import Json, Record
+from quantkit.cli.options import Json, Record, TrustRemoteCode
+from quantkit.places import user_path
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -57,8 +58,11 @@ def compare(
     seed: Annotated[int, typer.Option(min=0, help="Of the text's order.")] = 0,
     plot: Annotated[
         Path | None,
-        typer.Option(metavar="PNG", help="Draw the distributions (needs the extra `plot`)."),
+        typer.Option(
+            metavar="PNG", parser=user_path, help="Draw the distributions (needs the extra `plot`)."
+        ),
     ] = None,
+    trust_remote_code: TrustRemoteCode = False,
     record: Record = False,
     json: Json = False,
 ) -> None:
@@ -77,16 +81,18 @@ def compare(
     from quantkit.judge import fidelity
     from quantkit.model.calibration import Request
     from quantkit.publish.report import read_report
+    from quantkit.source.source import STORED
 
     if plot is not None:
         require_plots(plot)
     reports = [read_report(Path(name)) for name in repos] if record else []
-    source = open_model(native)
+    source = open_model(native, dtype=STORED, trust_remote_code=trust_remote_code)
     if record:
         require_made_from(source, dict(zip(repos, reports, strict=True)))
     console.note(speed_hint())
     request = Request(text, tokens, sequence_length, seed)
     comparison = fidelity.prepare(source, repos, request)
+    console.note(tables.skipped_rows(comparison.text.about))
     with console.progress(comparison.steps, "Comparing", "steps") as progress:
         results = fidelity.compare(comparison, progress)
     if plot is not None:
@@ -94,9 +100,9 @@ def compare(
 
         plot_fidelity(results, plot)
     if json:
-        about = {"native": source.inventory.source.name, "text": comparison.text.name}
+        about = {"native": source.inventory.source.name, "text": comparison.text.about.name}
         console.print_json(about | {"results": [result.to_json() for result in results]})
     else:
-        tables.print_fidelity(results, comparison.text.name)
+        tables.print_fidelity(results, comparison.text.about.name)
     for name, found in zip(repos if record else (), results, strict=False):
         console.record(Path(name), fidelity=replace(found, repo=Path(name).resolve().name))

@@ -23,6 +23,11 @@ def note(message: str | None) -> None:
         print(f"note: {message}", file=sys.stderr)
 
 
+def show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    """Show a Python warning as a note, without the line of code that gave it."""
+    note(str(message))
+
+
 def print_json(value: Any) -> None:
     """A result on stdout, for programs."""
     print(json.dumps(value, indent=2, ensure_ascii=False))

@@ -7,13 +7,18 @@ import typer
 
 from quantkit.cli import console, tables
 from quantkit.cli.options import Json
+from quantkit.places import user_path
 
 
 def demo(
     output: Annotated[
         Path | None,
         typer.Option(
-            "--output", "-o", metavar="OUT", help="Where to write it. Default: the cache."
+            "--output",
+            "-o",
+            metavar="OUT",
+            parser=user_path,
+            help="Where to write it. Default: the cache.",
         ),
     ] = None,
     recipe: Annotated[str, typer.Option("--recipe", "-r", help="A recipe.")] = "mxfp4-q8",

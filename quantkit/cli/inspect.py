@@ -11,8 +11,9 @@ def inspect(src: Src, revision: Revision = None, json: Json = False) -> None:
     Damaged files (truncated shards, tensors missing or of a wrong shape) are found and named.
     """
     from quantkit.cli.choose import open_model
+    from quantkit.source.source import STORED
 
-    inventory = open_model(src, revision).inventory
+    inventory = open_model(src, revision, dtype=STORED).inventory
     if json:
         console.print_json(inventory.to_json())
     else:

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import warnings
 from io import TextIOWrapper
 from typing import Annotated, Any
 
@@ -21,7 +22,7 @@ from quantkit.cli.report import report
 from quantkit.cli.talk import chat, generate, serve
 from quantkit.cli.upload import upload
 from quantkit.cli.verify import verify
-from quantkit.errors import QuantkitError
+from quantkit.errors import CacheWarning, QuantkitError
 
 _USAGE_ERROR: Any = typer.BadParameter.__bases__[0]  # click's UsageError, wherever typer keeps it
 
@@ -30,7 +31,10 @@ class _Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         """Errors raised on purpose end in one line and their exit code, never in a traceback."""
         try:
-            return super().invoke(ctx)
+            with warnings.catch_warnings():
+                warnings.simplefilter("always", CacheWarning)
+                warnings.showwarning = console.show_warning
+                return super().invoke(ctx)
         except QuantkitError as exc:
             console.error(str(exc))
             raise typer.Exit(exc.exit_code) from exc

@@ -19,7 +19,9 @@ Src = Annotated[
         "model to try things on: demo (a gpt-oss) or demo-llama.",
     ),
 ]
-Repo = Annotated[Path, typer.Argument(metavar="OUT", help="A repo that quantkit wrote.")]
+Repo = Annotated[
+    Path, typer.Argument(metavar="OUT", parser=user_path, help="A repo that quantkit wrote.")
+]
 Record = Annotated[
     bool,
     typer.Option("--record", help="Put the figures into OUT's quantkit.json and model card."),
@@ -37,7 +39,14 @@ RecipeName = Annotated[
     ),
 ]
 PlanFile = Annotated[
-    Path | None, typer.Option("--plan", "-p", help="A plan that `quantkit plan -o` saved.")
+    Path | None,
+    typer.Option(
+        "--plan",
+        "-p",
+        metavar="FILE",
+        parser=user_path,
+        help="A plan that `quantkit plan -o` saved.",
+    ),
 ]
 BudgetOption = Annotated[
     str | None,
@@ -120,6 +129,22 @@ Refine = Annotated[
         min=0,
         help="Measure the plan, correct the predictions of each role by what was found, and solve "
         "anew, N times; the best that was measured wins. Runs the model a layer at a time.",
+    ),
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        "--dtype",
+        metavar="TYPE",
+        help="Float type of unquantized tensors, scales and biases: bfloat16, float16 or float32. "
+        "Default: the one that config.json states, else that of most values.",
+    ),
+]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code",
+        help="Let a tokenizer that comes with Python code of its own run that code (off).",
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]

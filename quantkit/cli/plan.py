@@ -10,6 +10,7 @@ from quantkit.cli.options import (
     ActiveBytes,
     BudgetOption,
     Context,
+    Dtype,
     Json,
     MinTier,
     Pins,
@@ -25,6 +26,7 @@ from quantkit.cli.options import (
     Tiers,
     Ties,
 )
+from quantkit.places import user_path
 
 if TYPE_CHECKING:
     from quantkit.artifacts.profile import Profile
@@ -49,7 +51,11 @@ def plan(
     output: Annotated[
         Path | None,
         typer.Option(
-            "--output", "-o", help="Save the plan as JSON, to read, edit and quantize by."
+            "--output",
+            "-o",
+            metavar="FILE",
+            parser=user_path,
+            help="Save the plan as JSON, to read, edit and quantize by.",
         ),
     ] = None,
     pin: Pins = None,
@@ -67,7 +73,10 @@ def plan(
         bool, typer.Option("--frontier", help="Solve a whole range of budgets; recipes beside it.")
     ] = False,
     plot: Annotated[
-        Path | None, typer.Option(metavar="PNG", help="Draw the frontier (needs the extra `plot`).")
+        Path | None,
+        typer.Option(
+            metavar="PNG", parser=user_path, help="Draw the frontier (needs the extra `plot`)."
+        ),
     ] = None,
     explain: Annotated[
         str | None,
@@ -78,6 +87,7 @@ def plan(
         ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the file.")] = False,
+    dtype: Dtype = None,
     revision: Revision = None,
     json: Json = False,
 ) -> None:
@@ -141,7 +151,7 @@ def plan(
         )
     if output is not None and output.exists() and not force:
         raise OutputError(f"{output}: exists. Choose another file, or replace it with --force.")
-    source = open_model(src, revision)
+    source = open_model(src, revision, dtype=dtype)
     known = None if profile is None else load_profile(profile, source.inventory)
     if frontier:
         assert known is not None

@@ -7,14 +7,25 @@ from typing import Annotated, Any
 import typer
 
 from quantkit.cli import console, tables
-from quantkit.cli.options import CalibrationName, Json, Revision, Src, Tokens
+from quantkit.cli.options import (
+    CalibrationName,
+    Dtype,
+    Json,
+    Revision,
+    Src,
+    Tokens,
+    TrustRemoteCode,
+)
+from quantkit.places import user_path
 
 
 def profile(
     src: Src,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", metavar="PROFILE", help="The folder to write."),
+        typer.Option(
+            "--output", "-o", metavar="PROFILE", parser=user_path, help="The folder to write."
+        ),
     ] = None,
     published: Annotated[
         str | None,
@@ -53,11 +64,15 @@ def profile(
     ] = 0,
     plot: Annotated[
         Path | None,
-        typer.Option(metavar="PNG", help="Draw the table (needs the extra `plot`)."),
+        typer.Option(
+            metavar="PNG", parser=user_path, help="Draw the table (needs the extra `plot`)."
+        ),
     ] = None,
     force: Annotated[
         bool, typer.Option("--force", help="Replace PROFILE, or an unfinished run of other inputs.")
     ] = False,
+    dtype: Dtype = None,
+    trust_remote_code: TrustRemoteCode = False,
     revision: Revision = None,
     json: Json = False,
 ) -> None:
@@ -78,7 +93,7 @@ def profile(
         raise InputError("say where to write it with -o PROFILE, or which to show with --profile.")
     if plot is not None:
         require_plots(plot)
-    source = open_model(src, revision)
+    source = open_model(src, revision, dtype=dtype, trust_remote_code=trust_remote_code)
     checked: dict[str, Any] = {}
     if published is not None:
         made = load_profile(published, source.inventory)
@@ -96,6 +111,7 @@ def profile(
         profiling = prepare(with_values(source), output, settings, force)
         if profiling.text.about.sequences < text.sequences:
             console.note(f"there is text for {profiling.text.about.tokens:,} tokens only")
+        console.note(tables.skipped_rows(profiling.text.about))
         with console.progress(profiling.steps, "Profiling", "steps") as progress:
             made = make(profiling, progress)
         if not is_first():  # one process speaks for all

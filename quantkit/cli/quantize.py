@@ -12,6 +12,7 @@ from quantkit.cli.options import (
     BudgetOption,
     CalibrationName,
     Context,
+    Dtype,
     Json,
     MinTier,
     Pins,
@@ -28,15 +29,20 @@ from quantkit.cli.options import (
     Tiers,
     Ties,
     Tokens,
+    TrustRemoteCode,
     command_line,
 )
+from quantkit.places import user_path
 
 
 def quantize(
     ctx: typer.Context,
     src: Src,
     output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="OUT", help="The folder to write.")
+        Path,
+        typer.Option(
+            "--output", "-o", metavar="OUT", parser=user_path, help="The folder to write."
+        ),
     ],
     budget: BudgetOption = None,
     profile: ProfileName = None,
@@ -73,6 +79,15 @@ def quantize(
     force: Annotated[
         bool, typer.Option("--force", help="Replace OUT, or an unfinished run of other inputs.")
     ] = False,
+    dtype: Dtype = None,
+    base_model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="USER/NAME",
+            help="The Hub id that the model card names as the base of a local folder.",
+        ),
+    ] = None,
+    trust_remote_code: TrustRemoteCode = False,
     revision: Revision = None,
     json: Json = False,
 ) -> None:
@@ -124,7 +139,7 @@ def quantize(
         raise InputError("--tune goes with --rounding search or gptq.")
     for kept in (plan, Path(profile) if profile else None):
         require_apart(output, kept if kept is not None and kept.exists() else None)
-    source = open_model(src, revision)
+    source = open_model(src, revision, dtype=dtype, trust_remote_code=trust_remote_code)
     require_apart(output, source.checkpoint.folder)
     if not (output / REPORT_FILE).exists():
         require_free(output, force)
@@ -144,9 +159,12 @@ def quantize(
             shard_bytes=shard_bytes,
             room=asked.room,
             command=command_line(ctx),
+            base_model=base_model,
             force=force,
             progress=progress,
         )
+    for text in report.plan.calibrations:
+        console.note(tables.skipped_rows(text))
     if json:
         console.print_json(report.to_json())
         return

@@ -1,14 +1,16 @@
 """Results as a person sees them: tables and a few lines."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
+from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 from quantkit.artifacts.fidelity import Fidelity, Interval
 from quantkit.artifacts.inventory import Inventory
 from quantkit.artifacts.plan import Plan
-from quantkit.artifacts.profile import Profile
+from quantkit.artifacts.profile import Calibration, Profile
 from quantkit.artifacts.report import Report
 from quantkit.artifacts.speed import Speed
 from quantkit.formats.tiers import parse_tier
@@ -16,12 +18,14 @@ from quantkit.roles import ROLES, group_roles
 from quantkit.units import bits_per_weight, count, gb, gib, size
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from quantkit.allocate.explain import Difference, Explanation
     from quantkit.publish.upload import Upload
 
 _MOST_FILES = 8
+_LEAST_TEXT = 14  # characters of a heading, or a column of text, over several lines
+_BETWEEN = 2  # characters between two columns
 
 
 def print_inventory(inventory: Inventory) -> None:
@@ -191,6 +195,13 @@ def print_profile(profile: Profile) -> None:
         print(f"estimated         {estimated} stacks hold experts that saw no token")
 
 
+def skipped_rows(text: Calibration) -> str | None:
+    """A note about rows that held no text; None where there were none."""
+    if not text.skipped_rows:
+        return None
+    return f"{text.name}: {text.skipped_rows} rows hold no text and were skipped"
+
+
 def print_check(check: Mapping[str, Any]) -> None:
     """How predictions compare with what was measured."""
     faster = check["seconds_measured"] / max(check["seconds_predicted"], 1e-9)
@@ -294,7 +305,7 @@ def _totals(total: int, parameters: int, active: int | None) -> None:
 
 
 def _table(*columns: str) -> "Table":
-    """A plain table; a leading # aligns a column right."""
+    """A plain table; a leading # aligns a column right, and its cells are never cut or broken."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
     from rich.text import Text
@@ -302,20 +313,58 @@ def _table(*columns: str) -> "Table":
     table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False, collapse_padding=True)
     for column in columns:
         number = column.startswith("#")
-        wraps = column in ("roles", "shapes")
         table.add_column(
             Text(column.removeprefix("#")),
             justify="right" if number else "left",
-            no_wrap=not wraps,
-            min_width=20 if wraps else None,
+            no_wrap=number,
+            overflow="fold",
         )
     return table
 
 
 def _show(table: "Table", title: str | None = None) -> None:
+    """Print a table. Where the terminal is too narrow, headings take several lines, and what is
+    still too wide is printed in parts, each of which begins with the first column."""
     from rich.console import Console
 
+    console = Console(markup=False, highlight=False)
     if title:
         print(title)
-    Console(markup=False).print(table)
-    print()
+    for part in _parts_that_fit(table, console.width):
+        console.print(part)
+        print()
+
+
+def _parts_that_fit(table: "Table", width: int) -> "Iterator[Table]":
+    """Yield tables of some of the columns of `table`, which together hold all of them."""
+    from rich.text import Text
+
+    columns = table.columns
+    if _width(columns, _longest_line) > width:
+        for column in columns:
+            if column.no_wrap:
+                column.header = Text("\n".join(wrap(str(column.header), _LEAST_TEXT)))
+    groups = [columns[:1]]
+    for column in columns[1:]:
+        if len(groups[-1]) > 1 and _width([*groups[-1], column], _least_width) > width:
+            groups.append(columns[:1])
+        groups[-1].append(column)
+    for group in groups:
+        part = _table()
+        part.columns = [replace(column, _index=number) for number, column in enumerate(group)]
+        part.rows = table.rows
+        yield part
+
+
+def _width(columns: Sequence["Column"], of_one: Callable[["Column"], int]) -> int:
+    return sum(of_one(column) + _BETWEEN for column in columns) - _BETWEEN
+
+
+def _longest_line(column: "Column") -> int:
+    cells = (str(cell) for cell in (column.header, *column.cells))
+    return max((len(line) for cell in cells for line in cell.splitlines()), default=0)
+
+
+def _least_width(column: "Column") -> int:
+    longest = _longest_line(column)
+    return longest if column.no_wrap else min(longest, _LEAST_TEXT)

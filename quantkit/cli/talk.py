@@ -1,12 +1,13 @@
 """`quantkit generate`, `chat` and `serve`: a repo speaks, through stock mlx-lm."""
 
 import sys
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from quantkit.cli import console
-from quantkit.cli.options import Json
+from quantkit.cli.options import Json, TrustRemoteCode
+from quantkit.places import user_path
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -17,7 +18,12 @@ if TYPE_CHECKING:
 _DIM, _PLAIN = "\033[2m", "\033[0m"
 
 Model = Annotated[
-    str, typer.Argument(metavar="OUT", help="A folder or a Hub id that stock mlx-lm loads.")
+    str,
+    typer.Argument(
+        metavar="OUT",
+        parser=lambda name: str(user_path(name)),
+        help="A folder or a Hub id that stock mlx-lm loads.",
+    ),
 ]
 Effort = Annotated[
     str | None,
@@ -43,6 +49,7 @@ def generate(
     temp: Temperature = 0.0,
     top_p: TopP = 1.0,
     seed: Seed = 0,
+    trust_remote_code: TrustRemoteCode = False,
     json: Json = False,
 ) -> None:
     """Ask a repo one question, through mlx-lm's own generation.
@@ -55,7 +62,7 @@ def generate(
     from quantkit.talk.channels import FINAL
 
     manner = _manner(reasoning, max_tokens, temp, top_p, seed)
-    speaker = _speaker(out, reasoning)
+    speaker = _speaker(out, reasoning, trust_remote_code)
     asked = sys.stdin.read() if prompt == "-" else prompt
     messages = [*_system(system), {"role": "user", "content": asked}]
     if json:
@@ -76,10 +83,11 @@ def chat(
     temp: Temperature = 0.0,
     top_p: TopP = 1.0,
     seed: Seed = 0,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Talk with a repo. An empty line or Ctrl-D ends it, Ctrl-C an answer; `/new` starts anew."""
     manner = _manner(reasoning, max_tokens, temp, top_p, seed)
-    speaker = _speaker(out, reasoning)
+    speaker = _speaker(out, reasoning, trust_remote_code)
     messages = _system(system)
     while (asked := _ask()).strip():
         if asked.strip() == "/new":
@@ -100,6 +108,7 @@ def serve(
     max_tokens: MaxTokens = 4096,
     temp: Temperature = 0.0,
     top_p: TopP = 1.0,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Serve a repo with mlx-lm's own server: OpenAI's protocol, on this machine only by default.
 
@@ -108,7 +117,8 @@ def serve(
     from quantkit.talk.serve import serve as run_server
 
     options = {"max-tokens": max_tokens, "temp": temp, "top-p": top_p}
-    run_server(out, host, port, [f"--{name}={value}" for name, value in options.items()])
+    given = [f"--{name}={value}" for name, value in options.items()]
+    run_server(out, host, port, given + ["--trust-remote-code"] * trust_remote_code)
 
 
 def _manner(
@@ -122,12 +132,12 @@ def _manner(
     return Manner(max_tokens, effort, temperature, top_p, seed)
 
 
-def _speaker(out: str, effort: str | None) -> "Speaker":
+def _speaker(out: str, effort: str | None, trust_remote_code: bool) -> "Speaker":
     from quantkit.backend import speed_hint
     from quantkit.talk.answer import Speaker
 
     console.note(speed_hint())
-    speaker = Speaker(out)
+    speaker = Speaker(out, trust_remote_code=trust_remote_code)
     if effort is not None and not speaker.knows_effort():
         console.note(f"the chat template of {out} does not ask for a reasoning effort.")
     return speaker
@@ -166,7 +176,7 @@ def _print_answer(pieces: "Iterator[Piece]") -> str | None:
     return answer
 
 
-def _system(text: str | None) -> list[dict[str, str]]:
+def _system(text: str | None) -> list[dict[str, Any]]:
     return [{"role": "system", "content": text}] if text else []
 
 

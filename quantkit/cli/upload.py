@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from quantkit.cli import console, tables
-from quantkit.cli.options import Json, Repo
+from quantkit.cli.options import Json, Repo, TrustRemoteCode
 
 
 def upload(
@@ -29,6 +29,7 @@ def upload(
     yes: Annotated[
         bool, typer.Option("--yes", "-y", help="Write over a model that quantkit did not make.")
     ] = False,
+    trust_remote_code: TrustRemoteCode = False,
     json: Json = False,
 ) -> None:
     """Verify a repo, then send it to the Hugging Face Hub, with its report and model card.
@@ -49,7 +50,7 @@ def upload(
     if foreign and not yes:
         question = f"{repo} holds a model that quantkit did not make. Write over it?"
         console.require_yes(question, "--yes", "nothing was sent.")
-    checks = run_checks(out, report, load and not dry_run, show=not json)
+    checks = run_checks(out, report, load and not dry_run, not json, trust_remote_code)
     require_good(checks, json)
     if dry_run:
         if json:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from quantkit.cli import console, tables
-from quantkit.cli.options import Json, Repo
+from quantkit.cli.options import Json, Repo, TrustRemoteCode
 
 if TYPE_CHECKING:
     from quantkit.artifacts.report import Report
@@ -21,6 +21,7 @@ def verify(
         bool,
         typer.Option(help="Load it with stock mlx-lm and generate a few tokens; needs its memory."),
     ] = True,
+    trust_remote_code: TrustRemoteCode = False,
     json: Json = False,
 ) -> None:
     """Check a repo: files against index, config, plan and hashes, then stock mlx-lm itself.
@@ -29,13 +30,15 @@ def verify(
     """
     from quantkit.publish.report import read_report
 
-    checks = run_checks(out, read_report(out), load, show=not json)
+    checks = run_checks(out, read_report(out), load, not json, trust_remote_code)
     require_good(checks, json)
     if json:
         console.print_json({"ok": True, "checks": [asdict(check) for check in checks]})
 
 
-def run_checks(out: Path, report: "Report", load: bool, show: bool) -> "list[Check]":
+def run_checks(
+    out: Path, report: "Report", load: bool, show: bool, trust_remote_code: bool
+) -> "list[Check]":
     """Verify a repo with progress, every check shown as it is made."""
     from quantkit.backend import speed_hint
     from quantkit.judge.verify import verify
@@ -45,7 +48,8 @@ def run_checks(out: Path, report: "Report", load: bool, show: bool) -> "list[Che
     if load:
         console.note(speed_hint())
     with console.progress(total, "Verifying") as progress:
-        for check in verify(out, report, load=load, progress=progress):
+        options = {"load": load, "trust_remote_code": trust_remote_code}
+        for check in verify(out, report, progress=progress, **options):
             checks.append(check)
             if show:
                 tables.print_checks([check])

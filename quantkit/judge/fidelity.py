@@ -6,6 +6,7 @@ output of its last layer, from which its head gives every log-probability exactl
 """
 
 import io
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +20,14 @@ from quantkit.artifacts.fidelity import Fidelity, Interval
 from quantkit.artifacts.profile import Calibration
 from quantkit.artifacts.report import REPORT_FILE, Report
 from quantkit.backend import mx, on_cpu
-from quantkit.errors import CalibrationError, InputError, SourceError, first_line
+from quantkit.errors import (
+    CacheWarning,
+    CalibrationError,
+    InputError,
+    OutputError,
+    SourceError,
+    first_line,
+)
 from quantkit.jsonfile import digest, load_json, write_bytes_atomically
 from quantkit.model.calibration import (
     CHAT,
@@ -44,11 +52,10 @@ _TOKENS_AT_ONCE = 4096  # through the head
 
 @dataclass(frozen=True)
 class Judged:
-    """Held-out token ids (sequences, length), drawn by `seed`, and the kind of text each sequence
-    is."""
+    """Held-out token ids (sequences, length), the text they are from, and the kind of text each
+    sequence is."""
 
-    name: str
-    seed: int
+    about: Calibration
     tokens: np.ndarray
     kinds: tuple[str, ...]
 
@@ -77,7 +84,8 @@ def prepare(native: Source, repos: Sequence[str], request: Request) -> Compariso
     opened = []
     for name in repos:
         try:
-            source = with_values(open_source(name, quantized=True))
+            trusted = native.checkpoint.trust_remote_code
+            source = with_values(open_source(name, quantized=True, trust_remote_code=trusted))
         except SourceError as exc:
             raise SourceError(exc if name in str(exc) else f"{name}: {exc}") from exc
         _require_same_tokenizer(native, words, name, source)
@@ -120,7 +128,7 @@ def _judged(native: Source, request: Request) -> Judged:
             f"{request.name}: holds less than five sequences of {request.sequence_length} tokens, "
             "of which every fifth is judged on. Give more text, or a smaller --sequence-length."
         )
-    return Judged(text.about.name, request.seed, np.concatenate(tokens), tuple(kinds))
+    return Judged(text.about, np.concatenate(tokens), tuple(kinds))
 
 
 def _require_same_tokenizer(
@@ -184,10 +192,13 @@ def _native_output(model: StreamingModel, tokens: np.ndarray, progress: Progress
             progress(len(model.layers), "native, from the cache")
             return kept
     h = _output(model, tokens, progress)
-    path.parent.mkdir(parents=True, exist_ok=True)
     buffer = io.BytesIO()
     np.save(buffer, np.array(h))
-    write_bytes_atomically(path, buffer.getvalue())
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_bytes_atomically(path, buffer.getvalue())
+    except (OSError, OutputError) as exc:  # the next comparison takes longer, that is all
+        warnings.warn(f"the native model's output is not kept: {exc}", CacheWarning, stacklevel=2)
     return h
 
 
@@ -249,8 +260,8 @@ def _fidelity(
     return Fidelity(
         repo=name,
         native=comparison.native.inventory.source.name,
-        text=text.name,
-        seed=text.seed,
+        text=text.about.name,
+        seed=text.about.seed,
         bytes=inventory.total_bytes,
         bits_per_weight=bits_per_weight(inventory.total_bytes, inventory.parameters),
         tokens=kl.size,

@@ -10,9 +10,10 @@ import numpy as np
 from quantkit.artifacts.report import Report
 from quantkit.artifacts.speed import Run, Speed
 from quantkit.backend import mx, on_cpu
-from quantkit.errors import InputError, OutputError, first_line
+from quantkit.errors import InputError, OutputError
 from quantkit.jsonfile import load_json
 from quantkit.macs import cache_bytes
+from quantkit.model.stock import load_stock
 from quantkit.progress import Progress
 from quantkit.source.layout import optional_int, text_scope
 from quantkit.staging import versions
@@ -23,7 +24,13 @@ _LONGEST = 1 << 20  # tokens, where the config does not say
 
 
 def measure(
-    repo: Path, report: Report, contexts: Sequence[int], generated: int, progress: Progress
+    repo: Path,
+    report: Report,
+    contexts: Sequence[int],
+    generated: int,
+    progress: Progress,
+    *,
+    trust_remote_code: bool = False,
 ) -> Speed:
     """Generate `generated` tokens after prompts of so many random tokens, never stopping early.
 
@@ -34,12 +41,7 @@ def measure(
     _require_possible(report, config, contexts, generated)
     import mlx_lm
 
-    try:
-        model, tokenizer = mlx_lm.load(str(repo))
-    except Exception as exc:
-        raise OutputError(
-            f"{repo}: stock mlx-lm does not load it ({first_line(exc)}). See: quantkit verify"
-        ) from exc
+    model, tokenizer = load_stock(str(repo), trust_remote_code=trust_remote_code)
     tokenizer._eos_token_ids = set()  # as mlx-lm's own benchmark does: random prompts end early
     vocabulary = optional_int(text_scope(config), "vocab_size") or len(tokenizer.get_vocab())
     random = np.random.default_rng(0)

@@ -9,13 +9,17 @@ from typing import Any
 from quantkit.artifacts.plan import Choice
 from quantkit.artifacts.report import Report
 from quantkit.backend import mx
-from quantkit.errors import SourceError, first_line
+from quantkit.errors import OutputError, SourceError, first_line
 from quantkit.formats.dtypes import FLOATS, nan_scales, nonfinite
 from quantkit.formats.tiers import TIERS, Tier
 from quantkit.jsonfile import load_json
+from quantkit.judge.attention import attention_differences
+from quantkit.model.stock import load_stock
 from quantkit.progress import Progress
 from quantkit.source.checkpoint import INDEX_FILE, Checkpoint, hash_file, open_folder
+from quantkit.source.generic import build_model
 from quantkit.source.headers import StoredTensor
+from quantkit.source.model_config import mlx_quantization
 
 _BLOCK = 1 << 22  # elements looked at in one go
 _TOP_LEVEL = ("group_size", "bits", "mode")
@@ -35,12 +39,17 @@ class _WrongError(Exception):
 
 
 def verify(
-    repo: Path, report: Report, *, load: bool = True, progress: Progress | None = None
+    repo: Path,
+    report: Report,
+    *,
+    load: bool = True,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
 ) -> Iterator[Check]:
     """Check `repo` against its `report` and against mlx-lm, cheapest first.
 
-    With `load` it is loaded whole by stock mlx-lm and generates a few tokens. `progress` is called
-    with the bytes hashed.
+    With `load` it is loaded whole by stock mlx-lm and generates a few tokens; `trust_remote_code`
+    lets its tokenizer run code of its own. `progress` is called with the bytes hashed.
     """
     try:
         checkpoint = open_folder(repo)
@@ -60,8 +69,12 @@ def verify(
         good = good and check.ok is True
         yield check
     checkpoint.close()
+    if good:  # else the config may be anybody's, and its model of any size
+        check = _check("attention as the source's", lambda: _check_attention(repo, report))
+        good = check.ok is True
+        yield check
     if load and good:
-        yield from _check_mlx_lm(repo)
+        yield from _check_mlx_lm(repo, trust_remote_code)
     else:
         why = "not tried, since a check failed" if load else "left out (--no-load)"
         yield Check("stock mlx-lm loads it", None, why)
@@ -92,7 +105,7 @@ def _check_index(repo: Path, checkpoint: Checkpoint) -> str:
 def _check_config(checkpoint: Checkpoint) -> str:
     config = checkpoint.config
     quantization = _quantization(checkpoint)
-    if config.get("quantization_config", quantization) != quantization:
+    if (config.get("quantization_config") or quantization) != quantization:
         raise _WrongError("config.json: quantization_config differs from quantization.")
     scaled = {name[: -len(".scales")] for name in checkpoint.tensors if name.endswith(".scales")}
     entries = {key: value for key, value in quantization.items() if key not in _TOP_LEVEL}
@@ -109,11 +122,16 @@ def _check_config(checkpoint: Checkpoint) -> str:
     return f"{len(entries)} quantized modules"
 
 
+def _check_attention(repo: Path, report: Report) -> str:
+    """Hold what stock mlx-lm builds from the repo's config against the source's own config."""
+    model = build_model(load_json(repo / "config.json", SourceError))
+    if found := attention_differences(report.source_config, model):
+        raise _WrongError(f"{found[0]} ({len(found)} such differences).")
+    return "RoPE and windows that mlx-lm builds"
+
+
 def _quantization(checkpoint: Checkpoint) -> dict[str, Any]:
-    value = checkpoint.config.get("quantization", {})
-    if not isinstance(value, dict):
-        raise _WrongError("config.json: quantization is no object.")
-    return value
+    return dict(mlx_quantization(checkpoint.config) or {})
 
 
 def _tier_of(name: str, entry: Any) -> Tier:
@@ -208,14 +226,14 @@ def _bad_values(checkpoint: Checkpoint, tensor: StoredTensor, start: int, stop: 
     return nan_scales(values, str(entry.get("mode")) if isinstance(entry, dict) else "")
 
 
-def _check_mlx_lm(repo: Path) -> Iterator[Check]:
+def _check_mlx_lm(repo: Path, trust_remote_code: bool) -> Iterator[Check]:
     import mlx_lm
 
     name = "stock mlx-lm loads it"
     try:
-        model, tokenizer = mlx_lm.load(str(repo))
-    except Exception as exc:  # noqa: BLE001  (whatever mlx-lm stumbles over)
-        yield Check(name, False, _said(exc))
+        model, tokenizer = load_stock(str(repo), trust_remote_code=trust_remote_code)
+    except OutputError as exc:
+        yield Check(name, False, str(exc))
         return
     yield Check(name, True, f"mlx-lm {mlx_lm.__version__}, strict")
     try:
@@ -223,11 +241,7 @@ def _check_mlx_lm(repo: Path) -> Iterator[Check]:
         produced = list(mlx_lm.stream_generate(model, tokenizer, prompt, max_tokens=4))
         finite = not any(mx.any(mx.isnan(step.logprobs)).item() for step in produced)
     except Exception as exc:  # noqa: BLE001  (whatever mlx-lm stumbles over)
-        yield Check("generates", False, _said(exc))
+        yield Check("generates", False, f"{type(exc).__name__}: {first_line(exc)}")
         return
     detail = f"{len(produced)} tokens" if finite else "log-probabilities are NaN"
     yield Check("generates", finite and bool(produced), detail)
-
-
-def _said(exc: Exception) -> str:
-    return f"{type(exc).__name__}: {first_line(exc)}"

@@ -18,6 +18,7 @@ import numpy as np
 from quantkit.artifacts.profile import Calibration
 from quantkit.backend import mx  # noqa: F401  (before mlx-lm, which brings the tokenizer)
 from quantkit.errors import CalibrationError, InputError, first_line
+from quantkit.model import stock
 from quantkit.model.chat_template import (
     NoTextError,
     has_chat_template,
@@ -190,16 +191,11 @@ def _require_possible(checkpoint: Checkpoint, request: Request) -> None:
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Any:
-    """mlx-lm's tokenizer of a checkpoint. Raises CalibrationError."""
-    from mlx_lm import utils
-
-    folder = checkpoint.path("")
-    try:
-        return utils.load_tokenizer(folder)
-    except Exception as exc:  # whatever transformers and tokenizers raise on a file
-        raise CalibrationError(
-            f"{checkpoint.name}: its tokenizer cannot be read ({first_line(exc)})."
-        ) from exc
+    """mlx-lm's tokenizer of a checkpoint. Raises CalibrationError, or InputError for one that wants
+    to run code of its own."""
+    return stock.load_tokenizer(
+        checkpoint.path(""), checkpoint.name, trust_remote_code=checkpoint.trust_remote_code
+    )
 
 
 def _records(request: Request) -> list[Iterator[Mapping[str, Any]]]:

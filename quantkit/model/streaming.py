@@ -289,7 +289,7 @@ def _build(source: Source) -> Any:
     from mlx.utils import tree_unflatten
     from mlx_lm.models.switch_layers import SwitchLinear
 
-    model = build_model(source.checkpoint)
+    model = build_model(source.checkpoint.config)
     packed = {
         weight.name: parse_tier(weight.storage).config_entry()
         for weight in source.inventory.weights

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from quantkit.artifacts.inventory import Inventory, Weight
-from quantkit.artifacts.profile import Calibration, Loss, Profile, WeightLosses
+from quantkit.artifacts.profile import UNMEASURED, Calibration, Loss, Profile, WeightLosses
 from quantkit.errors import TierError
 from quantkit.formats.tiers import Tier, kept_name, parse_tier
 
@@ -85,5 +85,12 @@ def unmeasured(inventory: Inventory, tiers: Iterable[str]) -> Profile:
         weights.append(WeightLosses(w.name, w.role, w.layer, w.storage, w.parameters, 0, losses))
     text = Calibration("", "", 0, 0, 0, "", "")
     return Profile(
-        inventory.source, inventory.model_type, "none", "rtn", 0, tuple(tiers), text, tuple(weights)
+        inventory.source,
+        inventory.model_type,
+        UNMEASURED,
+        "rtn",
+        0,
+        tuple(tiers),
+        text,
+        tuple(weights),
     )

@@ -121,6 +121,7 @@ def _gather(out: Path, report: Report, upload: Upload, folder: Path) -> None:
     """Links to all that is sent, and the texts that name the repo."""
     texts = updated(out, replace(report, repo=upload.repo))
     for name, _ in upload.files:
+        (folder / name).parent.mkdir(exist_ok=True)
         if name in texts:
             (folder / name).write_bytes(encoded(texts[name]))
         else:

@@ -31,8 +31,8 @@ def unit_blocks(
 
     `storage` names the tier the source holds the weight in; None for a kept tensor. `rounded` are
     the tensors where they are made already; else they are rounded to nearest. Raises
-    DamagedError, naming the tensor and the count, if a weight to be encoded, or an MXFP4 scale, is
-    NaN or infinite.
+    DamagedError, naming the tensor and the count, if a value or an MXFP4 scale is NaN or
+    infinite.
     """
     if unit.tier is not None and rounded is not None:
         for spec, values in zip(unit.tensors, rounded, strict=True):
@@ -47,6 +47,11 @@ def unit_blocks(
             block = source.read(spec.name, start, stop)
             if storage == MXFP4.name and spec.dtype == "U8":
                 _require_finite_scales(unit.name, block)
+            elif spec.dtype in FLOATS and (bad := nonfinite(block, spec.dtype)):
+                raise DamagedError(
+                    f"{spec.name}: {bad} values are NaN or infinite as {spec.dtype}. The "
+                    "checkpoint is damaged, or its values are too large for this type (--dtype)."
+                )
             yield block
 
 

@@ -2,8 +2,9 @@
 
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
+from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,12 @@ _COMPANIONS = (
 )
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _NOT_COPIED = ("config.json", "*.index.json", "quantkit.json", "hf_quant_config.json", ".*")
+_TEMPLATES = "additional_chat_templates"
+_PROCESSORS = ("*processor*.json", "*processing_*.py")
+_MODALITIES = {  # words in the names of tensors and settings
+    "vision": ("vision", "visual", "image", "video", "mm", "boi", "eoi"),
+    "audio": ("audio", "speech", "boa", "eoa"),
+}
 
 
 def edit_config(config: Mapping[str, Any], inventory: Inventory, plan: Plan) -> dict[str, Any]:
@@ -27,9 +34,10 @@ def edit_config(config: Mapping[str, Any], inventory: Inventory, plan: Plan) -> 
     Every quantized module has an entry of its own, since not every mlx-lm infers missing ones; the
     top level, required, repeats the tier that holds most weights.
     """
-    left_out = ("quantization", "quantization_config", "_name_or_path")  # the last: a user's path
+    left_out = {"quantization", "quantization_config", "_name_or_path"}  # the last: a user's path
     held_in: Counter[str] = Counter(weight.dtype for weight in inventory.weights)
     edited = with_dtype(config, held_in.most_common(1)[0][0]) if held_in else dict(config)
+    left_out.update(_settings_without_tensors(config, inventory))
     edited = {key: value for key, value in edited.items() if key not in left_out}
     tiers = _quantized(inventory, plan)
     if tiers:
@@ -53,19 +61,49 @@ def _quantized(inventory: Inventory, plan: Plan) -> dict[str, Tier]:
     return tiers
 
 
-def companions(folder: Path) -> list[Path]:
-    """Files of the source that belong in the repo: tokenizer, templates, generation, licence.
+def _settings_without_tensors(config: Mapping[str, Any], inventory: Inventory) -> Iterator[str]:
+    """Yield the keys of a config that belong to an image or audio encoder that the repo does not
+    hold: apps that find them take it for a vision-language model, and fail to load it.
+
+    Settings that mlx-lm's own model requires stay.
+    """
+    absent = _absent_modalities(inventory)
+    words = [word for modality in absent for word in _MODALITIES[modality]]
+    keys = [key for key in config if key.partition("_")[0] in words]
+    required = _required_settings(config) if keys else set()
+    yield from (key for key in keys if key not in required)
+
+
+def _absent_modalities(inventory: Inventory) -> list[str]:
+    names = [w.name for w in inventory.weights] + [t.name for t in inventory.kept]
+    parts = {part.partition("_")[0] for name in names for part in name.split(".")}
+    return [modality for modality, words in _MODALITIES.items() if not parts.intersection(words)]
+
+
+def _required_settings(config: Mapping[str, Any]) -> set[str]:
+    """Return the keys without which mlx-lm's model cannot be built from `config`."""
+    from mlx_lm.utils import _get_classes
+
+    parameters = signature(_get_classes(dict(config))[1]).parameters.values()
+    return {p.name for p in parameters if p.default is Parameter.empty}
+
+
+def companions(folder: Path, inventory: Inventory) -> list[str]:
+    """Names of the source's files that belong in the repo: tokenizer, chat templates, generation,
+    licence; those of image and audio processors only where the repo holds such encoders.
 
     Raises SourceError when one is a broken link, or there is no tokenizer: mlx-lm would load
     neither.
     """
+    not_copied = (*_NOT_COPIED, *(_PROCESSORS if len(_absent_modalities(inventory)) == 2 else ()))
     found = sorted(
         path
         for path in folder.iterdir()
         if any(fnmatchcase(path.name, pattern) for pattern in _COMPANIONS)
-        and not any(fnmatchcase(path.name, pattern) for pattern in _NOT_COPIED)
+        and not any(fnmatchcase(path.name, pattern) for pattern in not_copied)
         and not path.is_dir()
     )
+    found += sorted((folder / _TEMPLATES).glob("*.jinja"))
     for path in found:
         if not path.is_file():
             raise SourceError(f"{path.name}: a broken link, or no plain file, in {folder}.")
@@ -78,4 +116,4 @@ def companions(folder: Path) -> list[Path]:
             f"{folder}: holds no tokenizer ({', '.join(_TOKENIZERS)}), without which mlx-lm does "
             "not load a model. Copy it from the base model."
         )
-    return found
+    return [path.relative_to(folder).as_posix() for path in found]

@@ -86,7 +86,7 @@ def rewrite(
     progress = progress or _silent
     out = plain_path(out)
     require_apart(out, folder)
-    beside = companions(folder)
+    beside = companions(folder, source.inventory)
     shards = lay_out(source.inventory, plan, shard_bytes)
     depends = _depends(source, plan, shard_bytes) | dict(rounding.depends if rounding else {})
     staging = Staging(out, depends, force)
@@ -103,9 +103,10 @@ def rewrite(
             raise
         staging.write("config.json", edit_config(source.checkpoint.config, source.inventory, plan))
         staging.write(INDEX_FILE, _index(shards, plan))
-        copied = [staging.copy(path) for path in beside]
-        names = sorted(["config.json", INDEX_FILE, *copied])
-        files = tuple(_file_record(staging.repo / name) for name in names)
+        for name in beside:
+            staging.copy(folder / name, name)
+        names = sorted(["config.json", INDEX_FILE, *beside])
+        files = tuple(_file_record(staging.repo, name) for name in names)
         for name, text in documents(Written(read, records, files)).items():
             write_atomically(staging.repo / name, text)
         staging.commit()
@@ -123,7 +124,8 @@ def is_current(out: Path, source: Source, plan: Plan, shards: tuple[Shard, ...])
     same_shards = [(s.name, s.tensor_bytes) for s in report.shards] == [
         (shard.name, shard.tensor_bytes) for shard in shards
     ]
-    if not same_shards or report.plan.choices != plan.choices or report.versions != versions():
+    held, planned = ((p.choices, p.kept) for p in (report.plan, plan))
+    if not same_shards or held != planned or report.versions != versions():
         return False
     made, wanted = ((p.rounding, p.tuned_steps, p.calibrations) for p in (report.plan, plan))
     if made != wanted:
@@ -201,8 +203,9 @@ def _write_shard(
         return writer.finish()
 
 
-def _file_record(path: Path) -> SourceFile:
-    return SourceFile(path.name, path.stat().st_size, hash_file(path, path.name))
+def _file_record(folder: Path, name: str) -> SourceFile:
+    path = folder / name
+    return SourceFile(name, path.stat().st_size, hash_file(path, name))
 
 
 def _index(shards: tuple[Shard, ...], plan: Plan) -> dict[str, object]:

@@ -10,7 +10,8 @@ For gpt-oss as published nothing of this is needed; everything else imports mlx 
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -82,11 +83,11 @@ class _Sanitized:
         return _Model(self.checkpoint).sanitize(stored)
 
 
-def build_model(checkpoint: Checkpoint) -> Any:
-    """mlx-lm's model for a checkpoint's config, never evaluated. Raises SourceError."""
+def build_model(config: Mapping[str, Any]) -> Any:
+    """mlx-lm's model for a config, never evaluated. Raises SourceError."""
     from mlx_lm.utils import _get_classes
 
-    config = dict(checkpoint.config)
+    config = deepcopy(dict(config))  # args classes edit what they are given
     try:
         model_class, args_class = _get_classes(config)
         return model_class(args_class.from_dict(config))
@@ -101,7 +102,7 @@ class _Model:
     """The mlx-lm model of a checkpoint, built but never evaluated."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        self.model = build_model(checkpoint)
+        self.model = build_model(checkpoint.config)
 
     def sanitize(self, arrays: dict[str, mx.array]) -> dict[str, mx.array]:
         if not hasattr(self.model, "sanitize"):

@@ -1,12 +1,19 @@
 """Letting a repo speak, through stock mlx-lm."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from quantkit.backend import mx
 from quantkit.errors import InputError, OutputError, first_line
+from quantkit.model.chat_template import (
+    Message,
+    has_chat_template,
+    normalize_messages,
+    render_chat,
+)
+from quantkit.model.stock import load_stock
 from quantkit.source.hub import is_repo_id
 from quantkit.talk.channels import Channels, Piece
 
@@ -28,15 +35,10 @@ class Manner:
 class Speaker:
     """A repo (a folder or a Hub id) loaded whole by stock mlx-lm."""
 
-    def __init__(self, repo: str) -> None:
+    def __init__(self, repo: str, *, trust_remote_code: bool = False) -> None:
         """Raises OutputError for what mlx-lm does not load."""
-        import mlx_lm
-
         require_repo(repo)
-        try:
-            self._model, self._tokenizer = mlx_lm.load(repo)
-        except Exception as exc:
-            raise OutputError(f"{repo}: mlx-lm does not load it ({first_line(exc)}).") from exc
+        self._model, self._tokenizer = load_stock(repo, trust_remote_code=trust_remote_code)
         self.truncated = False
         """Whether the last answer was cut after `max_tokens`."""
 
@@ -44,9 +46,12 @@ class Speaker:
         """Whether the chat template asks how much to reason."""
         return "reasoning_effort" in str(getattr(self._tokenizer, "chat_template", None) or "")
 
-    def answer(self, messages: Sequence[Mapping[str, str]], manner: Manner) -> Iterator[Piece]:
-        """The answer to a chat, piece by piece, its channels told apart. Raises InputError where
-        the chat template refuses it."""
+    def answer(self, messages: Sequence[Message], manner: Manner) -> Iterator[Piece]:
+        """The answer to a chat, piece by piece, its channels told apart.
+
+        Messages go to the chat template whole, with their thinking and tool calls. Raises
+        InputError where the template refuses them.
+        """
         from mlx_lm.sample_utils import make_sampler
 
         sampler = make_sampler(temp=manner.temperature, top_p=manner.top_p)
@@ -54,24 +59,21 @@ class Speaker:
         tokens = self._tokens(self._prompt(messages, manner.effort), manner.max_tokens, sampler)
         yield from Channels(self._tokenizer).pieces(tokens)
 
-    def _prompt(self, messages: Sequence[Mapping[str, str]], effort: str | None) -> list[int]:
-        said = "\n".join(message["content"] for message in messages)
+    def _prompt(self, messages: Sequence[Message], effort: str | None) -> list[int]:
+        chat = normalize_messages(messages)
+        if has_chat_template(self._tokenizer):
+            variables = {"reasoning_effort": effort} if effort else {}
+            text = render_chat(
+                self._tokenizer, chat, add_generation_prompt=True, variables=variables
+            )
+        else:
+            text = "\n".join(message["content"] for message in chat)
         try:
-            said.encode()
+            text.encode()
         except UnicodeEncodeError as exc:
             raise InputError("the prompt is not UTF-8 text.") from exc
-        if not getattr(self._tokenizer, "chat_template", None):
-            return self._some(list(self._tokenizer.encode(said)))
-        more = {"reasoning_effort": effort} if effort else {}
-        try:
-            prompt = self._tokenizer.apply_chat_template(
-                [dict(message) for message in messages], add_generation_prompt=True, **more
-            )
-        except Exception as exc:
-            raise InputError(f"the chat template refuses this ({first_line(exc)}).") from exc
-        return self._some(list(prompt))
-
-    def _some(self, prompt: list[int]) -> list[int]:
+        special = not has_chat_template(self._tokenizer)  # else the template has put them in
+        prompt = list(self._tokenizer.encode(text, add_special_tokens=special))
         if not prompt:
             raise InputError("the prompt is empty. Ask something.")
         return prompt

@@ -77,8 +77,8 @@ def test_quantize_report_verify(cli, checkpoint, tmp_path):
     assert "It was complete already" in again.stdout
     checked = cli("verify", out)
     assert checked.exit_code == 0, checked.output
-    assert checked.stdout.count("ok  ") == 7
-    assert checked.stdout.endswith("7 of 7 checks passed\n")
+    assert checked.stdout.count("ok  ") == 8
+    assert checked.stdout.endswith("8 of 8 checks passed\n")
     (out / "config.json").write_text("{}")
     broken = cli("verify", out, "--no-load", "--json")
     assert broken.exit_code == 1
@@ -130,6 +130,30 @@ BAD = {
     "negative size": (
         ["quantize", "SRC", "-o", "OUT", "-r", "uniform-4", "--shard-size", "-5GB"],
         "size '-5GB' is not a number and a unit",
+    ),
+    "size without a unit": (
+        ["quantize", "SRC", "-o", "OUT", "-r", "uniform-4", "--shard-size", "5"],
+        "size '5' has no unit. Write it like 5GB",
+    ),
+    "budget without a unit": (
+        ["quantize", "SRC", "-o", "OUT", "--budget", "4.5"],
+        "budget '4.5' has no unit. Write 4.5bpw for bits per weight, or 4.5GB",
+    ),
+    "reserve without a unit": (
+        ["quantize", "SRC", "-o", "OUT", "--budget", "mac:64GB", "--reserve", "2"],
+        "size '2' has no unit",
+    ),
+    "too small a budget, and no profile yet": (
+        ["quantize", "SRC", "-o", "OUT", "--budget", "1bpw"],
+        "bpw).",  # and no KL divergence that nobody measured
+    ),
+    "a base model that is none": (
+        ["quantize", "SRC", "-o", "OUT", "-r", "uniform-4", "--base-model", "gpt"],
+        "base-model 'gpt': not a Hub id",
+    ),
+    "no such dtype": (
+        ["quantize", "SRC", "-o", "OUT", "-r", "uniform-4", "--dtype", "int8"],
+        "there is no dtype 'int8'",
     ),
     "nothing to a shard": (
         ["quantize", "SRC", "-o", "OUT", "-r", "uniform-4", "--shard-size", "0"],

@@ -39,6 +39,7 @@ def test_a_good_repo(good):
     checks = list(verify(good, read_report(good)))
     assert [check.name for check in checks] == [
         "index and shards", "config", "bytes as planned", "hashes", "finite values",
+        "attention as the source's",
         "stock mlx-lm loads it", "generates",
     ]  # fmt: skip
     assert all(check.ok for check in checks), checks
@@ -46,7 +47,7 @@ def test_a_good_repo(good):
 
 def test_without_loading(good):
     checks = list(verify(good, read_report(good), load=False))
-    assert [check.ok for check in checks] == [True] * 5 + [None]
+    assert [check.ok for check in checks] == [True] * 6 + [None]
 
 
 def editing(name):
@@ -126,7 +127,7 @@ WRONG = {
     "NaN scale": (poke("up_proj.scales", 0x7FC0, np.uint16), "finite values", "up_proj.scales: 1 of"),
     "infinite bias": (poke("up_proj.biases", 0x7F80, np.uint16), "finite values", "biases: 1 of"),
     "NaN norm": (poke("model.norm.weight", 0x7FC0, np.uint16), "finite values", "norm.weight: 1 of"),
-    "quantization is null": (config(lambda d: d.update(quantization=None)), "config", "no object"),
+    "quantization is null": (config(lambda d: d.update(quantization=None)), "config", "differs from quantization"),
     "shards not listed": (
         report(lambda d: d.update(shards=[])), "hashes", "but not in both",
     ),
