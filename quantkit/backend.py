@@ -8,6 +8,7 @@ import `mx` from here, never from mlx itself.
 import ctypes
 import os
 import sys
+import tempfile
 from functools import lru_cache
 from itertools import cycle
 
@@ -34,7 +35,14 @@ def _mapped_libraries() -> str:
         return maps.read()
 
 
+def _require_temporary_folder() -> None:
+    """Let TMPDIR name a folder that is there: mlx compiles in it, and fails without."""
+    if (named := os.environ.get("TMPDIR")) and not os.path.isdir(named):  # noqa: PTH112
+        os.environ["TMPDIR"] = tempfile.gettempdir()  # the system's, if TMPDIR is of no use
+
+
 _FAST_BLAS = _load_openblas()
+_require_temporary_folder()
 
 import mlx.core as mx  # noqa: E402
 

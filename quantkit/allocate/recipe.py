@@ -1,6 +1,7 @@
 """Recipes: tier rules as data. The first rule that matches a weight decides.
 
 description = "Experts as published, everything else at 8 bits"
+fallback = "native"           # for weights whose width a rule's tier does not fit; left out: refuse
 
 [[rules]]
 roles = ["expert"]            # roles or groups of roles; left out: any
@@ -75,6 +76,13 @@ class Recipe:
     name: str
     description: str
     rules: tuple[Rule, ...]
+    fallback: Tier | None = None
+
+    def tier_for(self, weight: Weight, number: int) -> Tier:
+        """The tier that rule `number` gives `weight`: its own, or the fallback if that one does not
+        fit."""
+        tier = self.rules[number].tier
+        return tier if self.fallback is None or tier.fits(weight.shape) else self.fallback
 
 
 def recipe_names() -> list[str]:
@@ -105,7 +113,11 @@ def parse_recipe(name: str, data: Mapping[str, Any]) -> Recipe:
     if not isinstance(rules, list) or not rules:
         raise RecipeError(f"recipe {name}: has no [[rules]].")
     parsed = tuple(_parse_rule(f"recipe {name}, rule {i}", r) for i, r in enumerate(rules, 1))
-    return Recipe(name, str(data.get("description", "")), parsed)
+    try:
+        fallback = parse_tier(str(data["fallback"])) if "fallback" in data else None
+    except TierError as exc:
+        raise RecipeError(f"recipe {name}, fallback: {exc}") from exc
+    return Recipe(name, str(data.get("description", "")), parsed, fallback)
 
 
 def plan_by_recipe(inventory: Inventory, recipe: Recipe) -> Plan:
@@ -121,7 +133,7 @@ def plan_by_recipe(inventory: Inventory, recipe: Recipe) -> Plan:
         if number is None:
             unmatched.append(weight)
         else:
-            tiers[weight.name] = recipe.rules[number].tier
+            tiers[weight.name] = recipe.tier_for(weight, number)
     if not tiers:
         raise RecipeError(f"recipe {recipe.name}: no rule matches any weight of this checkpoint.")
     if unmatched:
@@ -137,6 +149,17 @@ def idle_rules(inventory: Inventory, recipe: Recipe) -> list[int]:
     """The numbers, from 1, of rules that decide no weight: often a misspelt name."""
     deciding = {_deciding_rule(inventory, recipe, weight) for weight in inventory.weights}
     return [number + 1 for number in range(len(recipe.rules)) if number not in deciding]
+
+
+def fallen_back(inventory: Inventory, recipe: Recipe) -> list[str]:
+    """The names of weights that get the recipe's fallback, since the width does not fit the tier
+    that their rule names."""
+    found = []
+    for weight in inventory.weights:
+        number = _deciding_rule(inventory, recipe, weight)
+        if number is not None and recipe.tier_for(weight, number) != recipe.rules[number].tier:
+            found.append(weight.name)
+    return found
 
 
 def _deciding_rule(inventory: Inventory, recipe: Recipe, weight: Weight) -> int | None:

@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING
 from quantkit.allocate.allocate import Limits, Wishes, parse_pins, plan_by_budget
 from quantkit.allocate.budget import parse_budget, parse_room, parse_speed
 from quantkit.allocate.plan import read_plan, with_losses
-from quantkit.allocate.recipe import idle_rules, load_recipe, plan_by_recipe, recipe_names
+from quantkit.allocate.recipe import (
+    fallen_back,
+    idle_rules,
+    load_recipe,
+    plan_by_recipe,
+    recipe_names,
+)
 from quantkit.artifacts.plan import Plan
 from quantkit.artifacts.profile import Profile
 from quantkit.cli import console
@@ -139,6 +145,11 @@ def choose_plan(source: "Source", asked: Asked, profile: Profile | None = None) 
         assert asked.recipe is not None
         loaded = load_recipe(asked.recipe)
         plan = plan_by_recipe(inventory, loaded)
+        if fallen := fallen_back(inventory, loaded):
+            console.note(
+                f"recipe {loaded.name}: the tier of {len(fallen)} weights does not fit their width "
+                f"({fallen[0]}); they get {loaded.fallback}"
+            )
         if asked.recipe not in recipe_names():  # those that ship are made for many models
             for number in idle_rules(inventory, loaded):
                 console.note(f"recipe {loaded.name}: rule {number} decides no weight")

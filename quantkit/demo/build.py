@@ -12,6 +12,7 @@ from quantkit.backend import mx
 from quantkit.demo import llama, upcycle
 from quantkit.demo.smollm2 import SmolLM2, gguf_path
 from quantkit.demo.tokenizer import write_tokenizer
+from quantkit.errors import OutputError
 from quantkit.formats.codec import to_numpy
 from quantkit.formats.files import write_file
 from quantkit.formats.tiers import TensorSpec
@@ -58,7 +59,12 @@ def _built(name: str, write: Callable[[SmolLM2, Path], None]) -> Path:
     if folder.is_dir():
         return folder
     building = folder.with_name(f"{name}.{os.getpid()}.partial")
-    building.mkdir(parents=True)
+    try:
+        building.mkdir(parents=True)
+    except OSError as exc:
+        raise OutputError(
+            f"{folder}: cannot be written ({exc.strerror}). Set QUANTKIT_CACHE to another folder."
+        ) from exc
     try:
         write(SmolLM2.open(gguf_path()), building)
         try:

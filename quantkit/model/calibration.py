@@ -5,19 +5,23 @@ text they have not seen.
 """
 
 import hashlib
+import os
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import date
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 
 from quantkit.artifacts.profile import Calibration
 from quantkit.backend import mx  # noqa: F401  (before mlx-lm, which brings the tokenizer)
-from quantkit.errors import CalibrationError, InputError, first_line
+from quantkit.errors import CacheWarning, CalibrationError, InputError, first_line
 from quantkit.model import stock
 from quantkit.model.chat_template import (
     NoTextError,
@@ -228,13 +232,40 @@ def _records(request: Request) -> list[Iterator[Mapping[str, Any]]]:
     found = []
     for name, options in wanted:
         try:
-            data = load_dataset(name, split="train", streaming=True, **options)
+            data = load_dataset(
+                name, split="train", streaming=True, cache_dir=_datasets_cache(), **options
+            )
             found.append(_read(data.shuffle(seed=request.seed, buffer_size=2000), request.name))
         except (DatasetsError, HfHubHTTPError, OSError, ValueError) as exc:
             raise CalibrationError(
                 f"{request.name}: no file and no data set that can be loaded ({first_line(exc)})."
             ) from exc
     return found
+
+
+@lru_cache(maxsize=1)
+def _spare_cache() -> TemporaryDirectory[str]:
+    return TemporaryDirectory(prefix="quantkit-")
+
+
+def _datasets_cache() -> str | None:
+    """A folder for the cache of `datasets` that can be written: None for its own, else one that is
+    removed when the process ends."""
+    from datasets import config
+
+    try:
+        Path(config.HF_DATASETS_CACHE).mkdir(parents=True, exist_ok=True)
+        if os.access(config.HF_DATASETS_CACHE, os.W_OK):
+            return None
+    except OSError:
+        pass
+    warnings.warn(
+        f"{config.HF_DATASETS_CACHE} cannot be written: data sets are not kept for later runs. "
+        "Set HF_HOME to a folder that can.",
+        CacheWarning,
+        stacklevel=2,
+    )
+    return _spare_cache().name
 
 
 def _require_records(path: Path) -> None:

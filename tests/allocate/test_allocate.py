@@ -176,7 +176,7 @@ def test_routers_only_when_asked(cli, checkpoint, saved):
 def test_bytes_read_per_token_are_a_budget_too(cli, checkpoint, saved):
     free = planned(cli, checkpoint, saved, "-b", "5bpw")
     limit = int(free["active_bytes_per_token"] * 0.95)
-    slim = planned(cli, checkpoint, saved, "-b", "5bpw", "--active-bytes", limit)
+    slim = planned(cli, checkpoint, saved, "-b", "5bpw", "--active-bytes", f"{limit}B")
     assert slim["active_bytes_per_token"] <= limit
     assert slim["predicted_kl"] >= free["predicted_kl"]
     speed = ("--speed", f"{4e11 / limit:.3f}tok/s@400GB/s")
@@ -221,7 +221,16 @@ def test_why_a_weight_got_its_tier(cli, checkpoint, saved):
 def test_tied_weights_change_together_and_every_limit_has_its_price(cli, checkpoint, saved):
     free = planned(cli, checkpoint, saved, "-b", "5bpw")
     limit = int(free["active_bytes_per_token"] * 0.9)
-    options = ("-b", "7bpw", "--active-bytes", limit, "--tie", "self_attn.*", "--explain", "*")
+    options = (
+        "-b",
+        "7bpw",
+        "--active-bytes",
+        f"{limit}B",
+        "--tie",
+        "self_attn.*",
+        "--explain",
+        "*",
+    )
     reasons = planned(cli, checkpoint, saved, *options)
     assert reasons["prices"][1] > 0
     for step in [*reasons["up"], *reasons["down"]]:
