@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.quantkit-env
 
-.PHONY: help env demo test test-slow lint bench bench-profile bench-allocation bench-rounding bench-peers clean
+.PHONY: help env demo test test-slow test-versions lint bench bench-profile bench-allocation bench-rounding bench-peers clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -23,10 +23,13 @@ demo: env ## build the demo model, quantize it, let the result answer
 	$(BIN)/quantkit demo
 
 test: env lint ## lint, then every test but the slow ones
-	$(BIN)/python -m pytest -m 'not slow'
+	$(BIN)/python -m pytest -m 'not slow and not versions'
 
 test-slow: env ## the slow tests
 	$(BIN)/python -m pytest -m slow
+
+test-versions: env ## chat templates under the oldest and the newest transformers
+	$(BIN)/python -m pytest -m versions
 
 lint: env ## ruff and mypy
 	$(BIN)/ruff check .

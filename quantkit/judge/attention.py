@@ -82,9 +82,11 @@ def _ropes(settings: Mapping[str, Any], kind: str | None) -> list[Rope]:
     """Return the RoPE settings that a layer of `kind` may have: one, or those of every kind where
     the kind is not known. Empty where the config does not say."""
     stated: dict[str, Any] = {}
+    by_kind = False
     for key in ("rope_parameters", "rope_scaling"):  # as transformers 5 reads them
-        stated |= settings.get(key) or {}
-    by_kind = bool(stated) and all(isinstance(value, Mapping) for value in stated.values())
+        if not by_kind:  # else no more can be said
+            stated |= settings.get(key) or {}
+        by_kind = bool(stated) and all(isinstance(value, Mapping) for value in stated.values())
     local = settings.get("rope_local_base_freq")
     if kind is None:
         names = list(stated) if by_kind else [FULL, *([SLIDING] if local else [])]

@@ -30,15 +30,15 @@ def with_rope_settings(config: Mapping[str, Any]) -> dict[str, Any]:
 def _with_both_forms(scope: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings of one language model with `rope_theta` and `rope_scaling`, and with
     `rope_theta` inside of `rope_parameters`. Where both forms are there, transformers 5 lets
-    `rope_scaling` decide."""
+    `rope_scaling` decide; settings for each layer type say more than it can."""
     found = dict(scope)
     if found.get("rope_theta", 0) is None:
         del found["rope_theta"]  # null means the default, which mlx-lm takes for a missing key
     parameters, scaling = _settings(found, "rope_parameters"), _settings(found, "rope_scaling")
-    given = {**parameters, **scaling}
+    given = parameters if _is_by_layer_type(parameters) else {**parameters, **scaling}
     if not given:
         return found
-    if all(isinstance(value, Mapping) for value in given.values()):  # for every layer type
+    if _is_by_layer_type(given):
         complete = {kind: _with_theta(settings, found) for kind, settings in given.items()}
         own = complete.get("full_attention", next(iter(complete.values())))
         sliding = complete.get("sliding_attention", {})
@@ -61,6 +61,11 @@ def _settings(scope: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     """Return the RoPE settings under `key`; empty for null and for what is no object."""
     value = scope.get(key)
     return value if isinstance(value, Mapping) else {}
+
+
+def _is_by_layer_type(settings: Mapping[str, Any]) -> bool:
+    """Return whether there are settings for each layer type rather than for all layers."""
+    return bool(settings) and all(isinstance(value, Mapping) for value in settings.values())
 
 
 def _with_theta(settings: Mapping[str, Any], scope: Mapping[str, Any]) -> dict[str, Any]:

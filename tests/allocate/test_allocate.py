@@ -24,7 +24,7 @@ from quantkit.formats.tiers import canonical, parse_tier
 from quantkit.macs import Room, cache_bytes
 from quantkit.source.source import open_source
 from tests import tiny
-from tests.source.test_generic import LLAMA, write
+from tests.support.families import LLAMA, write
 
 TIERS = ("q8g64", "q6g64", "q4g64", "q4g32", "q3g64", "q2g64")
 

@@ -9,7 +9,7 @@ from quantkit.errors import SourceError
 from quantkit.model.streaming import StreamingModel
 from quantkit.source.source import open_source
 from tests import tiny
-from tests.source.test_generic import LLAMA, MOE, write
+from tests.support.families import LLAMA, MOE, write
 
 
 def plainly_loaded(folder):

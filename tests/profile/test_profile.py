@@ -26,7 +26,7 @@ from quantkit.profile.reference import measured
 from quantkit.source.source import open_source
 from tests import hub, tiny
 from tests.model.test_streaming import plainly_loaded
-from tests.source.test_generic import LLAMA, MOE, write
+from tests.support.families import LLAMA, MOE, write
 
 pytestmark = pytest.mark.skipif(
     version("mlx-lm").startswith("0.31"), reason="mlx-lm differentiates its expert indices there"

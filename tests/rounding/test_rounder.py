@@ -23,7 +23,7 @@ from quantkit.rounding.inputs import Inputs
 from quantkit.work import Work
 from tests import tiny
 from tests.model.test_streaming import plainly_loaded
-from tests.source.test_generic import LLAMA, write
+from tests.support.families import LLAMA, write
 from tests.test_pipeline import words
 
 QUANTIZE = (sys.executable, "-m", "quantkit", "quantize")

@@ -1,0 +1,70 @@
+"""Tiny checkpoints of families that mlx-lm reads through its own model classes."""
+
+import numpy as np
+
+from quantkit.backend import mx
+from quantkit.formats.tiers import TensorSpec
+from tests import tiny
+
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "rms_norm_eps": 1e-5,
+    "vocab_size": 64,
+    "rope_theta": 10000,
+    "tie_word_embeddings": True,
+    "eos_token_id": 1,
+}
+MOE = {
+    **LLAMA,
+    "model_type": "qwen3_moe",
+    "head_dim": 32,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [1],
+    "moe_intermediate_size": 64,
+    "norm_topk_prob": True,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": False,
+}
+
+
+def specs(config, dtype="BF16"):
+    """The tensors of a Hugging Face checkpoint of `config`: llama, with qwen3's experts."""
+    hidden, inter = config["hidden_size"], config["intermediate_size"]
+    keys = 32 * config["num_key_value_heads"]
+    shapes = {"model.embed_tokens.weight": (config["vocab_size"], hidden)}
+    for layer in range(config["num_hidden_layers"]):
+        at = f"model.layers.{layer}"
+        shapes |= {f"{at}.{n}_layernorm.weight": (hidden,) for n in ("input", "post_attention")}
+        for name, rows in {"q": 64, "k": keys, "v": keys, "o": hidden}.items():
+            shapes[f"{at}.self_attn.{name}_proj.weight"] = (rows, hidden)
+        if config["model_type"] == "qwen3_moe":
+            shapes |= {f"{at}.self_attn.{n}_norm.weight": (32,) for n in ("q", "k")}
+        stacks = [(f"{at}.mlp", inter)]
+        if layer not in config.get("mlp_only_layers", range(99)):
+            shapes[f"{at}.mlp.gate.weight"] = (config["num_experts"], hidden)
+            width = config["moe_intermediate_size"]
+            stacks = [(f"{at}.mlp.experts.{e}", width) for e in range(config["num_experts"])]
+        for stack, width in stacks:
+            shapes |= {f"{stack}.{n}_proj.weight": (width, hidden) for n in ("gate", "up")}
+            shapes[f"{stack}.down_proj.weight"] = (hidden, width)
+    shapes["model.norm.weight"] = (hidden,)
+    if not config["tie_word_embeddings"]:
+        shapes["lm_head.weight"] = (config["vocab_size"], hidden)
+    return [TensorSpec(name, dtype, shape) for name, shape in shapes.items()]
+
+
+def write(folder, config, dtype="BF16"):
+    rng = np.random.default_rng(0)
+    tensors = [(spec, tiny.random_values(spec, rng)) for spec in specs(config, dtype)]
+    return tiny.write_checkpoint(folder, config, tensors)
+
+
+def tensors(repo):
+    return {k: v for path in repo.glob("model*.safetensors") for k, v in mx.load(str(path)).items()}
