@@ -52,7 +52,9 @@ def random_values(spec: TensorSpec, rng: np.random.Generator) -> np.ndarray:
     scale = 1.0 if "norm" in spec.name else 0.1
     offset = 1.0 if "norm" in spec.name else 0.0
     values = offset + scale * rng.standard_normal(spec.shape).astype(np.float32)
-    return values.astype(np.float16) if spec.dtype == "F16" else bf16(values)
+    if spec.dtype in ("F16", "F32"):
+        return values.astype({"F16": np.float16, "F32": np.float32}[spec.dtype])
+    return bf16(values)
 
 
 def gpt_oss_tensors(config: dict[str, Any] = CONFIG, packed: bool = True, seed: int = 0) -> Tensors:

@@ -180,3 +180,32 @@ def test_files(tmp_path):
         load_recipe(str(tmp_path / "none.toml"))
     with pytest.raises(RecipeError, match="there is no recipe 'nope'. Shipped: moringlabs"):
         load_recipe("nope")
+
+
+def test_a_fallback_where_a_width_does_not_fit(cli, tmp_path, checkpoint):
+    """gpt-oss's experts here are 192 wide on one side, 128 on the other."""
+    rules = '[[rules]]\ntier = "q4g128"\n'
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text(rules)
+    refused = cli("plan", checkpoint, "-r", recipe)
+    assert refused.exit_code == 2
+    assert "tier q4g128 does not fit" in refused.stderr
+    for fallback, expected in (("native", "native"), ("q4g64", "q4g64")):
+        recipe.write_text(f'fallback = "{fallback}"\n{rules}')
+        planned = cli("plan", checkpoint, "-r", recipe, "--json")
+        tiers = {w["name"]: w["tier"] for w in json.loads(planned.stdout)["weights"]}
+        assert {tier for name, tier in tiers.items() if "down_proj" in name} == {expected}
+        assert {tier for name, tier in tiers.items() if "up_proj" in name} == {"q4g128"}
+        assert (
+            f"4 weights does not fit their width (model.layers.0.mlp.experts.down_proj); they "
+            f"get {fallback}" in planned.stderr
+        )
+
+
+@pytest.mark.parametrize("fallback", ["q1g64", "3"])
+def test_a_fallback_that_is_no_tier(cli, tmp_path, checkpoint, fallback):
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text(f'fallback = "{fallback}"\n[[rules]]\ntier = "q4g64"\n')
+    refused = cli("plan", checkpoint, "-r", recipe)
+    assert refused.exit_code == 2
+    assert f"recipe mine, fallback: there is no tier '{fallback}'" in refused.stderr

@@ -68,3 +68,18 @@ def write(folder, config, dtype="BF16"):
 
 def tensors(repo):
     return {k: v for path in repo.glob("model*.safetensors") for k, v in mx.load(str(path)).items()}
+
+
+def write_from_model(folder, config, dtype_of=lambda name: "BF16", extra=()):
+    """A checkpoint of any family, under mlx-lm's own names, with `extra` tensors beside."""
+    from mlx.utils import tree_flatten
+
+    from quantkit.source.generic import build_model
+
+    rng = np.random.default_rng(0)
+    shapes = {n: v.shape for n, v in tree_flatten(build_model(config).parameters())}
+    shapes |= dict.fromkeys(extra, (4, 4))
+    stored = [TensorSpec(name, dtype_of(name), shape) for name, shape in shapes.items()]
+    return tiny.write_checkpoint(
+        folder, config, [(spec, tiny.random_values(spec, rng)) for spec in stored]
+    )

@@ -13,11 +13,10 @@ import urllib.request
 import mlx_lm
 import pytest
 from mlx_lm.utils import load_tokenizer
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from quantkit.talk.channels import Channels, Piece
+from tests.support import standin
 
-MARKS = ["<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|return|>"]
 WORDS = ["analysis", "final", "commentary", "assistant", "Paris", "of", "course", "hm"]
 
 
@@ -25,15 +24,7 @@ WORDS = ["analysis", "final", "commentary", "assistant", "Paris", "of", "course"
 def tokenizer(tmp_path_factory):
     """Bytes, a few words, and gpt-oss's marks as special tokens."""
     folder = tmp_path_factory.mktemp("tokenizer")
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    words = {word: i for i, word in enumerate([*letters, *WORDS])}
-    made = Tokenizer(models.BPE(words, []))
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
-    made.add_special_tokens(MARKS)
-    made.save(str(folder / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|return|>"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    standin.write_tokenizer(folder, tuple(WORDS))
     return load_tokenizer(folder)
 
 
