@@ -10,6 +10,7 @@ from typing import Any
 
 from quantkit.artifacts.inventory import Inventory
 from quantkit.artifacts.plan import Plan
+from quantkit.backend import mx  # noqa: F401  (before mlx-lm: see backend)
 from quantkit.errors import SourceError
 from quantkit.formats.tiers import Tier, parse_tier
 from quantkit.source.model_config import with_dtype

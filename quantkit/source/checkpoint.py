@@ -164,7 +164,7 @@ def merge_headers(
         if name not in tensors or tensors[name].file != file:
             raise SourceError(
                 f"{file}: tensor {name!r} is missing, though {INDEX_FILE} places it there. "
-                "Download the shard and the index again."
+                "Download both again; if the shards are right, remove the index."
             )
     if weight_map is not None and (extra := tensors.keys() - weight_map.keys()):
         name = min(extra)
