@@ -29,6 +29,19 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.write_gpt_oss(tmp_path_factory.mktemp("source") / "tiny-gpt-oss")
 
 
+@pytest.fixture(scope="session")
+def quant(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Path:
+    """`checkpoint` by the recipe mxfp4-q8. Not to be changed: copy it."""
+    from quantkit.allocate.recipe import load_recipe, plan_by_recipe
+    from quantkit.pipeline import quantize
+    from quantkit.source.source import open_source
+
+    source = open_source(str(checkpoint))
+    out = tmp_path_factory.mktemp("repo") / "out"
+    quantize(source, plan_by_recipe(source.inventory, load_recipe("mxfp4-q8")), out)
+    return out
+
+
 @pytest.fixture
 def refused(cli: Cli, tmp_path: Path) -> Callable[..., str]:
     """Quantize a bad source: the one line it is refused with, exit code 2, and nothing left."""

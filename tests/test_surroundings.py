@@ -44,18 +44,6 @@ def run(tmp_path):
     return run
 
 
-@pytest.fixture(scope="module")
-def quant(tmp_path_factory, checkpoint):
-    from quantkit.allocate.recipe import load_recipe, plan_by_recipe
-    from quantkit.pipeline import quantize
-    from quantkit.source.source import open_source
-
-    source = open_source(str(checkpoint))
-    out = tmp_path_factory.mktemp("repo") / "out"
-    quantize(source, plan_by_recipe(source.inventory, load_recipe("mxfp4-q8")), out)
-    return out
-
-
 def test_a_home_that_cannot_be_written(run, checkpoint, quant, text):
     """Data sets and the native model's output are not kept, which is said; all else goes on."""
     options = (checkpoint, quant, "--text", text, *FEW)
