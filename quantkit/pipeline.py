@@ -1,6 +1,7 @@
 """The stages put together: a source and a plan in, a repo with its report and card out."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -20,13 +21,15 @@ from quantkit.judge import fidelity
 from quantkit.judge.attention import attention_differences, attention_settings
 from quantkit.macs import Room, memory_needed
 from quantkit.model import joint
-from quantkit.model.calibration import Request, read_text
+from quantkit.model.calibration import Request, load_tokenizer, read_text
+from quantkit.model.stock import UntrustedCodeError
 from quantkit.model.streaming import StreamingModel, has_gradients
 from quantkit.places import plain_path
 from quantkit.profile.profile import Settings, make, prepare
 from quantkit.progress import Progress
 from quantkit.publish.card import license_of
 from quantkit.publish.report import documents, read_report
+from quantkit.rewrite.config import companions
 from quantkit.rewrite.rewrite import SHARD_BYTES, Rounder, Rounding, Written, rewrite
 from quantkit.rounding.round import require_method
 from quantkit.rounding.rounder import EMBEDDING_TOKENS, LayerRounder, RoundingText
@@ -66,6 +69,7 @@ def quantize(
             require_free(plain_path(out), force)
         source = with_values(source)
     require_same_attention(source)
+    _require_tokenizer(source)
     name = source.checkpoint.name
     if base_model is not None and not is_repo_id(base_model):
         raise InputError(f"--base-model {base_model!r}: not a Hub id. Write it like user/name.")
@@ -102,6 +106,17 @@ def quantize(
         progress=progress,
     )
     return read_report(out)
+
+
+def _require_tokenizer(source: Source) -> None:
+    """Raises CalibrationError where stock mlx-lm cannot read the tokenizer, which is better known
+    before hours of work. Code of its own is for who runs the repo to allow; a folder whose name is
+    no text is refused by the tokenizers library, whatever it holds."""
+    folder = source.checkpoint.path("")
+    companions(folder, source.inventory)  # names what is missing
+    if str(folder).isprintable():
+        with suppress(UntrustedCodeError):
+            load_tokenizer(source.checkpoint)
 
 
 def require_same_attention(source: Source) -> None:

@@ -19,6 +19,7 @@ _TOLERANCE = 1e-3
 _KEYS = (
     *("rope_theta", "rope_scaling", "rope_parameters", "rope_local_base_freq"),
     *("layer_types", "sliding_window", "max_position_embeddings", "num_hidden_layers"),
+    "original_max_position_embeddings",
 )
 
 
@@ -65,44 +66,60 @@ def _rope_differences(
     settings: Mapping[str, Any], layers: Sequence[Any], kinds: Sequence[str | None]
 ) -> Iterator[str]:
     longest = settings.get("max_position_embeddings")
+    others: list[tuple[int, str | None, Rope, Any]] = []
+    is_realised = False
     for number, (layer, kind) in enumerate(zip(layers, kinds, strict=True)):
         accepted = _ropes(settings, kind)
         for module in _rope_modules(layer) if accepted else ():
             try:
-                same = any(_same_rotation(module, rope, longest) for rope in accepted)
+                if any(_same_rotation(module, rope, longest) for rope in accepted):
+                    is_realised = True
+                else:
+                    others.append((number, kind, accepted[0], module))
             except (KeyError, TypeError, ValueError) as exc:
                 what = f"which mlx-lm does not know ({first_line(exc)})"
                 yield f"layer {number}: the config asks for {accepted[0]}, {what}"
-                continue
-            if not same:
-                yield f"layer {number}: the config asks for {accepted[0]}; mlx-lm builds another"
+    for number, kind, rope, module in others:
+        # Some families (OLMo 3) scale full attention only; then others read the same settings.
+        may_be_plain = kind == SLIDING and is_realised and not _stated(settings)[1]
+        if may_be_plain and _same_rotation(module, Rope(rope.theta, {}), longest):
+            continue
+        yield f"layer {number}: the config asks for {rope}; mlx-lm builds another"
+
+
+def _stated(settings: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
+    """Return the RoPE settings as transformers 5 reads them, and whether they are given for every
+    layer type."""
+    stated: dict[str, Any] = {}
+    for key in ("rope_parameters", "rope_scaling"):
+        given = settings.get(key)
+        stated |= given if isinstance(given, Mapping) else {}
+        if stated and all(isinstance(value, Mapping) for value in stated.values()):
+            return stated, True  # no more can be said
+    return stated, False
 
 
 def _ropes(settings: Mapping[str, Any], kind: str | None) -> list[Rope]:
     """Return the RoPE settings that a layer of `kind` may have: one, or those of every kind where
     the kind is not known. Empty where the config does not say."""
-    stated: dict[str, Any] = {}
-    by_kind = False
-    for key in ("rope_parameters", "rope_scaling"):  # as transformers 5 reads them
-        if not by_kind:  # else no more can be said
-            stated |= settings.get(key) or {}
-        by_kind = bool(stated) and all(isinstance(value, Mapping) for value in stated.values())
+    own, by_kind = _stated(settings)
     local = settings.get("rope_local_base_freq")
     if kind is None:
-        names = list(stated) if by_kind else [FULL, *([SLIDING] if local else [])]
+        names = list(own) if by_kind else [FULL, *([SLIDING] if local else [])]
         return [rope for name in names for rope in _ropes(settings, name)]
     if by_kind:
-        own = stated.get(kind)
-        if own is None:
-            return []
+        own = own.get(kind, {})
     elif kind == SLIDING and local:
         return [Rope(float(local), {})]
-    else:
-        own = stated
     theta = own.get("rope_theta") or settings.get("rope_theta")
     scaling = {key: value for key, value in own.items() if key != "rope_theta"}
-    is_dynamic = "dynamic" in (scaling.get("rope_type"), scaling.get("type"))
-    return [] if theta is None or is_dynamic else [Rope(float(theta), scaling)]
+    types = (scaling.get("rope_type"), scaling.get("type"))
+    trained = "original_max_position_embeddings"
+    if "longrope" in types and trained in settings:  # where transformers 4 has it
+        scaling.setdefault(trained, settings[trained])
+    if theta is None or "dynamic" in types or (by_kind and not own):
+        return []
+    return [Rope(float(theta), scaling)]
 
 
 def _rope_modules(layer: Any) -> Iterator[Any]:
@@ -147,5 +164,7 @@ def _cache_differences(
             continue
         if rotating[number] != (kind == SLIDING):
             yield f"layer {number}: the config says {kind}; mlx-lm builds the other kind"
-        elif rotating[number] and cache.max_size != window:
+        elif rotating[number] and (
+            not isinstance(window, int) or window < 1 or cache.max_size != window
+        ):
             yield f"layer {number}: the config's window is {window}; mlx-lm's is {cache.max_size}"

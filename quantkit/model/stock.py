@@ -4,13 +4,20 @@ from pathlib import Path
 from typing import Any
 
 from quantkit.backend import mx  # noqa: F401  (before mlx-lm: see backend)
-from quantkit.errors import CalibrationError, InputError, OutputError, first_line
+from quantkit.errors import CalibrationError, InputError, OutputError
+
+_MOST = 200  # characters of what went wrong
+
+
+class UntrustedCodeError(InputError):
+    """A tokenizer comes with Python code of its own, which nobody has allowed to run."""
 
 
 def load_stock(repo: str, *, trust_remote_code: bool = False) -> tuple[Any, Any]:
     """Return mlx-lm's model, with all its weights in memory, and its tokenizer.
 
-    `repo` is a folder or a Hub id. Raises OutputError for what mlx-lm does not load.
+    `repo` is a folder or a Hub id. Raises OutputError for what mlx-lm does not load, and
+    UntrustedCodeError where the tokenizer wants to run code that is not trusted.
     """
     import mlx_lm
 
@@ -18,8 +25,8 @@ def load_stock(repo: str, *, trust_remote_code: bool = False) -> tuple[Any, Any]
     try:
         model, tokenizer, *_ = mlx_lm.load(repo, tokenizer_config=options)
     except Exception as exc:  # whatever mlx-lm and transformers stumble over
-        if wants_code(exc):
-            raise InputError(untrusted(repo)) from exc
+        if _wants_code(exc):
+            raise UntrustedCodeError(_refusal(repo)) from exc
         raise OutputError(f"{repo}: mlx-lm does not load it ({_said(exc)}).") from exc
     return model, tokenizer
 
@@ -27,8 +34,7 @@ def load_stock(repo: str, *, trust_remote_code: bool = False) -> tuple[Any, Any]
 def load_tokenizer(folder: Path, name: str, *, trust_remote_code: bool = False) -> Any:
     """Return mlx-lm's tokenizer of a model folder; `name` is what errors call it.
 
-    Raises CalibrationError, and InputError where the tokenizer wants to run code that is not
-    trusted.
+    Raises CalibrationError, and UntrustedCodeError where it wants to run code that is not trusted.
     """
     from mlx_lm import utils
 
@@ -36,17 +42,17 @@ def load_tokenizer(folder: Path, name: str, *, trust_remote_code: bool = False) 
     try:
         return utils.load_tokenizer(folder, options)
     except Exception as exc:  # whatever transformers and tokenizers raise on a file
-        if wants_code(exc):
-            raise InputError(untrusted(name)) from exc
+        if _wants_code(exc):
+            raise UntrustedCodeError(_refusal(name)) from exc
         raise CalibrationError(f"{name}: its tokenizer cannot be read ({_said(exc)}).") from exc
 
 
-def wants_code(exc: Exception) -> bool:
+def _wants_code(exc: Exception) -> bool:
     """Return whether transformers refused because a repo brings Python code of its own."""
     return "trust_remote_code" in str(exc)
 
 
-def untrusted(name: str) -> str:
+def _refusal(name: str) -> str:
     """Return the refusal to run the code of a repo."""
     return (
         f"{name}: its tokenizer comes with Python code of its own, which is not run unless you say "
@@ -55,4 +61,4 @@ def untrusted(name: str) -> str:
 
 
 def _said(exc: Exception) -> str:
-    return f"{type(exc).__name__}: {first_line(exc)}"
+    return f"{type(exc).__name__}: {' '.join(str(exc).split())[:_MOST]}"

@@ -34,6 +34,7 @@ def _with_both_forms(scope: Mapping[str, Any]) -> dict[str, Any]:
     found = dict(scope)
     if found.get("rope_theta", 0) is None:
         del found["rope_theta"]  # null means the default, which mlx-lm takes for a missing key
+    _require_numbers(found)
     parameters, scaling = _settings(found, "rope_parameters"), _settings(found, "rope_scaling")
     given = parameters if _is_by_layer_type(parameters) else {**parameters, **scaling}
     if not given:
@@ -61,6 +62,16 @@ def _settings(scope: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     """Return the RoPE settings under `key`; empty for null and for what is no object."""
     value = scope.get(key)
     return value if isinstance(value, Mapping) else {}
+
+
+def _require_numbers(settings: Mapping[str, Any]) -> None:
+    """Raises SourceError for a RoPE base that is no number, here or inside."""
+    for key, value in settings.items():
+        if key in ("rope_theta", "rope_local_base_freq") and value is not None:
+            if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+                raise SourceError(f"config.json: {key} is {value!r}, which is no positive number.")
+        elif key in ("rope_parameters", "rope_scaling") or key.endswith("_attention"):
+            _require_numbers(value if isinstance(value, Mapping) else {})
 
 
 def _is_by_layer_type(settings: Mapping[str, Any]) -> bool:

@@ -280,3 +280,82 @@ def test_no_quantization_is_none(tmp_path, checkpoint, value):
 def test_quantization_that_is_no_object(refused, tmp_path, value):
     source = tiny.write_gpt_oss(tmp_path / "src", config={**tiny.CONFIG, "quantization": value})
     assert "config.json: quantization is no object" in refused(source)
+
+
+FAMILIES = {
+    "OLMo 3 scales full attention only": {
+        "model_type": "olmo3",
+        "layer_types": ["sliding_attention"] * 3 + ["full_attention"],
+        "num_hidden_layers": 4,
+        "sliding_window": 16,
+        "rope_scaling": YARN,
+    },
+    "Phi 3 has a length beside its scaling": {
+        "model_type": "phi3",
+        "original_max_position_embeddings": 16,
+        "rope_scaling": {
+            "type": "longrope",
+            "short_factor": [1.0] * 16,
+            "long_factor": [2.0] * 16,
+        },
+    },
+    "GLM 4 rotates a part": {
+        "model_type": "glm4",
+        "head_dim": 32,
+        "partial_rotary_factor": 0.5,
+        "attention_bias": True,
+    },
+    "SmolLM 3 rotates some layers": {"model_type": "smollm3", "no_rope_layers": [1, 0]},
+    "Qwen 2 states a window that it does not use": {
+        "model_type": "qwen2",
+        "sliding_window": 16,
+        "use_sliding_window": False,
+        "layer_types": ["full_attention"] * 2,
+        "rope_scaling": YARN,
+    },
+}
+
+
+@pytest.mark.parametrize("case", FAMILIES)
+def test_families_with_ways_of_their_own_are_no_false_alarm(case):
+    config = {**BASES["llama"], "rope_theta": 150000.0, **FAMILIES[case]}
+    model = build_model(with_rope_settings(config))
+    assert attention_differences(attention_settings(config), model) == []
+    newer = {key: value for key, value in config.items() if key not in ROPE_KEYS}
+    scaling = config.get("rope_scaling") or PLAIN
+    newer["rope_parameters"] = {**scaling, "rope_theta": 150000.0}
+    model = build_model(with_rope_settings(newer))
+    assert attention_differences(attention_settings(newer), model) == []
+
+
+def test_scaling_that_a_family_does_not_have_is_found():
+    """Plain sliding layers are right only beside full ones that are scaled."""
+    config = {**BASES["llama"], **FAMILIES["OLMo 3 scales full attention only"], "rope_theta": 1e4}
+    lost = build_model({**config, "rope_scaling": None})
+    assert len(attention_differences(attention_settings(config), lost)) == 4
+
+
+ODD = [None, {}, [], "x", 0, -1, True, {"rope_type": 5}, {"full_attention": {}}, [1, 2]]
+SETTINGS = [
+    *("rope_theta", "rope_scaling", "rope_parameters", "layer_types", "sliding_window"),
+    *("torch_dtype", "text_config", "eos_token_id", "max_position_embeddings"),
+]
+
+
+@pytest.mark.parametrize("key", SETTINGS)
+def test_odd_values_end_in_a_right_repo_or_in_one_line(cli, tmp_path, key):
+    """Never in a traceback, a repo that stock mlx-lm does not take, or something half-written."""
+    source, out = tiny.write_gpt_oss(tmp_path / "src"), tmp_path / "out"
+    ends = set()
+    for value in ODD:
+        (source / "config.json").write_text(json.dumps({**tiny.CONFIG, key: value}))
+        done = cli("quantize", source, "-r", "mxfp4-q8", "-o", out, "--force")
+        ends.add(done.exit_code)
+        if done.exit_code == 0:
+            checked = cli("verify", out)
+            assert checked.exit_code == 0, (value, checked.output)
+        else:
+            assert done.exit_code == 2, (value, done.output, done.exception)
+            assert done.stderr.count("\n") == 1, done.stderr
+            assert not list(tmp_path.glob("out.*"))
+    assert ends <= {0, 2}
