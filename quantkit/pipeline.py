@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +13,13 @@ from quantkit.artifacts.plan import Plan
 from quantkit.artifacts.profile import Profile
 from quantkit.artifacts.report import REPORT_FILE, Report
 from quantkit.backend import mx
-from quantkit.errors import CalibrationError, InputError, SourceError
+from quantkit.errors import CalibrationError, InputError
 from quantkit.formats.tiers import Tier, parse_tier
 from quantkit.jsonfile import digest
 from quantkit.judge import fidelity
-from quantkit.judge.attention import attention_differences, attention_settings
 from quantkit.macs import Room, memory_needed
 from quantkit.model import joint
+from quantkit.model.attention import attention_settings, require_same_attention
 from quantkit.model.calibration import Request, load_tokenizer, read_text
 from quantkit.model.stock import UntrustedCodeError
 from quantkit.model.streaming import StreamingModel, has_gradients
@@ -34,7 +33,6 @@ from quantkit.rewrite.rewrite import SHARD_BYTES, Rounder, Rounding, Written, re
 from quantkit.rounding.round import require_method
 from quantkit.rounding.rounder import EMBEDDING_TOKENS, LayerRounder, RoundingText
 from quantkit.rounding.tune import Tuning
-from quantkit.source.generic import build_model
 from quantkit.source.hub import is_repo_id
 from quantkit.source.source import Source, with_values
 from quantkit.staging import require_apart, require_free, versions
@@ -68,7 +66,7 @@ def quantize(
         if not (out / REPORT_FILE).exists():
             require_free(plain_path(out), force)
         source = with_values(source)
-    require_same_attention(source)
+    require_same_attention(source.checkpoint)
     _require_tokenizer(source)
     name = source.checkpoint.name
     if base_model is not None and not is_repo_id(base_model):
@@ -117,20 +115,6 @@ def _require_tokenizer(source: Source) -> None:
     if str(folder).isprintable():
         with suppress(UntrustedCodeError):
             load_tokenizer(source.checkpoint)
-
-
-def require_same_attention(source: Source) -> None:
-    """Raises SourceError where stock mlx-lm would build another attention from what is written than
-    the source's config asks for: the repo would be wrong in a way that no file shows."""
-    checkpoint = source.checkpoint
-    model = build_model(checkpoint.config)
-    wanted = attention_settings(checkpoint.stated_config)
-    if found := attention_differences(wanted, model):
-        more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
-        raise SourceError(
-            f"config.json: {found[0]}{more}. mlx-lm {version('mlx-lm')} does not support these "
-            "settings of RoPE or attention for this architecture."
-        )
 
 
 def _calibrated(

@@ -29,6 +29,7 @@ from quantkit.errors import (
     first_line,
 )
 from quantkit.jsonfile import digest, load_json, write_bytes_atomically
+from quantkit.model.attention import require_same_attention
 from quantkit.model.calibration import (
     CHAT,
     DEFAULT,
@@ -79,6 +80,7 @@ def prepare(native: Source, repos: Sequence[str], request: Request) -> Compariso
     """Open the repos and read the text. Raises InputError for a repo with another tokenizer, or one
     that was made with this very text."""
     native = with_values(native)
+    require_same_attention(native.checkpoint)
     text = _judged(native, request)
     words = load_tokenizer(native.checkpoint).get_vocab()
     opened = []

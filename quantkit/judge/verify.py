@@ -13,7 +13,7 @@ from quantkit.errors import OutputError, SourceError, first_line
 from quantkit.formats.dtypes import FLOATS, nan_scales, nonfinite
 from quantkit.formats.tiers import TIERS, Tier
 from quantkit.jsonfile import load_json
-from quantkit.judge.attention import attention_differences
+from quantkit.model.attention import attention_differences
 from quantkit.model.stock import load_stock
 from quantkit.progress import Progress
 from quantkit.source.checkpoint import INDEX_FILE, Checkpoint, hash_file, open_folder

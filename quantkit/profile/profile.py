@@ -20,6 +20,7 @@ from quantkit.errors import CalibrationError, InputError, SourceError
 from quantkit.formats.files import write_file
 from quantkit.formats.tiers import ROUNDINGS, TensorSpec
 from quantkit.jsonfile import digest, load_json
+from quantkit.model.attention import require_same_attention
 from quantkit.model.calibration import Request, Text, read_text
 from quantkit.model.streaming import StreamingModel, has_gradients
 from quantkit.places import plain_path
@@ -89,6 +90,7 @@ def prepare(source: Source, out: Path, settings: Settings, force: bool = False) 
             f"mlx-lm {version('mlx-lm')} cannot differentiate mixtures of experts. Install 0.32 or "
             "later (it needs Python 3.11)."
         )
+    require_same_attention(source.checkpoint)
     text = read_text(source.checkpoint, settings.text)
     known = None
     hashed = with_hashes(source.inventory.source, file_hashes(source))

@@ -10,8 +10,8 @@ import pytest
 from quantkit.allocate.recipe import load_recipe, plan_by_recipe
 from quantkit.backend import mx
 from quantkit.errors import SourceError
-from quantkit.judge.attention import attention_differences, attention_settings
 from quantkit.judge.verify import verify
+from quantkit.model.attention import attention_differences, attention_settings
 from quantkit.pipeline import quantize as write_repo
 from quantkit.publish.report import read_report
 from quantkit.source.generic import build_model
@@ -156,6 +156,17 @@ def test_layer_types_that_mlx_lm_does_not_tell_apart_are_refused(tmp_path):
     )
     with pytest.raises(SourceError, match="layer 0: the config asks for rope_theta 10000"):
         rewritten(source, tmp_path / "out")
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_nothing_is_measured_of_a_model_that_mlx_lm_builds_otherwise(cli, checkpoint, tmp_path):
+    settings = by_type({**YARN, "rope_theta": 150000.0}, rope_theta=10000.0)
+    config = {**tiny.CONFIG, "rope_scaling": None, "rope_parameters": settings}
+    source = tiny.write_gpt_oss(tmp_path / "src", config=config)
+    for command in (("profile", source, "-o", tmp_path / "out"), ("compare", source, checkpoint)):
+        done = cli(*command)
+        assert done.exit_code == 2, done.output
+        assert "the config asks for rope_theta 10000" in done.stderr
     assert not list(tmp_path.glob("out*"))
 
 

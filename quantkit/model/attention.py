@@ -8,10 +8,13 @@ modules of mlx-lm's model really compute.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
 from quantkit.backend import mx
-from quantkit.errors import first_line
+from quantkit.errors import SourceError, first_line
+from quantkit.source.checkpoint import Checkpoint
+from quantkit.source.generic import build_model
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 _OFFSETS = (0, 1000, 30000)  # positions at which rotations are compared
@@ -42,6 +45,18 @@ def attention_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(text := config.get("text_config"), Mapping):
         found["text_config"] = attention_settings(text)
     return found
+
+
+def require_same_attention(checkpoint: Checkpoint) -> None:
+    """Raise SourceError where stock mlx-lm builds another attention than the checkpoint's config
+    asks for: what is measured or written of it would be wrong in a way that no file shows."""
+    wanted = attention_settings(checkpoint.stated_config)
+    if found := attention_differences(wanted, build_model(checkpoint.config)):
+        more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+        raise SourceError(
+            f"config.json: {found[0]}{more}. mlx-lm {version('mlx-lm')} does not support these "
+            "settings of RoPE or attention for this architecture."
+        )
 
 
 def attention_differences(wanted: Mapping[str, Any], model: Any) -> list[str]:
