@@ -1,5 +1,6 @@
 """`quantkit profile`: what every weight loses in every tier."""
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -127,7 +128,7 @@ def profile(
         console.print_json(made.to_json() | ({"check": checked} if checked else {}))
         return
     tables.print_profile(made)
-    for line in _warnings(made.expert_tokens):
+    for line in starved_experts(made.expert_tokens):
         console.note(line)
     if checked:
         tables.print_check(checked)
@@ -138,15 +139,16 @@ def profile(
 _FEW = 16
 
 
-def _warnings(seen: dict[str, tuple[int, ...]] | Any) -> list[str]:
-    """A line for every stack in which experts saw few tokens."""
-    lines = []
-    for name, counts in seen.items():
-        if not name.endswith("down_proj"):
-            continue
+def starved_experts(expert_tokens: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """Return a note for every module of experts, by whatever names its stacks go, some experts of
+    which saw few tokens; `expert_tokens` gives the tokens that each expert of a stack saw."""
+    by_module: dict[str, tuple[int, ...]] = {}
+    for name, counts in expert_tokens.items():  # the stacks of a module see the same tokens
+        by_module.setdefault(name.rpartition(".")[0], counts)
+    notes = []
+    for module, counts in by_module.items():
         few = [f"{i} ({n})" for i, n in enumerate(counts) if n < _FEW]
         if few:
             listed = ", ".join(few[:8]) + (f" and {len(few) - 8} more" if len(few) > 8 else "")
-            stack = name.rpartition(".")[0]
-            lines.append(f"{stack}: fewer than {_FEW} tokens reached experts {listed}")
-    return lines
+            notes.append(f"{module}: fewer than {_FEW} tokens reached experts {listed}")
+    return notes

@@ -270,3 +270,15 @@ def test_recording_wants_the_model_that_it_was_made_from(cli, checkpoint, tmp_pa
     assert done.exit_code == 2
     assert "was made from tiny-gpt-oss, not from this other" in done.stderr
     assert (out / "quantkit.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("stacks", [("gate_proj", "up_proj", "down_proj"), ("fc1", "fc2")])
+def test_starved_experts_are_told_whatever_their_stacks_are_called(stacks):
+    from quantkit.cli.profile import starved_experts
+
+    seen = {
+        f"model.layers.{i}.mlp.switch_mlp.{s}": (40, 3 + i, 99) for i in (0, 20) for s in stacks
+    }
+    assert starved_experts(seen) == [
+        "model.layers.0.mlp.switch_mlp: fewer than 16 tokens reached experts 1 (3)"
+    ]
