@@ -14,6 +14,7 @@ from quantkit.cli import console
 from quantkit.cli.bench import bench
 from quantkit.cli.compare import compare
 from quantkit.cli.demo import demo
+from quantkit.cli.diff import diff
 from quantkit.cli.inspect import inspect
 from quantkit.cli.plan import plan
 from quantkit.cli.profile import profile
@@ -90,7 +91,7 @@ def _options(
     pass
 
 
-COMMANDS = (inspect, profile, plan, quantize, report, verify, compare, bench, upload)
+COMMANDS = (inspect, profile, plan, diff, quantize, report, verify, compare, bench, upload)
 for command in (*COMMANDS, generate, chat, serve, demo):
     app.command()(command)
 

@@ -23,6 +23,7 @@ from quantkit.cli.options import (
     RoundingName,
     Routers,
     Speed,
+    Src,
     Tiers,
     Ties,
 )
@@ -35,15 +36,7 @@ if TYPE_CHECKING:
 
 
 def plan(
-    src: Annotated[
-        str,
-        typer.Argument(
-            metavar="SRC | diff",
-            help="A checkpoint: a local folder, a Hub id, demo or demo-llama. Or `diff A.json "
-            "B.json`: what two saved plans store differently.",
-        ),
-    ],
-    files: Annotated[list[Path] | None, typer.Argument(metavar="[A B]", hidden=True)] = None,
+    src: Src,
     budget: BudgetOption = None,
     profile: ProfileName = None,
     recipe: RecipeName = None,
@@ -104,18 +97,13 @@ def plan(
 
     Saved plans may be edited by hand: change a `tier`, count anew with
     `quantkit plan SRC --plan plan.json`, write it with `quantkit quantize SRC --plan plan.json -o
-    OUT`. `quantkit plan diff a.json b.json` shows how two of them differ.
+    OUT`. `quantkit diff a.json b.json` shows how two of them differ.
     """
     from quantkit.cli.choose import Asked, open_model, require_plots, settle_plan
     from quantkit.errors import InputError, OutputError
     from quantkit.jsonfile import dump_json, write_atomically
     from quantkit.profile.store import load_profile
 
-    if src == "diff" and files and not Path("diff").exists():
-        _diff(files, json)
-        return
-    if files:
-        raise InputError(f"{files[0]}: one checkpoint at a time. Two plans: quantkit plan diff A B")
     if plot is not None and not frontier:
         raise InputError("--plot draws the frontier; give --frontier, too.")
     if plot is not None:
@@ -197,21 +185,3 @@ def _frontier(
         console.print_json(rows)
     else:
         tables.print_frontier(plans, recipes)
-
-
-def _diff(files: list[Path], json: bool) -> None:
-    from dataclasses import asdict
-
-    from quantkit.allocate.explain import diff
-    from quantkit.artifacts.plan import Plan
-    from quantkit.errors import InputError, PlanError
-    from quantkit.jsonfile import load_json
-
-    if len(files) != 2:
-        raise InputError("quantkit plan diff takes two saved plans.")
-    before, after = (Plan.from_json(load_json(path, PlanError), str(path)) for path in files)
-    found = diff(before, after)
-    if json:
-        console.print_json([asdict(difference) for difference in found])
-    else:
-        tables.print_differences(found)

@@ -244,13 +244,13 @@ def test_two_plans_side_by_side(cli, checkpoint, saved, tmp_path):
     a, b = tmp_path / "a.json", tmp_path / "b.json"
     first = planned(cli, checkpoint, saved, "-b", "4.5bpw", "-o", a)
     second = planned(cli, checkpoint, saved, "-b", "5bpw", "-o", b)
-    found = json.loads(cli("plan", "diff", a, b, "--json").stdout)
+    found = json.loads(cli("diff", a, b, "--json").stdout)
     assert {d["weight"] for d in found} == {
         n for n, t in tiers(first).items() if tiers(second)[n] != t
     }
     assert sum(d["bytes"] for d in found) == second["total_bytes"] - first["total_bytes"]
-    assert "weights differ" in cli("plan", "diff", a, b).stdout
-    assert "0 weights differ" in cli("plan", "diff", a, a).stdout
+    assert "weights differ" in cli("diff", a, b).stdout
+    assert "0 weights differ" in cli("diff", a, a).stdout
 
 
 def test_the_frontier_with_the_recipes_on_it(cli, checkpoint, saved, tmp_path):
@@ -478,7 +478,7 @@ def test_plans_that_lie(cli, checkpoint, saved, tmp_path, change):
     data = planned(cli, checkpoint, saved, "-b", "5bpw")
     change(data)
     path.write_text(json.dumps(data))
-    for command in (("plan", checkpoint, "--plan", path), ("plan", "diff", path, path)):
+    for command in (("plan", checkpoint, "--plan", path), ("diff", path, path)):
         result = cli(*command)
         assert result.exit_code == 2, result.output
         assert result.stderr.count("\n") == 1

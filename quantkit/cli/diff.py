@@ -1,0 +1,33 @@
+"""`quantkit diff`: how two saved plans differ."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from quantkit.cli import console, tables
+from quantkit.cli.options import Json
+from quantkit.places import user_path
+
+SavedPlan = Annotated[
+    Path, typer.Argument(parser=user_path, help="A plan that `quantkit plan -o` saved.")
+]
+
+
+def diff(a: SavedPlan, b: SavedPlan, json: Json = False) -> None:
+    """Show which weights two saved plans store differently, with bytes and predicted KL divergence.
+
+    `quantkit diff 16GB.json 24GB.json`
+    """
+    from quantkit.allocate.explain import diff as find_differences
+    from quantkit.artifacts.plan import Plan
+    from quantkit.errors import PlanError
+    from quantkit.jsonfile import load_json
+
+    before, after = (Plan.from_json(load_json(path, PlanError), str(path)) for path in (a, b))
+    found = find_differences(before, after)
+    if json:
+        console.print_json([asdict(difference) for difference in found])
+    else:
+        tables.print_differences(found)
