@@ -9,69 +9,69 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from quantkit.allocate.allocate import Limits, Wishes, frontier, plan_by_budget, recipe_plans
-    from quantkit.allocate.budget import parse_budget
-    from quantkit.allocate.plan import make_plan, read_plan
-    from quantkit.allocate.recipe import Recipe, load_recipe, plan_by_recipe, recipe_names
     from quantkit.artifacts.fidelity import Fidelity
     from quantkit.artifacts.inventory import Inventory, Weight
     from quantkit.artifacts.plan import Plan
     from quantkit.artifacts.profile import Profile
     from quantkit.artifacts.report import Report
+    from quantkit.calibration.text import Request
+    from quantkit.checkpoint.source import Source, open_source
     from quantkit.demo.build import demo_checkpoint
     from quantkit.errors import QuantkitError
+    from quantkit.evaluation.verify import Check, verify
     from quantkit.formats.codec import decode, encode
     from quantkit.formats.tiers import TIERS, Tier, parse_tier
-    from quantkit.judge.verify import Check, verify
-    from quantkit.model.calibration import Request
     from quantkit.pipeline import compare, make_profile, quantize, refine
-    from quantkit.profile.profile import Settings
-    from quantkit.profile.store import load_profile
+    from quantkit.planning.allocator import Limits, Wishes, frontier, plan_by_budget, recipe_plans
+    from quantkit.planning.budget import parse_budget
+    from quantkit.planning.plan import make_plan, read_plan
+    from quantkit.planning.recipe import Recipe, load_recipe, plan_by_recipe, recipe_names
     from quantkit.publish.plot import plot_fidelity, plot_frontier, plot_profile
     from quantkit.publish.report import read_report
-    from quantkit.source.source import Source, open_source
+    from quantkit.sensitivity.measure import Settings
+    from quantkit.sensitivity.store import load_profile
 
 _HOME = {
-    "Check": "judge.verify",
+    "Check": "evaluation.verify",
     "Fidelity": "artifacts.fidelity",
     "Inventory": "artifacts.inventory",
-    "Limits": "allocate.allocate",
+    "Limits": "planning.allocator",
     "Plan": "artifacts.plan",
     "Profile": "artifacts.profile",
     "QuantkitError": "errors",
-    "Recipe": "allocate.recipe",
+    "Recipe": "planning.recipe",
     "Report": "artifacts.report",
-    "Request": "model.calibration",
-    "Settings": "profile.profile",
-    "Source": "source.source",
+    "Request": "calibration.text",
+    "Settings": "sensitivity.measure",
+    "Source": "checkpoint.source",
     "TIERS": "formats.tiers",
     "Tier": "formats.tiers",
     "Weight": "artifacts.inventory",
-    "Wishes": "allocate.allocate",
+    "Wishes": "planning.allocator",
     "compare": "pipeline",
     "decode": "formats.codec",
     "demo_checkpoint": "demo.build",
     "encode": "formats.codec",
-    "frontier": "allocate.allocate",
-    "load_profile": "profile.store",
-    "load_recipe": "allocate.recipe",
-    "make_plan": "allocate.plan",
+    "frontier": "planning.allocator",
+    "load_profile": "sensitivity.store",
+    "load_recipe": "planning.recipe",
+    "make_plan": "planning.plan",
     "make_profile": "pipeline",
-    "open_source": "source.source",
-    "parse_budget": "allocate.budget",
+    "open_source": "checkpoint.source",
+    "parse_budget": "planning.budget",
     "parse_tier": "formats.tiers",
-    "plan_by_budget": "allocate.allocate",
-    "plan_by_recipe": "allocate.recipe",
+    "plan_by_budget": "planning.allocator",
+    "plan_by_recipe": "planning.recipe",
     "plot_fidelity": "publish.plot",
     "plot_frontier": "publish.plot",
     "plot_profile": "publish.plot",
     "quantize": "pipeline",
-    "read_plan": "allocate.plan",
+    "read_plan": "planning.plan",
     "read_report": "publish.report",
-    "recipe_names": "allocate.recipe",
-    "recipe_plans": "allocate.allocate",
+    "recipe_names": "planning.recipe",
+    "recipe_plans": "planning.allocator",
     "refine": "pipeline",
-    "verify": "judge.verify",
+    "verify": "evaluation.verify",
 }
 
 __all__ = [

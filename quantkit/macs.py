@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from quantkit.artifacts.report import Memory
+from quantkit.checkpoint.tensor_map import optional_int, text_scope
 from quantkit.errors import InputError
-from quantkit.source.layout import optional_int, text_scope
 
 SIZES = (8, 16, 18, 24, 32, 36, 48, 64, 96, 128, 192, 256, 512)
 """GiB of memory that Macs with Apple silicon are sold with."""

@@ -7,35 +7,35 @@ from pathlib import Path
 
 import numpy as np
 
-from quantkit.allocate.allocate import Limits, Wishes, corrected_by, plan_by_budget, rivals
 from quantkit.artifacts.fidelity import Fidelity
 from quantkit.artifacts.plan import Plan
 from quantkit.artifacts.profile import Profile
 from quantkit.artifacts.report import REPORT_FILE, Report
 from quantkit.backend import mx
+from quantkit.calibration.text import Request, load_tokenizer, read_text
+from quantkit.checkpoint.hub import is_repo_id
+from quantkit.checkpoint.source import Source, with_values
+from quantkit.checkpoint.stock import UntrustedCodeError
 from quantkit.errors import CalibrationError, InputError
+from quantkit.evaluation import fidelity
 from quantkit.formats.tiers import Tier, parse_tier
 from quantkit.jsonfile import digest
-from quantkit.judge import fidelity
 from quantkit.macs import Room, memory_needed
-from quantkit.model import joint
-from quantkit.model.attention import attention_settings, require_same_attention
-from quantkit.model.calibration import Request, load_tokenizer, read_text
-from quantkit.model.stock import UntrustedCodeError
-from quantkit.model.streaming import StreamingModel, has_gradients
 from quantkit.places import plain_path
-from quantkit.profile.profile import Settings, make, prepare
+from quantkit.planning.allocator import Limits, Wishes, corrected_by, plan_by_budget, rivals
 from quantkit.progress import Progress
 from quantkit.publish.card import license_of
 from quantkit.publish.report import documents, read_report
-from quantkit.rewrite.config import companions
-from quantkit.rewrite.rewrite import SHARD_BYTES, Rounder, Rounding, Written, rewrite
-from quantkit.rounding.round import require_method
-from quantkit.rounding.rounder import EMBEDDING_TOKENS, LayerRounder, RoundingText
-from quantkit.rounding.tune import Tuning
-from quantkit.source.hub import is_repo_id
-from quantkit.source.source import Source, with_values
+from quantkit.quantizers.layerwise import EMBEDDING_TOKENS, LayerRounder, RoundingText
+from quantkit.quantizers.rounding import require_method
+from quantkit.quantizers.scale_tuning import Tuning
+from quantkit.sensitivity.measure import Settings, make, prepare
 from quantkit.staging import require_apart, require_free, versions
+from quantkit.streaming import measure_kl as joint
+from quantkit.streaming.attention import attention_settings, require_same_attention
+from quantkit.streaming.layer_runner import StreamingModel, has_gradients
+from quantkit.writer.config import companions
+from quantkit.writer.writer import SHARD_BYTES, Rounder, Rounding, Written, rewrite
 
 ROUNDING_TEXT = Request(tokens=16384)
 _VALIDATED = 8  # for so many sequences that are rounded on, one more

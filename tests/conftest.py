@@ -32,9 +32,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def quant(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Path:
     """`checkpoint` by the recipe mxfp4-q8. Not to be changed: copy it."""
-    from quantkit.allocate.recipe import load_recipe, plan_by_recipe
+    from quantkit.checkpoint.source import open_source
     from quantkit.pipeline import quantize
-    from quantkit.source.source import open_source
+    from quantkit.planning.recipe import load_recipe, plan_by_recipe
 
     source = open_source(str(checkpoint))
     out = tmp_path_factory.mktemp("repo") / "out"

@@ -8,11 +8,11 @@ import pytest
 
 import quantkit
 from quantkit.backend import mx
-from quantkit.judge.fidelity import prepare
-from quantkit.model import joint
-from quantkit.model.calibration import read_text
-from quantkit.model.streaming import StreamingModel
+from quantkit.calibration.text import read_text
+from quantkit.evaluation.fidelity import prepare
 from quantkit.pipeline import changes
+from quantkit.streaming import measure_kl as joint
+from quantkit.streaming.layer_runner import StreamingModel
 
 pytestmark = pytest.mark.skipif(
     version("mlx-lm").startswith("0.31"), reason="mlx-lm differentiates its expert indices there"
@@ -69,7 +69,7 @@ def test_what_is_impossible_is_said_before_the_work(cli, checkpoint, tmp_path, o
         raise AssertionError("profiled")
 
     if says:
-        monkeypatch.setattr("quantkit.profile.profile.make", work)
+        monkeypatch.setattr("quantkit.sensitivity.measure.make", work)
     result = cli("quantize", checkpoint, *options, *SHORT, "-o", tmp_path / "out")
     assert result.exit_code == (2 if says else 0), result.output
     assert says in result.stderr

@@ -7,7 +7,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 LOOK = """
 import quantkit
-from quantkit.allocate.recipe import load_recipe, recipe_names
+from quantkit.planning.recipe import load_recipe, recipe_names
 from quantkit.places import data_folder
 print(quantkit.__file__)
 print(len([load_recipe(name) for name in recipe_names()]))

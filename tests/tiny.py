@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from quantkit.checkpoint.gpt_oss import stored_tensors
 from quantkit.formats.files import header_bytes, write_file
 from quantkit.formats.tiers import TensorSpec
-from quantkit.source.gpt_oss import stored_tensors
 
 CONFIG: dict[str, Any] = {
     "architectures": ["GptOssForCausalLM"],

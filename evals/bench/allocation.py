@@ -15,22 +15,22 @@ from pathlib import Path
 import numpy as np
 from rewrite import machine, save
 
-from quantkit.allocate.allocate import Limits, Wishes, plan_by_budget, recipe_plans
-from quantkit.allocate.knapsack import solve
-from quantkit.allocate.options import Option
 from quantkit.artifacts.inventory import Inventory
 from quantkit.artifacts.plan import Plan
 from quantkit.artifacts.profile import Profile
+from quantkit.artifacts.roles import EXPERT_ROLES
 from quantkit.backend import mx
+from quantkit.calibration.text import Request, read_text
+from quantkit.checkpoint.source import Source, open_source
 from quantkit.demo.build import demo_checkpoint
 from quantkit.formats.tiers import parse_tier
-from quantkit.model import joint
-from quantkit.model.calibration import Request, read_text
-from quantkit.model.streaming import StreamingModel
 from quantkit.pipeline import changes, make_profile
-from quantkit.profile.store import load_profile
-from quantkit.roles import EXPERT_ROLES
-from quantkit.source.source import Source, open_source
+from quantkit.planning.allocator import Limits, Wishes, plan_by_budget, recipe_plans
+from quantkit.planning.knapsack import solve
+from quantkit.planning.options import Option
+from quantkit.sensitivity.store import load_profile
+from quantkit.streaming import measure_kl as joint
+from quantkit.streaming.layer_runner import StreamingModel
 
 BIG = "moringlabs-3.6bit"
 

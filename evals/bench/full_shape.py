@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
+from quantkit.checkpoint.gpt_oss import stored_tensors
 from quantkit.formats.files import header_bytes
 from quantkit.formats.tiers import TensorSpec
-from quantkit.source.gpt_oss import stored_tensors
 
 CONFIG_20B = {
     "architectures": ["GptOssForCausalLM"],

@@ -16,10 +16,10 @@ from pathlib import Path
 from rewrite import machine, run, save
 
 from quantkit.backend import mx
+from quantkit.calibration.text import Request, read_text
+from quantkit.checkpoint.source import open_source
 from quantkit.demo.build import plain_checkpoint
-from quantkit.model.calibration import Request, read_text
 from quantkit.pipeline import compare
-from quantkit.source.source import open_source
 
 PROFILED, ROUNDED = 4096, 16384  # tokens: quantkit's defaults
 FOUR_BITS = ["--bits", "4", "--group-size", "64"]

@@ -23,15 +23,15 @@ from full_shape import CONFIG_20B, write_checkpoint
 from rewrite import machine, run, save
 
 from quantkit.backend import mx
+from quantkit.calibration.text import Request, read_text
+from quantkit.checkpoint.source import open_source
 from quantkit.demo.build import demo_checkpoint, plain_checkpoint
-from quantkit.model.calibration import Request, read_text
-from quantkit.model.streaming import StreamingModel
-from quantkit.profile.candidates import candidates
-from quantkit.profile.check import spearman
-from quantkit.profile.reference import measured
-from quantkit.profile.sweep import Sweep
-from quantkit.profile.work import ProfileWork
-from quantkit.source.source import open_source
+from quantkit.sensitivity.entries import candidates
+from quantkit.sensitivity.exact import measured
+from quantkit.sensitivity.fisher import Sweep
+from quantkit.sensitivity.validation import spearman
+from quantkit.sensitivity.work import ProfileWork
+from quantkit.streaming.layer_runner import StreamingModel
 
 LAYERS, TOKENS = 4, 512
 PEER_TEXT = Request(tokens=1024)

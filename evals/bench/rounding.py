@@ -17,16 +17,16 @@ from pathlib import Path
 from allocation import BIG, demo_and_profile, experts_alone
 from rewrite import machine, save
 
-from quantkit.allocate.allocate import Limits, Wishes, plan_by_budget
-from quantkit.allocate.plan import make_plan
-from quantkit.allocate.recipe import load_recipe, plan_by_recipe
 from quantkit.artifacts.plan import Plan
 from quantkit.artifacts.profile import Profile
+from quantkit.artifacts.roles import EXPERT_ROLES
+from quantkit.checkpoint.source import Source, open_source
 from quantkit.demo.build import demo_checkpoint
 from quantkit.formats.tiers import NATIVE, parse_tier
 from quantkit.pipeline import compare, quantize
-from quantkit.roles import EXPERT_ROLES
-from quantkit.source.source import Source, open_source
+from quantkit.planning.allocator import Limits, Wishes, plan_by_budget
+from quantkit.planning.plan import make_plan
+from quantkit.planning.recipe import load_recipe, plan_by_recipe
 
 TUNED = 60  # steps
 Groups = dict[str, list[tuple[str, Plan]]]

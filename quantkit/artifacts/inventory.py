@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import PurePosixPath
 from typing import Any
 
-from quantkit.roles import EXPERT_ROLES
+from quantkit.artifacts.roles import EXPERT_ROLES
 from quantkit.units import bits_per_weight
 
 

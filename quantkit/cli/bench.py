@@ -24,7 +24,7 @@ def bench(
     and KV cache. `--record` puts the figures into OUT's quantkit.json and model card.
     """
     from quantkit.backend import speed_hint
-    from quantkit.judge.speed import measure
+    from quantkit.evaluation.speed import measure
     from quantkit.publish.report import read_report
     from quantkit.units import parse_count
 

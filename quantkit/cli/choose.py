@@ -5,16 +5,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from quantkit.allocate.allocate import Limits, Wishes, parse_pins, plan_by_budget
-from quantkit.allocate.budget import parse_budget, parse_room, parse_speed
-from quantkit.allocate.plan import read_plan, with_losses
-from quantkit.allocate.recipe import (
-    fallen_back,
-    idle_rules,
-    load_recipe,
-    plan_by_recipe,
-    recipe_names,
-)
 from quantkit.artifacts.plan import Plan
 from quantkit.artifacts.profile import Profile
 from quantkit.cli import console
@@ -22,11 +12,21 @@ from quantkit.errors import InputError, PlanError
 from quantkit.formats.tiers import ROUNDINGS, parse_tier
 from quantkit.jsonfile import load_json
 from quantkit.macs import Room
+from quantkit.planning.allocator import Limits, Wishes, parse_pins, plan_by_budget
+from quantkit.planning.budget import parse_budget, parse_room, parse_speed
+from quantkit.planning.plan import read_plan, with_losses
+from quantkit.planning.recipe import (
+    fallen_back,
+    idle_rules,
+    load_recipe,
+    plan_by_recipe,
+    recipe_names,
+)
 from quantkit.units import parse_bytes
 
 if TYPE_CHECKING:
-    from quantkit.model.calibration import Request
-    from quantkit.source.source import Source
+    from quantkit.calibration.text import Request
+    from quantkit.checkpoint.source import Source
 
 DEMOS = ("demo", "demo-llama")
 
@@ -40,7 +40,7 @@ def open_model(
 ) -> "Source":
     """The source called `name`: a folder, a Hub id, or one of the two small models that are built
     on the spot, `demo` and `demo-llama`. Raises InputError."""
-    from quantkit.source.source import STATED, open_source
+    from quantkit.checkpoint.source import STATED, open_source
 
     if name in DEMOS and not Path(name).exists():
         from quantkit.demo import build
@@ -163,16 +163,16 @@ def profile_for(
 ) -> Profile | None:
     """The profile that is named, else for a budget the one beside `out`, made first if it is not
     there. None where none is needed. Raises InputError."""
-    from quantkit.profile.store import load_profile
+    from quantkit.sensitivity.store import load_profile
 
     if asked.profile is not None:
         return load_profile(asked.profile, source.inventory)
     if asked.budget is None:
         return None
     from quantkit.backend import speed_hint
-    from quantkit.profile.candidates import DEFAULT_TIERS, unmeasured
-    from quantkit.profile.profile import Settings, make, prepare
-    from quantkit.source.source import with_values
+    from quantkit.checkpoint.source import with_values
+    from quantkit.sensitivity.entries import DEFAULT_TIERS, unmeasured
+    from quantkit.sensitivity.measure import Settings, make, prepare
 
     wishes = asked.wishes()
     named = [*(wishes.tiers or ()), *(tier for _, tier in wishes.pins)]

@@ -14,14 +14,14 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from quantkit.artifacts.report import Report
-    from quantkit.source.source import Source
+    from quantkit.checkpoint.source import Source
 
 
 def require_made_from(native: "Source", reports: "Mapping[str, Report]") -> None:
     """Raises InputError unless all repos were made from `native`: their cards speak of that one."""
     from quantkit.artifacts.inventory import with_hashes
+    from quantkit.checkpoint.source import file_hashes, with_values
     from quantkit.errors import InputError
-    from quantkit.source.source import file_hashes, with_values
 
     native = with_values(native)
     here = with_hashes(native.inventory.source, file_hashes(native))
@@ -77,11 +77,11 @@ def compare(
     `quantkit compare openai/gpt-oss-20b gpt-oss-20b-q8 mlx-community/gpt-oss-20b-MXFP4-Q8`
     """
     from quantkit.backend import speed_hint
+    from quantkit.calibration.text import Request
+    from quantkit.checkpoint.source import STORED
     from quantkit.cli.choose import open_model, require_plots
-    from quantkit.judge import fidelity
-    from quantkit.model.calibration import Request
+    from quantkit.evaluation import fidelity
     from quantkit.publish.report import read_report
-    from quantkit.source.source import STORED
 
     if plot is not None:
         require_plots(plot)

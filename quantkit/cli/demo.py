@@ -33,12 +33,12 @@ def demo(
     layout; it is built once (15 s) and kept in the cache ($QUANTKIT_CACHE, else ~/.cache/quantkit).
     """
     from quantkit.backend import speed_hint
+    from quantkit.checkpoint.source import open_source
     from quantkit.cli.choose import Asked, choose_plan
     from quantkit.demo.build import demo_checkpoint
+    from quantkit.generation.chat_model import Manner, Speaker
     from quantkit.pipeline import quantize
     from quantkit.places import cache_folder
-    from quantkit.source.source import open_source
-    from quantkit.talk.answer import Manner, Speaker
 
     console.note(speed_hint())
     with console.progress(0, "Building the demo model,") as progress:

@@ -20,10 +20,10 @@ def diff(a: SavedPlan, b: SavedPlan, json: Json = False) -> None:
 
     `quantkit diff 16GB.json 24GB.json`
     """
-    from quantkit.allocate.explain import diff as find_differences
     from quantkit.artifacts.plan import Plan
     from quantkit.errors import PlanError
     from quantkit.jsonfile import load_json
+    from quantkit.planning.explain import diff as find_differences
 
     before, after = (Plan.from_json(load_json(path, PlanError), str(path)) for path in (a, b))
     found = find_differences(before, after)

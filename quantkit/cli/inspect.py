@@ -10,8 +10,8 @@ def inspect(src: Src, revision: Revision = None, json: Json = False) -> None:
     Nothing is downloaded but metadata: `quantkit inspect openai/gpt-oss-120b` takes seconds.
     Damaged files (truncated shards, tensors missing or of a wrong shape) are found and named.
     """
+    from quantkit.checkpoint.source import STORED
     from quantkit.cli.choose import open_model
-    from quantkit.source.source import STORED
 
     inventory = open_model(src, revision, dtype=STORED).inventory
     if json:

@@ -31,8 +31,8 @@ from quantkit.places import user_path
 
 if TYPE_CHECKING:
     from quantkit.artifacts.profile import Profile
+    from quantkit.checkpoint.source import Source
     from quantkit.cli.choose import Asked
-    from quantkit.source.source import Source
 
 
 def plan(
@@ -102,7 +102,7 @@ def plan(
     from quantkit.cli.choose import Asked, open_model, require_plots, settle_plan
     from quantkit.errors import InputError, OutputError
     from quantkit.jsonfile import dump_json, write_atomically
-    from quantkit.profile.store import load_profile
+    from quantkit.sensitivity.store import load_profile
 
     if plot is not None and not frontier:
         raise InputError("--plot draws the frontier; give --frontier, too.")
@@ -148,8 +148,8 @@ def plan(
     chosen, known = settle_plan(source, asked, known)
     reasons = None
     if explain is not None:
-        from quantkit.allocate.explain import explain as find_reasons
-        from quantkit.allocate.explain import explanation_json
+        from quantkit.planning.explain import explain as find_reasons
+        from quantkit.planning.explain import explanation_json
 
         assert known is not None
         reasons = find_reasons(chosen, source.inventory, known, asked.wishes(), explain)
@@ -169,7 +169,7 @@ def plan(
 def _frontier(
     source: "Source", profile: "Profile", asked: "Asked", plot: Path | None, json: bool
 ) -> None:
-    from quantkit.allocate.allocate import frontier, recipe_plans
+    from quantkit.planning.allocator import frontier, recipe_plans
 
     plans = frontier(source.inventory, profile, asked.wishes(), asked.active)
     recipes = recipe_plans(source.inventory, profile)

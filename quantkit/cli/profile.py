@@ -88,7 +88,7 @@ def profile(
     """
     from quantkit.cli.choose import open_model, require_plots
     from quantkit.errors import InputError
-    from quantkit.profile.store import load_profile
+    from quantkit.sensitivity.store import load_profile
 
     if (output is None) == (published is None):
         raise InputError("say where to write it with -o PROFILE, or which to show with --profile.")
@@ -100,10 +100,10 @@ def profile(
         made = load_profile(published, source.inventory)
     else:
         from quantkit.backend import speed_hint
-        from quantkit.model.calibration import Request
-        from quantkit.profile.candidates import parse_tiers
-        from quantkit.profile.profile import Settings, is_first, make, make_check, prepare
-        from quantkit.source.source import with_values
+        from quantkit.calibration.text import Request
+        from quantkit.checkpoint.source import with_values
+        from quantkit.sensitivity.entries import parse_tiers
+        from quantkit.sensitivity.measure import Settings, is_first, make, make_check, prepare
 
         assert output is not None
         text = Request(calibration, tokens, sequence_length, seed)

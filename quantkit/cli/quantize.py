@@ -107,9 +107,9 @@ def quantize(
     """
     from quantkit.artifacts.report import REPORT_FILE
     from quantkit.backend import speed_hint
+    from quantkit.calibration.text import Request
     from quantkit.cli.choose import Asked, open_model, profile_for, settle_plan
     from quantkit.errors import InputError
-    from quantkit.model.calibration import Request
     from quantkit.pipeline import quantize as write_repo
     from quantkit.staging import require_apart, require_free
     from quantkit.units import parse_bytes

@@ -12,15 +12,15 @@ from quantkit.artifacts.inventory import Inventory
 from quantkit.artifacts.plan import Plan
 from quantkit.artifacts.profile import Calibration, Profile
 from quantkit.artifacts.report import Report
+from quantkit.artifacts.roles import ROLES, group_roles
 from quantkit.artifacts.speed import Speed
 from quantkit.formats.tiers import parse_tier
-from quantkit.roles import ROLES, group_roles
 from quantkit.units import bits_per_weight, count, gb, gib, size
 
 if TYPE_CHECKING:
     from rich.table import Column, Table
 
-    from quantkit.allocate.explain import Difference, Explanation
+    from quantkit.planning.explain import Difference, Explanation
     from quantkit.publish.upload import Upload
 
 _MOST_FILES = 8

@@ -12,8 +12,8 @@ from quantkit.places import user_path
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from quantkit.talk.answer import Manner, Speaker
-    from quantkit.talk.channels import Piece
+    from quantkit.generation.chat_model import Manner, Speaker
+    from quantkit.generation.harmony import Piece
 
 _DIM, _PLAIN = "\033[2m", "\033[0m"
 
@@ -59,7 +59,7 @@ def generate(
 
     `quantkit generate gpt-oss-20b-16GB --reasoning low --prompt "Why is the sky blue?"`
     """
-    from quantkit.talk.channels import FINAL
+    from quantkit.generation.harmony import FINAL
 
     manner = _manner(reasoning, max_tokens, temp, top_p, seed)
     speaker = _speaker(out, reasoning, trust_remote_code)
@@ -114,7 +114,7 @@ def serve(
 
     `curl localhost:8080/v1/chat/completions -d '{"messages": [{"role": "user", "content": "Hi"}]}'`
     """
-    from quantkit.talk.serve import serve as run_server
+    from quantkit.generation.server import serve as run_server
 
     options = {"max-tokens": max_tokens, "temp": temp, "top-p": top_p}
     given = [f"--{name}={value}" for name, value in options.items()]
@@ -125,7 +125,7 @@ def _manner(
     effort: str | None, max_tokens: int, temperature: float, top_p: float, seed: int
 ) -> "Manner":
     from quantkit.errors import InputError
-    from quantkit.talk.answer import EFFORTS, Manner
+    from quantkit.generation.chat_model import EFFORTS, Manner
 
     if effort is not None and effort not in EFFORTS:
         raise InputError(f"there is no effort {effort!r}. Efforts: {', '.join(EFFORTS)}.")
@@ -134,7 +134,7 @@ def _manner(
 
 def _speaker(out: str, effort: str | None, trust_remote_code: bool) -> "Speaker":
     from quantkit.backend import speed_hint
-    from quantkit.talk.answer import Speaker
+    from quantkit.generation.chat_model import Speaker
 
     console.note(speed_hint())
     speaker = Speaker(out, trust_remote_code=trust_remote_code)
@@ -156,7 +156,7 @@ def _ask() -> str:
 def _print_answer(pieces: "Iterator[Piece]") -> str | None:
     """Print what comes, what is thought dimmed and only on a terminal; gives the answer, None for
     one that was interrupted."""
-    from quantkit.talk.channels import FINAL
+    from quantkit.generation.harmony import FINAL
 
     terminal, answer, before = sys.stdout.isatty(), "", None
     try:

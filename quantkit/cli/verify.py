@@ -12,7 +12,7 @@ from quantkit.cli.options import Json, Repo, TrustRemoteCode
 
 if TYPE_CHECKING:
     from quantkit.artifacts.report import Report
-    from quantkit.judge.verify import Check
+    from quantkit.evaluation.verify import Check
 
 
 def verify(
@@ -41,7 +41,7 @@ def run_checks(
 ) -> "list[Check]":
     """Verify a repo with progress, every check shown as it is made."""
     from quantkit.backend import speed_hint
-    from quantkit.judge.verify import verify
+    from quantkit.evaluation.verify import verify
 
     total = sum(s.size for s in report.shards) + sum(f.size for f in report.files)
     checks = []

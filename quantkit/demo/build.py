@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from quantkit.backend import mx
+from quantkit.checkpoint.checkpoint import INDEX_FILE, SINGLE_FILE
 from quantkit.demo import llama, upcycle
 from quantkit.demo.smollm2 import SmolLM2, gguf_path
 from quantkit.demo.tokenizer import write_tokenizer
@@ -18,7 +19,6 @@ from quantkit.formats.files import write_file
 from quantkit.formats.tiers import TensorSpec
 from quantkit.jsonfile import dump_json
 from quantkit.places import cache_folder
-from quantkit.source.checkpoint import INDEX_FILE, SINGLE_FILE
 
 Stored = tuple[TensorSpec, np.ndarray]
 

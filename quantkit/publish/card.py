@@ -7,7 +7,7 @@ import yaml
 
 from quantkit.artifacts.fidelity import Fidelity, Interval
 from quantkit.artifacts.report import License, Report
-from quantkit.roles import group_roles
+from quantkit.artifacts.roles import group_roles
 from quantkit.units import count, gib, size
 
 CARD_FILE = "README.md"

@@ -9,9 +9,9 @@ from typing import Any
 from quantkit.artifacts.fidelity import Fidelity
 from quantkit.artifacts.plan import Plan
 from quantkit.artifacts.profile import Profile
+from quantkit.artifacts.roles import ROLES
 from quantkit.errors import OutputError
 from quantkit.jsonfile import write_bytes_atomically
-from quantkit.roles import ROLES
 
 PICTURES = (".png", ".svg", ".pdf")
 _SHOWN = "q4g64", "q3g64", "q2g64"

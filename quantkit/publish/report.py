@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from quantkit.artifacts.report import REPORT_FILE, Report
+from quantkit.checkpoint.checkpoint import hash_file
 from quantkit.errors import OutputError
 from quantkit.jsonfile import dump_json, encoded, load_json, write_atomically
 from quantkit.publish.card import CARD_FILE, card
-from quantkit.source.checkpoint import hash_file
 
 
 def documents(report: Report) -> dict[str, str]:

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from quantkit.artifacts.report import REPORT_FILE, Report
+from quantkit.checkpoint.hub import is_repo_id
 from quantkit.errors import HubError, HubUnreachableError, first_line
 from quantkit.jsonfile import encoded
 from quantkit.publish.card import CARD_FILE
 from quantkit.publish.report import updated
-from quantkit.source.hub import is_repo_id
 
 _SHARDS = "model*.safetensors"  # those of an earlier upload would be loaded by mlx-lm, too
 

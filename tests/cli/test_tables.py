@@ -5,13 +5,13 @@ from dataclasses import replace
 
 import pytest
 
-from quantkit.allocate.recipe import load_recipe, plan_by_recipe
 from quantkit.artifacts.fidelity import Fidelity, Interval
 from quantkit.artifacts.profile import Calibration, Loss, Profile, WeightLosses
 from quantkit.artifacts.speed import Run, Speed
+from quantkit.checkpoint.source import open_source
 from quantkit.cli import tables
-from quantkit.profile.candidates import DEFAULT_TIERS, native_loss
-from quantkit.source.source import open_source
+from quantkit.planning.recipe import load_recipe, plan_by_recipe
+from quantkit.sensitivity.entries import DEFAULT_TIERS, native_loss
 
 WIDTHS = (40, 60, 72, 80, 100, 200)
 NUMBER = re.compile(r"\d[\d.,]*(?:e[-+]\d+)?%?")

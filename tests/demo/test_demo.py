@@ -9,14 +9,14 @@ from contextlib import suppress
 import numpy as np
 import pytest
 
-from quantkit.allocate.recipe import load_recipe, plan_by_recipe
 from quantkit.backend import mx
+from quantkit.checkpoint.source import file_hashes, open_source
 from quantkit.demo.build import build
 from quantkit.demo.smollm2 import SmolLM2, gguf_path
 from quantkit.errors import SourceError
-from quantkit.judge.verify import verify
+from quantkit.evaluation.verify import verify
+from quantkit.planning.recipe import load_recipe, plan_by_recipe
 from quantkit.publish.report import read_report
-from quantkit.source.source import file_hashes, open_source
 
 
 @pytest.fixture(scope="module")

@@ -6,9 +6,9 @@ import shutil
 import mlx_lm
 import pytest
 
-from quantkit.allocate.recipe import load_recipe, plan_by_recipe
+from quantkit.checkpoint.source import open_source
 from quantkit.pipeline import quantize
-from quantkit.source.source import open_source
+from quantkit.planning.recipe import load_recipe, plan_by_recipe
 from tests import hub
 
 LOGGED_IN = {"HF_TOKEN": hub.TOKEN}

@@ -74,7 +74,7 @@ def write_from_model(folder, config, dtype_of=lambda name: "BF16", extra=()):
     """A checkpoint of any family, under mlx-lm's own names, with `extra` tensors beside."""
     from mlx.utils import tree_flatten
 
-    from quantkit.source.generic import build_model
+    from quantkit.checkpoint.generic import build_model
 
     rng = np.random.default_rng(0)
     shapes = {n: v.shape for n, v in tree_flatten(build_model(config).parameters())}

@@ -1,0 +1,1 @@
+"""Calibration text: documents, chats and their tokens."""

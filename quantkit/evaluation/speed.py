@@ -1,0 +1,113 @@
+"""How fast a repo generates, and in how much memory, through mlx-lm's own generation."""
+
+import os
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from quantkit.artifacts.report import Report
+from quantkit.artifacts.speed import Run, Speed
+from quantkit.backend import mx, on_cpu
+from quantkit.checkpoint.stock import load_stock
+from quantkit.checkpoint.tensor_map import optional_int, text_scope
+from quantkit.errors import InputError, OutputError
+from quantkit.jsonfile import load_json
+from quantkit.macs import cache_bytes
+from quantkit.progress import Progress
+from quantkit.staging import versions
+from quantkit.units import gb
+
+_WARM = 16  # tokens
+_LONGEST = 1 << 20  # tokens, where the config does not say
+
+
+def measure(
+    repo: Path,
+    report: Report,
+    contexts: Sequence[int],
+    generated: int,
+    progress: Progress,
+    *,
+    trust_remote_code: bool = False,
+) -> Speed:
+    """Generate `generated` tokens after prompts of so many random tokens, never stopping early.
+
+    Stock mlx-lm, nothing else in memory. Raises InputError for contexts that the model does not
+    take, OutputError for a repo that mlx-lm does not load.
+    """
+    config = load_json(repo / "config.json", OutputError)
+    _require_possible(report, config, contexts, generated)
+    import mlx_lm
+
+    model, tokenizer = load_stock(str(repo), trust_remote_code=trust_remote_code)
+    tokenizer._eos_token_ids = set()  # as mlx-lm's own benchmark does: random prompts end early
+    vocabulary = optional_int(text_scope(config), "vocab_size") or len(tokenizer.get_vocab())
+    random = np.random.default_rng(0)
+
+    def run(context: int, count: int) -> Run:
+        prompt = random.integers(0, vocabulary, context).tolist()
+        mx.reset_peak_memory()
+        for step in mlx_lm.stream_generate(model, tokenizer, prompt, max_tokens=count):
+            progress(1, f"{context} tokens of prompt")
+            last = step
+        return Run(
+            context,
+            count,
+            float(last.prompt_tps),
+            float(last.generation_tps),
+            int(mx.get_peak_memory()),
+            _predicted(report, config, context + count),
+        )
+
+    run(_WARM, 1)
+    return Speed(machine(), versions(), tuple(run(context, generated) for context in contexts))
+
+
+def _require_possible(
+    report: Report, config: dict[str, object], contexts: Sequence[int], generated: int
+) -> None:
+    longest = optional_int(text_scope(config), "max_position_embeddings", "n_positions") or _LONGEST
+    for context in contexts:
+        if context < 1 or generated < 1:
+            raise InputError("prompts and answers have one token or more.")
+        if context + generated > longest:
+            raise InputError(
+                f"{context} + {generated} tokens are more than the {longest} that the model takes."
+            )
+        needed = _predicted(report, config, context + generated) or 0
+        if needed > _memory():
+            raise InputError(
+                f"a prompt of {context} tokens needs {gb(needed)} with the weights, this machine "
+                f"has {gb(_memory())}. Give a smaller --context."
+            )
+
+
+def _memory() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def machine() -> str:
+    """The machine in a few words: what computes, and its memory."""
+    memory = _memory() / 2**30
+    if not on_cpu():
+        name = str(mx.device_info().get("device_name", "a GPU"))
+        return f"{name}, {memory:.0f} GB of memory"
+    return f"{_processor()}, {os.cpu_count()} cores, {memory:.0f} GB of memory"
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(": ")[2]
+    return platform.processor() or platform.machine()
+
+
+def _predicted(report: Report, config: dict[str, object], tokens: int) -> int | None:
+    try:
+        return report.total_bytes + cache_bytes(config, tokens)
+    except InputError:
+        return None

@@ -1,0 +1,247 @@
+"""Whether a repo is what its plan says, and what stock mlx-lm needs."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from quantkit.artifacts.plan import Choice
+from quantkit.artifacts.report import Report
+from quantkit.backend import mx
+from quantkit.checkpoint.checkpoint import INDEX_FILE, Checkpoint, hash_file, open_folder
+from quantkit.checkpoint.generic import build_model
+from quantkit.checkpoint.headers import StoredTensor
+from quantkit.checkpoint.model_config import mlx_quantization
+from quantkit.checkpoint.stock import load_stock
+from quantkit.errors import OutputError, SourceError, first_line
+from quantkit.formats.dtypes import FLOATS, nan_scales, nonfinite
+from quantkit.formats.tiers import TIERS, Tier
+from quantkit.jsonfile import load_json
+from quantkit.progress import Progress
+from quantkit.streaming.attention import attention_differences
+
+_BLOCK = 1 << 22  # elements looked at in one go
+_TOP_LEVEL = ("group_size", "bits", "mode")
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at: `ok` is None where it was skipped."""
+
+    name: str
+    ok: bool | None
+    detail: str
+
+
+class _WrongError(Exception):
+    """A check found this."""
+
+
+def verify(
+    repo: Path,
+    report: Report,
+    *,
+    load: bool = True,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> Iterator[Check]:
+    """Check `repo` against its `report` and against mlx-lm, cheapest first.
+
+    With `load` it is loaded whole by stock mlx-lm and generates a few tokens; `trust_remote_code`
+    lets its tokenizer run code of its own. `progress` is called with the bytes hashed.
+    """
+    try:
+        checkpoint = open_folder(repo)
+    except SourceError as exc:
+        yield Check("index and shards", False, str(exc))
+        return
+    looks = {
+        "index and shards": lambda: _check_index(repo, checkpoint),
+        "config": lambda: _check_config(checkpoint),
+        "bytes as planned": lambda: _check_bytes(checkpoint, report),
+        "hashes": lambda: _check_hashes(repo, report, progress),
+        "finite values": lambda: _check_finite(checkpoint),
+    }
+    good = True
+    for name, look in looks.items():
+        check = _check(name, look)
+        good = good and check.ok is True
+        yield check
+    checkpoint.close()
+    if good:  # else the config may be anybody's, and its model of any size
+        check = _check("attention as the source's", lambda: _check_attention(repo, report))
+        good = check.ok is True
+        yield check
+    if load and good:
+        yield from _check_mlx_lm(repo, trust_remote_code)
+    else:
+        why = "not tried, since a check failed" if load else "left out (--no-load)"
+        yield Check("stock mlx-lm loads it", None, why)
+
+
+def _check(name: str, look: Callable[[], str]) -> Check:
+    try:
+        return Check(name, True, look())
+    except (_WrongError, SourceError) as exc:
+        return Check(name, False, str(exc))
+
+
+def _check_index(repo: Path, checkpoint: Checkpoint) -> str:
+    known = {file.name for file in checkpoint.files}
+    # mlx-lm loads every model*.safetensors in the folder, whatever the index says.
+    if stray := {path.name for path in repo.glob("model*.safetensors")} - known:
+        raise _WrongError(f"{min(stray)} is not in the index, but mlx-lm would load it. Remove it.")
+    stored = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
+    if not (repo / INDEX_FILE).is_file():
+        raise _WrongError(f"{INDEX_FILE} is missing.")
+    metadata = load_json(repo / INDEX_FILE, SourceError).get("metadata")
+    claimed = metadata.get("total_size") if isinstance(metadata, dict) else None
+    if claimed != stored:
+        raise _WrongError(f"{INDEX_FILE}: total_size {claimed}, the shards hold {stored} bytes.")
+    return f"{len(checkpoint.tensors)} tensors in {len(known)} shards"
+
+
+def _check_config(checkpoint: Checkpoint) -> str:
+    config = checkpoint.config
+    quantization = _quantization(checkpoint)
+    if (config.get("quantization_config") or quantization) != quantization:
+        raise _WrongError("config.json: quantization_config differs from quantization.")
+    scaled = {name[: -len(".scales")] for name in checkpoint.tensors if name.endswith(".scales")}
+    entries = {key: value for key, value in quantization.items() if key not in _TOP_LEVEL}
+    if scaled and not all(key in quantization for key in _TOP_LEVEL):
+        raise _WrongError(f"config.json: quantization lacks one of {', '.join(_TOP_LEVEL)}.")
+    for names, what in (
+        (scaled - entries.keys(), "has scales, but no entry in config.json's quantization"),
+        (entries.keys() - scaled, "is in config.json's quantization, but has no scales"),
+    ):
+        if names:
+            raise _WrongError(f"{min(names)} {what} (one of {len(names)} such).")
+    for name, entry in entries.items():
+        _check_module(name, _tier_of(name, entry), checkpoint.tensors)
+    return f"{len(entries)} quantized modules"
+
+
+def _check_attention(repo: Path, report: Report) -> str:
+    """Hold what stock mlx-lm builds from the repo's config against the source's own config."""
+    model = build_model(load_json(repo / "config.json", SourceError))
+    if found := attention_differences(report.source_config, model):
+        raise _WrongError(f"{found[0]} ({len(found)} such differences).")
+    return "RoPE and windows that mlx-lm builds"
+
+
+def _quantization(checkpoint: Checkpoint) -> dict[str, Any]:
+    return dict(mlx_quantization(checkpoint.config) or {})
+
+
+def _tier_of(name: str, entry: Any) -> Tier:
+    for tier in TIERS.values():
+        if tier.quantized and entry == tier.config_entry():
+            return tier
+    raise _WrongError(f"config.json: {name}: {entry} is no tier that mlx knows, or lacks its mode.")
+
+
+def _check_module(name: str, tier: Tier, tensors: Mapping[str, StoredTensor]) -> None:
+    scales, packed = tensors[f"{name}.scales"], tensors.get(f"{name}.weight")
+    if packed is None:
+        raise _WrongError(f"{name}: has scales, but no weight.")
+    shape = (*scales.shape[:-1], scales.shape[-1] * tier.group_size)
+    dtype = scales.dtype if tier.mode == "affine" else "BF16"
+    for spec in tier.tensors(name, shape, dtype):
+        found = tensors.get(spec.name)
+        if found is None:
+            raise _WrongError(f"{spec.name} is missing; tier {tier} needs it.")
+        if (found.dtype, found.shape) != (spec.dtype, spec.shape):
+            raise _WrongError(
+                f"{spec.name} is {found.dtype} {list(found.shape)}; tier {tier} needs "
+                f"{spec.dtype} {list(spec.shape)}."
+            )
+    if tier.mode != "affine" and f"{name}.biases" in tensors:
+        raise _WrongError(f"{name}.biases is there; tier {tier} has none.")
+
+
+def _check_bytes(checkpoint: Checkpoint, report: Report) -> str:
+    plan = report.plan
+    left = {name: tensor.nbytes for name, tensor in checkpoint.tensors.items()}
+    for choice in plan.choices:
+        if choice.storage not in TIERS:
+            raise _WrongError(f"{choice.name}: quantkit.json names no tier {choice.storage!r}.")
+        if (held := _parameters(checkpoint.tensors, choice)) != choice.parameters:
+            raise _WrongError(f"{choice.name} holds {held} weights, planned {choice.parameters}.")
+        found = sum(left.pop(f"{choice.name}.{part}", 0) for part in _parts(choice))
+        if found != choice.bytes:
+            raise _WrongError(f"{choice.name} takes {found} bytes, planned were {choice.bytes}.")
+    if (kept := sum(left.values())) != plan.kept.bytes:
+        raise _WrongError(f"norms and biases take {kept} bytes, planned were {plan.kept.bytes}.")
+    return f"{plan.total_bytes:,} bytes"
+
+
+def _parts(choice: Choice) -> tuple[str, ...]:
+    tier = TIERS[choice.storage]
+    if not tier.quantized:
+        return ("weight",)
+    return ("weight", "scales", "biases") if tier.mode == "affine" else ("weight", "scales")
+
+
+def _parameters(tensors: Mapping[str, StoredTensor], choice: Choice) -> int:
+    tier = TIERS[choice.storage]
+    tensor = tensors.get(f"{choice.name}.{'scales' if tier.quantized else 'weight'}")
+    return math.prod(tensor.shape) * max(1, tier.group_size) if tensor else 0
+
+
+def _check_hashes(repo: Path, report: Report, progress: Progress | None) -> str:
+    """Of the shards, and of every other file that mlx-lm reads; the card may be edited."""
+    shards = {path.name for path in repo.glob("model*.safetensors")}
+    if unknown := shards ^ {shard.name for shard in report.shards}:
+        raise _WrongError(f"{min(unknown)}: in the folder or in quantkit.json, but not in both.")
+    for name, sha256 in report.sha256s.items():
+        found = hash_file(repo / name, name, progress)
+        if found != sha256:
+            raise _WrongError(f"{name}: sha256 {found}, written was {sha256}.")
+    return f"{len(report.sha256s)} files"
+
+
+def _check_finite(checkpoint: Checkpoint) -> str:
+    looked = 0
+    for tensor in checkpoint.tensors.values():
+        scales = tensor.name.endswith(".scales")
+        if tensor.dtype not in FLOATS and not scales:
+            continue
+        size = math.prod(tensor.shape)
+        bad = sum(
+            _bad_values(checkpoint, tensor, start, min(start + _BLOCK, size))
+            for start in range(0, size, _BLOCK)
+        )
+        if bad:
+            raise _WrongError(f"{tensor.name}: {bad} of {size} values are NaN or infinite.")
+        looked += size
+    return f"{looked:,} values"
+
+
+def _bad_values(checkpoint: Checkpoint, tensor: StoredTensor, start: int, stop: int) -> int:
+    values = checkpoint.read(tensor, start, stop)
+    if tensor.dtype in FLOATS:
+        return nonfinite(values, tensor.dtype)
+    entry = _quantization(checkpoint).get(tensor.name.removesuffix(".scales"))
+    return nan_scales(values, str(entry.get("mode")) if isinstance(entry, dict) else "")
+
+
+def _check_mlx_lm(repo: Path, trust_remote_code: bool) -> Iterator[Check]:
+    import mlx_lm
+
+    name = "stock mlx-lm loads it"
+    try:
+        model, tokenizer = load_stock(str(repo), trust_remote_code=trust_remote_code)
+    except OutputError as exc:
+        yield Check(name, False, str(exc))
+        return
+    yield Check(name, True, f"mlx-lm {mlx_lm.__version__}, strict")
+    try:
+        prompt = tokenizer.encode("The") or [0]
+        produced = list(mlx_lm.stream_generate(model, tokenizer, prompt, max_tokens=4))
+        finite = not any(mx.any(mx.isnan(step.logprobs)).item() for step in produced)
+    except Exception as exc:  # noqa: BLE001  (whatever mlx-lm stumbles over)
+        yield Check("generates", False, f"{type(exc).__name__}: {first_line(exc)}")
+        return
+    detail = f"{len(produced)} tokens" if finite else "log-probabilities are NaN"
+    yield Check("generates", finite and bool(produced), detail)

@@ -1,0 +1,102 @@
+"""What an embedding's errors cost: the covariance of the gradient at its output.
+
+A row that is wrong by e moves the residual stream wherever its token stands, which costs
+1/2 (g . e)^2 there, g = d log p(y) / d e for labels y drawn from the model: the expansion that
+profiles are made by. So the mean of g g^T over the tokens of the text is to an embedding what the
+Hessian of its inputs is to any other weight, every token counted as often as it comes. Where the
+table is the head as well, the Hessian of the head's inputs is added.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from quantkit.backend import free_memory, mx
+from quantkit.progress import Progress
+from quantkit.streaming.layer_runner import StreamingModel
+from quantkit.streaming.layer_trace import tapped
+from quantkit.streaming.lm_head import label_gradients
+from quantkit.streaming.weight_loader import Call
+from quantkit.work import Work
+
+_SEED = 0
+_ROWS = 64  # of a head, to see what is done to its products
+
+
+def embedding_hessians(
+    model: StreamingModel, names: Sequence[str], tokens: mx.array, work: Work, progress: Progress
+) -> dict[str, mx.array]:
+    """(width, width) in float32 for the embeddings `names`, from `tokens` (sequences, length): one
+    pass forward and one back, a layer at a time. A killed one goes on at the layer it had reached.
+
+    All zeros for a table that the text does not reach. Raises ValueError or RuntimeError for a
+    layer that mlx cannot differentiate.
+    """
+    layers = len(model.layers)
+    if not work.has("e-h.npy"):
+
+        def seen(number: int, call: Call, _y: mx.array) -> None:
+            work.save_array(f"e-x-{number}.npy", call.x)
+            progress(0, f"gradients, layer {number}")
+
+        work.save_array("e-h.npy", model.run(tokens, seen))
+    h = work.array("e-h.npy")
+    if not any(work.has(f"e-g-{n}.npy") for n in range(layers + 1)):
+        levels = np.random.default_rng(_SEED).random((1, *tokens.shape), np.float32)
+        (g,) = label_gradients(model, h, mx.array(levels))
+        work.save_array(f"e-g-{layers}.npy", g)
+    reached = min(n for n in range(layers + 1) if work.has(f"e-g-{n}.npy"))
+    g = work.array(f"e-g-{reached}.npy")
+    calls = model.calls(tokens[:1])
+    for number in reversed(range(reached)):
+        progress(0, f"gradients, layer {number}")
+        call = Call(work.array(f"e-x-{number}.npy"), calls[number].args, calls[number].kwargs)
+        g = _back(model, number, call, g)
+        work.save_array(f"e-g-{number}.npy", g)
+        for used in (f"e-x-{number}.npy", f"e-g-{number + 1}.npy"):
+            work.drop(used)
+        free_memory()
+    found = {name: _covariance(model.behind_embedding(name, tokens, g)) for name in names}
+    if (head := model.head_weight.name) in names:
+        x = model.head_input(h)
+        found[head] = found[head] + _slope(model, h, x) ** 2 * _covariance(x)
+    mx.eval(found)
+    return found
+
+
+def drop_gradients(model: StreamingModel, work: Work) -> None:
+    """Remove what `embedding_hessians` left to go on from."""
+    for number in range(len(model.layers) + 1):
+        work.drop(f"e-x-{number}.npy")
+        work.drop(f"e-g-{number}.npy")
+    work.drop("e-h.npy")
+
+
+def _back(model: StreamingModel, number: int, call: Call, g: mx.array) -> mx.array:
+    """The gradient at a layer's input."""
+    found: list[mx.array] = []
+    with tapped(model.layers[number], []) as module:
+        for part in call.parts():
+            start = sum(one.shape[0] for one in found)
+
+            def run(x: mx.array, part: Call = part) -> mx.array:
+                return module.run(replace(part, x=x))
+
+            _, (at_input,) = mx.vjp(run, [part.x], [g[start : start + len(part.x)]])
+            mx.eval(at_input)
+            found.append(at_input)
+    return mx.concatenate(found)
+
+
+def _covariance(values: mx.array) -> mx.array:
+    rows = values.reshape(-1, values.shape[-1]).astype(mx.float32)
+    return rows.T @ rows / len(rows)
+
+
+def _slope(model: StreamingModel, h: mx.array, x: mx.array) -> mx.array:
+    """By what the model multiplies the products of its head: 1 in most."""
+    rows = range(min(_ROWS, model.head_weight.shape[0]))
+    weight = model.values(model.head_weight.name, rows.start, rows.stop).astype(mx.float32)
+    logits, products = model.head_block(h[:1], rows), x[:1] @ weight.T
+    return (logits * products).sum() / mx.square(products).sum()

@@ -1,0 +1,186 @@
+"""What comes after the last layer, a block of the vocabulary at a time.
+
+Logits of a vocabulary of 201,088 would take more memory than a layer; here no more than a block of
+them is ever held.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from quantkit.backend import free_memory, mx
+from quantkit.formats.tiers import Tier
+from quantkit.streaming.layer_runner import StreamingModel
+
+_SMALL = 0.5  # growth of the normalizer up to which its log is taken by log1p
+_LARGEST = 80.0  # exponents above it overflow float32
+
+
+def label_gradients(model: StreamingModel, h: mx.array, u: mx.array) -> list[mx.array]:
+    """d log p(y) / d h, each (batch, tokens, hidden), for labels y drawn from the model.
+
+    `h` is the last layer's output; `u` (draws, batch, tokens) are uniform in [0, 1), one for every
+    label: y is where the cumulated probability passes it.
+    """
+    largest, total = _normalizer(model, h)
+    below = mx.zeros(h.shape[:2])
+    gradients = [mx.zeros_like(h) for _ in u]
+
+    for rows in model.head_blocks(h.shape[0] * h.shape[1]):
+
+        def logits(x: mx.array, rows: range = rows) -> mx.array:
+            return model.head_block(x, rows)
+
+        p = mx.exp(logits(h) - largest[..., None]) / total[..., None]
+        cumulated = below[..., None] + mx.cumsum(p, axis=-1)
+        for draw, level in enumerate(u):
+            # y is the first place at which the cumulated probability is above the level.
+            place = (cumulated <= level[..., None]).sum(axis=-1, keepdims=True)
+            here = (place < len(rows)) & (level >= below)[..., None]
+            hit = (mx.arange(len(rows)) == place) & here
+            _, (part,) = mx.vjp(logits, [h], [hit.astype(mx.float32) - p])
+            gradients[draw] = gradients[draw] + part
+        below = cumulated[..., -1]
+        mx.eval(gradients, below)
+        free_memory()
+    return gradients
+
+
+def _normalizer(model: StreamingModel, h: mx.array) -> tuple[mx.array, mx.array]:
+    """(largest logit, sum of exp(logit - largest)) for every token."""
+    peak, targets = _Peak(h.shape[:2]), mx.zeros(h.shape[:2], mx.int32)
+    for rows in model.head_blocks(h.shape[0] * h.shape[1]):
+        peak.see(model.head_block(h, rows), rows, targets)
+    return peak.top, peak.total
+
+
+@dataclass(frozen=True)
+class Changed:
+    """A changed model from its last layer on: that layer's output (batch, tokens, hidden), the tier
+    that the head is rounded to if any, and whose head it is if not the native one's."""
+
+    h: mx.array
+    tier: Tier | None = None
+    model: StreamingModel | None = None
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A changed model beside the native one, every array (batch, tokens).
+
+    `kl` is KL(native || changed) in nats, `same_top` whether both hold the same token for the most
+    likely, `native_loss` and `loss` are -log p of the target token.
+    """
+
+    kl: mx.array
+    same_top: mx.array
+    native_loss: mx.array
+    loss: mx.array
+
+
+def divergence(model: StreamingModel, h: mx.array, others: Sequence[Changed]) -> list[mx.array]:
+    """KL(native || changed) in nats for every token (batch, tokens), for each of `others`."""
+    targets = mx.zeros(h.shape[:2], mx.int32)
+    return [found.kl for found in compared(model, h, others, targets)]
+
+
+def compared(
+    model: StreamingModel, h: mx.array, others: Sequence[Changed], targets: mx.array
+) -> list[Compared]:
+    """Each of `others` beside the native model, whose last layer gave `h`.
+
+    With d = changed - native logits, KL is log(1 + sum p (e^d - 1)) - sum p d, which stays exact
+    where d is small; where the sum is not, the log is taken of both normalizers.
+    """
+    native = _Peak(h.shape[:2])
+    peaks = [_Peak(h.shape[:2]) for _ in others]
+    grown = [mx.zeros(h.shape[:2]) for _ in others]
+    shift = [mx.zeros(h.shape[:2]) for _ in others]
+    for rows in model.head_blocks(h.shape[0] * h.shape[1]):
+        z = model.head_block(h, rows)
+        before = native.top
+        p = native.see(z, rows, targets)
+        scale = mx.exp(before - native.top)
+        mx.eval(z, p, scale)
+        for i, other in enumerate(others):
+            changed = (other.model or model).head_block(other.h, rows, other.tier)
+            peaks[i].see(changed, rows, targets)
+            d = changed - z
+            far = mx.exp(mx.minimum(changed - native.top[..., None], _LARGEST)) - p
+            near = p * mx.expm1(mx.clip(d, -1, 1))
+            grown[i] = grown[i] * scale + mx.where(mx.abs(d) < 1, near, far).sum(axis=-1)
+            shift[i] = shift[i] * scale + (p * d).sum(axis=-1)
+            mx.eval(grown[i], shift[i])
+        free_memory()
+    found = []
+    for peak, a, b in zip(peaks, grown, shift, strict=True):
+        growth = a / native.total
+        far_off = peak.normalizer - native.normalizer
+        change = mx.where(mx.abs(growth) < _SMALL, mx.log1p(mx.maximum(growth, -_SMALL)), far_off)
+        found.append(
+            Compared(
+                kl=change - b / native.total,
+                same_top=peak.token == native.token,
+                native_loss=native.normalizer - native.at_target,
+                loss=native.normalizer + change - peak.at_target,
+            )
+        )
+    return found
+
+
+def divergence_gradient(
+    model: StreamingModel, h: mx.array, other: mx.array, tier: Tier | None = None
+) -> tuple[mx.array, mx.array]:
+    """(KL(native || changed) of every token, its gradient with respect to `other`), for the last
+    layer's output `h` of the native model and `other` of the changed one; the changed head is
+    rounded to `tier`. The gradient of a logit is q - p."""
+    shape, targets = h.shape[:2], mx.zeros(h.shape[:2], mx.int32)
+    native, changed = _Peak(shape), _Peak(shape)
+    for rows in model.head_blocks(shape[0] * shape[1]):
+        native.see(model.head_block(h, rows), rows, targets)
+        changed.see(model.head_block(other, rows, tier), rows, targets)
+    kl, gradient = mx.zeros(shape), mx.zeros_like(other)
+    for rows in model.head_blocks(shape[0] * shape[1]):
+
+        def logits(x: mx.array, rows: range = rows) -> mx.array:
+            return model.head_block(x, rows, tier)
+
+        log_p = model.head_block(h, rows) - native.normalizer[..., None]
+        p, log_q = mx.exp(log_p), logits(other) - changed.normalizer[..., None]
+        kl = kl + (p * (log_p - log_q)).sum(axis=-1)
+        _, (part,) = mx.vjp(logits, [other], [mx.exp(log_q) - p])
+        gradient = gradient + part
+        mx.eval(kl, gradient)
+        free_memory()
+    return kl, gradient
+
+
+class _Peak:
+    """Of the logits so far, for every token: the largest and its token, the sum of exp(logit -
+    largest), and the logit of the target."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        self.top = mx.full(shape, -mx.inf)
+        self.total = mx.zeros(shape)
+        self.token = mx.zeros(shape, mx.int32)
+        self.at_target = mx.zeros(shape)
+
+    @property
+    def normalizer(self) -> mx.array:
+        """log of the sum of exp(logit)."""
+        return self.top + mx.log(self.total)
+
+    def see(self, z: mx.array, rows: range, targets: mx.array) -> mx.array:
+        """Add logits `z` (batch, tokens, rows) of some rows of the vocabulary; gives their
+        exp(logit - largest)."""
+        place = z.argmax(axis=-1)
+        highest = mx.take_along_axis(z, place[..., None], axis=-1)[..., 0]
+        self.token = mx.where(highest > self.top, place.astype(mx.int32) + rows.start, self.token)
+        before, self.top = self.top, mx.maximum(self.top, highest)
+        p = mx.exp(z - self.top[..., None])
+        self.total = self.total * mx.exp(before - self.top) + p.sum(axis=-1)
+        here = (targets >= rows.start) & (targets < rows.stop)
+        index = mx.where(here, targets - rows.start, 0)
+        found = mx.take_along_axis(z, index[..., None], axis=-1)[..., 0]
+        self.at_target = mx.where(here, found, self.at_target)
+        mx.eval(self.top, self.total, self.token, self.at_target)
+        return p

@@ -1,0 +1,120 @@
+"""The repo's config.json: the source's own, edited as raw JSON, and the files that go along."""
+
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from fnmatch import fnmatchcase
+from inspect import Parameter, signature
+from pathlib import Path
+from typing import Any
+
+from quantkit.artifacts.inventory import Inventory
+from quantkit.artifacts.plan import Plan
+from quantkit.backend import mx  # noqa: F401  (before mlx-lm: see backend)
+from quantkit.checkpoint.model_config import with_dtype
+from quantkit.errors import SourceError
+from quantkit.formats.tiers import Tier, parse_tier
+
+_COMPANIONS = (
+    *("*.json", "*.jinja", "*.txt", "*.jsonl", "*.model", "*.tiktoken", "*.py"),
+    *("LICENSE*", "NOTICE*", "USAGE_POLICY*"),
+)
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
+_NOT_COPIED = ("config.json", "*.index.json", "quantkit.json", "hf_quant_config.json", ".*")
+_TEMPLATES = "additional_chat_templates"
+_PROCESSORS = ("*processor*.json", "*processing_*.py")
+_MODALITIES = {  # words in the names of tensors and settings
+    "vision": ("vision", "visual", "image", "video", "mm", "boi", "eoi"),
+    "audio": ("audio", "speech", "boa", "eoa"),
+}
+
+
+def edit_config(config: Mapping[str, Any], inventory: Inventory, plan: Plan) -> dict[str, Any]:
+    """`config` with mlx-lm's `quantization` (and its copy `quantization_config`) for `plan`.
+
+    Every quantized module has an entry of its own, since not every mlx-lm infers missing ones; the
+    top level, required, repeats the tier that holds most weights.
+    """
+    left_out = {"quantization", "quantization_config", "_name_or_path"}  # the last: a user's path
+    held_in: Counter[str] = Counter(weight.dtype for weight in inventory.weights)
+    edited = with_dtype(config, held_in.most_common(1)[0][0]) if held_in else dict(config)
+    left_out.update(_settings_without_tensors(config, inventory))
+    edited = {key: value for key, value in edited.items() if key not in left_out}
+    tiers = _quantized(inventory, plan)
+    if tiers:
+        held: Counter[Tier] = Counter()
+        for weight in inventory.weights:
+            if weight.name in tiers:
+                held[tiers[weight.name]] += weight.parameters
+        top = max(held, key=lambda tier: (held[tier], tier.name))
+        entries = {name: tier.config_entry() for name, tier in tiers.items()}
+        edited["quantization"] = {**top.config_entry(), **entries}
+        edited["quantization_config"] = edited["quantization"]
+    return edited
+
+
+def _quantized(inventory: Inventory, plan: Plan) -> dict[str, Tier]:
+    tiers = {}
+    for weight, choice in zip(inventory.weights, plan.choices, strict=True):
+        tier = parse_tier(choice.storage)
+        if tier.quantized:
+            tiers[weight.name] = tier
+    return tiers
+
+
+def _settings_without_tensors(config: Mapping[str, Any], inventory: Inventory) -> Iterator[str]:
+    """Yield the keys of a config that belong to an image or audio encoder that the repo does not
+    hold: apps that find them take it for a vision-language model, and fail to load it.
+
+    Settings that mlx-lm's own model requires stay.
+    """
+    absent = _absent_modalities(inventory)
+    words = [word for modality in absent for word in _MODALITIES[modality]]
+    keys = [key for key in config if key.partition("_")[0] in words]
+    required = _required_settings(config) if keys else set()
+    yield from (key for key in keys if key not in required)
+
+
+def _absent_modalities(inventory: Inventory) -> list[str]:
+    names = [w.name for w in inventory.weights] + [t.name for t in inventory.kept]
+    parts = {part.partition("_")[0] for name in names for part in name.split(".")}
+    return [modality for modality, words in _MODALITIES.items() if not parts.intersection(words)]
+
+
+def _required_settings(config: Mapping[str, Any]) -> set[str]:
+    """Return the keys without which mlx-lm's model cannot be built from `config`."""
+    from mlx_lm.utils import _get_classes
+
+    parameters = signature(_get_classes(dict(config))[1]).parameters.values()
+    return {p.name for p in parameters if p.default is Parameter.empty}
+
+
+def companions(folder: Path, inventory: Inventory) -> list[str]:
+    """Names of the source's files that belong in the repo: tokenizer, chat templates, generation,
+    licence; those of image and audio processors only where the repo holds such encoders.
+
+    Raises SourceError when one is a broken link, or there is no tokenizer: mlx-lm would load
+    neither.
+    """
+    not_copied = (*_NOT_COPIED, *(_PROCESSORS if len(_absent_modalities(inventory)) == 2 else ()))
+    found = sorted(
+        path
+        for path in folder.iterdir()
+        if any(fnmatchcase(path.name, pattern) for pattern in _COMPANIONS)
+        and not any(fnmatchcase(path.name, pattern) for pattern in not_copied)
+        and not path.is_dir()
+    )
+    found += sorted((folder / _TEMPLATES).glob("*.jinja"))
+    for path in found:
+        if not path.is_file():
+            raise SourceError(f"{path.name}: a broken link, or no plain file, in {folder}.")
+        if not os.access(path, os.R_OK):
+            raise SourceError(f"{path.name}: may not be read. Check its permissions in {folder}.")
+    if not {path.name for path in found}.intersection(_TOKENIZERS) and not any(
+        path.suffix == ".tiktoken" for path in found
+    ):
+        raise SourceError(
+            f"{folder}: holds no tokenizer ({', '.join(_TOKENIZERS)}), without which mlx-lm does "
+            "not load a model. Copy it from the base model."
+        )
+    return [path.relative_to(folder).as_posix() for path in found]

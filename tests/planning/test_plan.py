@@ -1,0 +1,81 @@
+import json
+
+import pytest
+
+from quantkit.artifacts.plan import Plan
+from quantkit.checkpoint.source import open_source
+from quantkit.errors import PlanError, TierError
+from quantkit.planning.plan import read_plan
+from quantkit.planning.recipe import load_recipe, plan_by_recipe
+from tests import tiny
+
+
+@pytest.fixture
+def inventory(checkpoint):
+    return open_source(str(checkpoint)).inventory
+
+
+@pytest.fixture
+def saved(inventory):
+    """A plan as its file holds it."""
+    plan = plan_by_recipe(inventory, load_recipe("mxfp4-q8"))
+    return json.loads(json.dumps(plan.to_json()))
+
+
+def test_a_plan_reads_back_as_it_was(inventory, saved):
+    again = read_plan(saved, inventory, "plan.json")
+    assert json.loads(json.dumps(again.to_json())) == saved
+    assert Plan.from_json(saved, "plan.json") == again
+
+
+def test_an_edited_plan_is_counted_anew(inventory, saved):
+    before = saved["total_bytes"]
+    entry = next(w for w in saved["weights"] if w["name"] == "lm_head")
+    entry["tier"] = "q4g64"
+    plan = read_plan(saved, inventory, "plan.json")
+    assert plan.total_bytes == before - 64 * 128 * 4 // 8
+    assert plan.origin == "edited from recipe mxfp4-q8"
+    again = json.loads(json.dumps(plan.to_json()))
+    assert read_plan(again, inventory, "plan.json").origin == plan.origin
+
+
+def test_a_plan_of_another_checkpoint(tmp_path, saved):
+    other = tiny.write_gpt_oss(tmp_path / "other", config={**tiny.CONFIG, "rope_theta": 7})
+    with pytest.raises(PlanError, match=r"plan.json: made for another checkpoint \(.*tiny-gpt-oss"):
+        read_plan(saved, open_source(str(other)).inventory, "plan.json")
+
+
+def edit(key, value):
+    return lambda data: data.update({key: value})
+
+
+BAD = {
+    "not a plan": (edit("kind", "report"), PlanError, "expected a quantkit plan, found 'report'"),
+    "old version": (edit("version", 0), PlanError, "plan of version 0, this quantkit reads 1"),
+    "no weights": (lambda d: d.pop("weights"), PlanError, "not a complete plan"),
+    "weight lost": (lambda d: d["weights"].pop(), PlanError, "'lm_head' has no tier"),
+    "norms in a tier": (
+        lambda d: d["kept"].update(tier="q8g64"), PlanError, "kept as they are",
+    ),
+    "weight twice": (
+        lambda d: d["weights"].append(d["weights"][0]), PlanError, "names a weight twice",
+    ),
+    "weight invented": (
+        lambda d: d["weights"].append({**d["weights"][0], "name": "x"}), PlanError, "'x' is unknown",
+    ),
+    "no such tier": (
+        lambda d: d["weights"][0].update(tier="q9g64"), TierError, "there is no tier 'q9g64'",
+    ),
+    "tier that does not fit": (
+        lambda d: next(w for w in d["weights"] if w["role"] == "expert_down").update(tier="q4g128"),
+        TierError, "does not fit",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_plan_file(inventory, saved, case):
+    change, error, message = BAD[case]
+    change(saved)
+    with pytest.raises(error, match=message):
+        read_plan(saved, inventory, "plan.json")

@@ -1,0 +1,138 @@
+"""A model that streams is the model that mlx-lm loads."""
+
+from importlib.metadata import version
+
+import pytest
+
+from quantkit.backend import mx, on_cpu
+from quantkit.checkpoint.source import open_source
+from quantkit.errors import SourceError
+from quantkit.streaming.layer_runner import StreamingModel
+from tests import tiny
+from tests.support.families import LLAMA, MOE, write
+
+
+def plainly_loaded(folder):
+    """The whole model in memory, in float32, by mlx-lm alone."""
+    from mlx_lm.utils import dequantize_model, load_model
+
+    model, config = load_model(folder)
+    if "quantization" in config:
+        model = dequantize_model(model)
+    model.set_dtype(mx.float32)
+    return model
+
+
+def sources(tmp_path):
+    return {
+        "gpt-oss": lambda: tiny.write_gpt_oss(tmp_path / "src"),
+        "llama": lambda: write(tmp_path / "src", LLAMA),
+        "qwen3-moe": lambda: write(tmp_path / "src", MOE),
+        "qwen3-moe-f16": lambda: write(tmp_path / "src", MOE, "F16"),
+    }
+
+
+@pytest.mark.skipif(not on_cpu(), reason="the reference is float32")
+@pytest.mark.parametrize("kind", ["gpt-oss", "llama", "qwen3-moe", "qwen3-moe-f16"])
+@pytest.mark.parametrize("length", [3, 40])
+def test_logits_are_those_of_a_plain_load(tmp_path, kind, length):
+    folder = sources(tmp_path)[kind]()
+    tokens = mx.random.randint(0, 64, (2, length), key=mx.random.key(0))
+    expected = plainly_loaded(folder)(tokens)
+    model = StreamingModel(open_source(str(folder)))
+    assert mx.allclose(model(tokens), expected, atol=1e-4).item()
+    assert mx.abs(expected).max().item() > 0.1
+
+
+def test_fine_tunes_that_mlx_lm_refuses(tmp_path):
+    """BF16 experts, decoded from MXFP4 and stored as fine-tunes do, give the published logits."""
+    packed = tiny.write_gpt_oss(tmp_path / "packed")
+    source = open_source(str(packed))
+    decoder = StreamingModel(source)
+    values = {}
+    for weight in source.inventory.weights:
+        if weight.role.startswith("expert"):
+            values[weight.name] = decoder.values(weight.name).astype(mx.float32).swapaxes(1, 2)
+
+    def store(tensors):
+        published = {spec.name: v for spec, v in tiny.gpt_oss_tensors()}
+        for name, array in tensors.items():
+            if name in published:
+                array[...] = published[name]
+                continue
+            at = name.rpartition(".")[0]
+            if name.endswith("gate_up_proj"):
+                array[..., 0::2] = tiny.bf16(values[f"{at}.gate_proj"])
+                array[..., 1::2] = tiny.bf16(values[f"{at}.up_proj"])
+            else:
+                array[...] = tiny.bf16(values[name])
+
+    plain = tiny.write_gpt_oss(tmp_path / "plain", store, packed=False)
+    tokens = mx.random.randint(0, 64, (1, 20), key=mx.random.key(0))
+    expected = StreamingModel(source)(tokens)
+    assert mx.allclose(StreamingModel(open_source(str(plain)))(tokens), expected, atol=1e-5).item()
+
+
+def test_layers_and_head_make_the_whole(checkpoint):
+    model = StreamingModel(open_source(str(checkpoint)))
+    tokens = mx.random.randint(0, 64, (2, 12), key=mx.random.key(0))
+    calls = []
+    last = model.run(tokens, lambda number, call, y: calls.append((number, call, y)))
+    assert [number for number, _, _ in calls] == list(range(len(model.layers)))
+    for layer, (_, call, y) in zip(model.layers, calls, strict=True):
+        assert mx.array_equal(layer.run(call), y)
+    assert mx.array_equal(model.head(last), model(tokens))
+    assert mx.array_equal(model.calls(tokens)[3].x, calls[0][1].x)
+
+
+def test_the_head_comes_in_blocks(checkpoint):
+    model = StreamingModel(open_source(str(checkpoint)))
+    h = mx.random.normal((1, 5, 128), key=mx.random.key(0))
+    whole = model.head(h)
+    blocks = [model.head_block(h, rows) for rows in (range(10), range(10, 64))]
+    assert mx.allclose(mx.concatenate(blocks, axis=-1), whole, atol=1e-5)
+
+
+def test_values_that_are_not_finite_name_the_layer(tmp_path):
+    def spoil(values):
+        values["model.layers.2.self_attn.o_proj.bias"][0] = 0x7FC0
+
+    model = StreamingModel(open_source(str(tiny.write_gpt_oss(tmp_path / "src", spoil))))
+    with pytest.raises(SourceError, match=r"layer 2 \(model.layers.2\): .* not finite"):
+        model.run(mx.zeros((1, 4), mx.int32), lambda *_: None)
+
+
+def test_weights_are_let_go(checkpoint):
+    model = StreamingModel(open_source(str(checkpoint)))
+    tokens = mx.zeros((1, 4), mx.int32)
+    mx.eval(model(tokens))
+    mx.clear_cache()
+    held = mx.get_active_memory()
+    for layer in model.layers:
+        with layer.loaded():
+            mx.eval(layer.module.parameters())
+    assert mx.get_active_memory() <= held + 10_000
+
+
+@pytest.mark.skipif(
+    version("mlx-lm").startswith("0.31"), reason="mlx-lm differentiates its expert indices there"
+)
+def test_gradients_pass_through_a_layer(checkpoint):
+    """The product along a direction is the slope along it."""
+    model = StreamingModel(open_source(str(checkpoint)))
+    calls = []
+    tokens = mx.random.randint(0, 64, (1, 70), key=mx.random.key(0))
+    model.run(tokens, lambda number, call, y: calls.append(call))
+    layer, call = model.layers[2], calls[2]
+    direction = mx.random.normal(call.x.shape, key=mx.random.key(1))
+    cotangent = mx.random.normal(call.x.shape, key=mx.random.key(2))
+    with layer.loaded() as module:
+
+        def run(x):
+            return module(x, *call.args, **call.kwargs)
+
+        _, (gradient,) = mx.vjp(run, [call.x], [cotangent])
+        step = 1e-2
+        ahead, behind = run(call.x + step * direction), run(call.x - step * direction)
+    slope = ((ahead - behind) * cotangent).sum() / (2 * step)
+    assert slope.item() == pytest.approx((gradient * direction).sum().item(), rel=0.03)
