@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from quantkit.evaluation.verify import Check, verify
     from quantkit.formats.codec import decode, encode
     from quantkit.formats.tiers import TIERS, Tier, parse_tier
-    from quantkit.pipeline import compare, make_profile, quantize, refine
+    from quantkit.jobs.pipeline import compare, make_profile, quantize, refine
     from quantkit.planning.allocator import Limits, Wishes, frontier, plan_by_budget, recipe_plans
     from quantkit.planning.budget import parse_budget
     from quantkit.planning.plan import make_plan, read_plan
@@ -48,7 +48,7 @@ _HOME = {
     "Tier": "formats.tiers",
     "Weight": "artifacts.inventory",
     "Wishes": "planning.allocator",
-    "compare": "pipeline",
+    "compare": "jobs.pipeline",
     "decode": "formats.codec",
     "demo_checkpoint": "demo.build",
     "encode": "formats.codec",
@@ -56,7 +56,7 @@ _HOME = {
     "load_profile": "sensitivity.store",
     "load_recipe": "planning.recipe",
     "make_plan": "planning.plan",
-    "make_profile": "pipeline",
+    "make_profile": "jobs.pipeline",
     "open_source": "checkpoint.source",
     "parse_budget": "planning.budget",
     "parse_tier": "formats.tiers",
@@ -65,12 +65,12 @@ _HOME = {
     "plot_fidelity": "publish.plot",
     "plot_frontier": "publish.plot",
     "plot_profile": "publish.plot",
-    "quantize": "pipeline",
+    "quantize": "jobs.pipeline",
     "read_plan": "planning.plan",
     "read_report": "publish.report",
     "recipe_names": "planning.recipe",
     "recipe_plans": "planning.allocator",
-    "refine": "pipeline",
+    "refine": "jobs.pipeline",
     "verify": "evaluation.verify",
 }
 

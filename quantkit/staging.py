@@ -28,8 +28,8 @@ from quantkit.artifacts.report import REPORT_FILE, ShardRecord, shard_record
 from quantkit.checkpoint.checkpoint import hash_file
 from quantkit.checkpoint.source import Source
 from quantkit.errors import InputError, OutputError
-from quantkit.jsonfile import dump_json, load_json, write_atomically
-from quantkit.places import home_folder
+from quantkit.storage.json_files import dump_json, load_json, write_atomically
+from quantkit.storage.paths import home_folder
 
 _MARK = b"quantkit\n"
 _SPARE = 64_000_000  # bytes left free for config, tokenizer, report

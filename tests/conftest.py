@@ -33,7 +33,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def quant(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Path:
     """`checkpoint` by the recipe mxfp4-q8. Not to be changed: copy it."""
     from quantkit.checkpoint.source import open_source
-    from quantkit.pipeline import quantize
+    from quantkit.jobs.pipeline import quantize
     from quantkit.planning.recipe import load_recipe, plan_by_recipe
 
     source = open_source(str(checkpoint))

@@ -10,9 +10,9 @@ import quantkit
 ROOT = Path(quantkit.__file__).parent
 # In the order the data walks through them; a line may import the lines above it.
 ROOMS = [
-    {"errors"}, {"units"}, {"progress"}, {"places"}, {"jsonfile"}, {"artifacts"}, {"backend"}, {"formats"}, {"checkpoint"},
-    {"macs"}, {"staging"}, {"work"}, {"demo"}, {"calibration"}, {"streaming"}, {"quantizers"},
-    {"sensitivity", "planning", "writer", "evaluation", "publish", "generation"}, {"pipeline"}, {"cli"},
+    {"errors"}, {"units"}, {"progress"}, {"backend"}, {"storage"}, {"artifacts"}, {"formats"}, {"checkpoint"},
+    {"macs"}, {"staging"}, {"demo"}, {"calibration"}, {"streaming"}, {"quantizers"},
+    {"sensitivity", "planning", "writer", "evaluation", "publish", "generation"}, {"jobs"}, {"cli"},
 ]  # fmt: skip
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
 FILES = sorted(path for path in ROOT.rglob("*.py") if path.parent != ROOT or path.stem in LEVEL)

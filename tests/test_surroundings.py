@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from quantkit.places import cache_folder, home_folder
+from quantkit.storage.paths import cache_folder, home_folder
 from tests import tiny
 
 FEW = ("--tokens", "64", "--sequence-length", "16")

@@ -8,7 +8,7 @@ ROOT = Path(__file__).parent.parent
 LOOK = """
 import quantkit
 from quantkit.planning.recipe import load_recipe, recipe_names
-from quantkit.places import data_folder
+from quantkit.storage.paths import data_folder
 print(quantkit.__file__)
 print(len([load_recipe(name) for name in recipe_names()]))
 print((data_folder("evals") / "bench" / "README.md").exists())

@@ -24,7 +24,7 @@ from quantkit.calibration.text import Request, read_text
 from quantkit.checkpoint.source import Source, open_source
 from quantkit.demo.build import demo_checkpoint
 from quantkit.formats.tiers import parse_tier
-from quantkit.pipeline import changes, make_profile
+from quantkit.jobs.pipeline import changes, make_profile
 from quantkit.planning.allocator import Limits, Wishes, plan_by_budget, recipe_plans
 from quantkit.planning.knapsack import solve
 from quantkit.planning.options import Option

@@ -19,7 +19,7 @@ from quantkit.backend import mx
 from quantkit.calibration.text import Request, read_text
 from quantkit.checkpoint.source import open_source
 from quantkit.demo.build import plain_checkpoint
-from quantkit.pipeline import compare
+from quantkit.jobs.pipeline import compare
 
 PROFILED, ROUNDED = 4096, 16384  # tokens: quantkit's defaults
 FOUR_BITS = ["--bits", "4", "--group-size", "64"]

@@ -23,7 +23,7 @@ from quantkit.artifacts.roles import EXPERT_ROLES
 from quantkit.checkpoint.source import Source, open_source
 from quantkit.demo.build import demo_checkpoint
 from quantkit.formats.tiers import NATIVE, parse_tier
-from quantkit.pipeline import compare, quantize
+from quantkit.jobs.pipeline import compare, quantize
 from quantkit.planning.allocator import Limits, Wishes, plan_by_budget
 from quantkit.planning.plan import make_plan
 from quantkit.planning.recipe import load_recipe, plan_by_recipe

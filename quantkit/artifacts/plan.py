@@ -9,7 +9,7 @@ from quantkit.artifacts.inventory import SourceId, is_count, source_id
 from quantkit.artifacts.profile import Calibration
 from quantkit.artifacts.roles import ROLES
 from quantkit.errors import PlanError
-from quantkit.jsonfile import FORMAT_VERSION, digest, require_kind
+from quantkit.storage.json_files import FORMAT_VERSION, digest, require_kind
 from quantkit.units import bits_per_weight
 
 

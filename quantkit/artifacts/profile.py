@@ -8,7 +8,7 @@ from typing import Any
 
 from quantkit.artifacts.inventory import SourceId, is_count, source_id
 from quantkit.errors import ProfileError
-from quantkit.jsonfile import FORMAT_VERSION
+from quantkit.storage.json_files import FORMAT_VERSION
 
 _SKETCH = re.compile(r"(\d{1,10}:([0-9a-f]{8})*)?")
 _MOST = 1e6  # nats per token that a loss can be

@@ -10,7 +10,7 @@ from quantkit.artifacts.inventory import SourceFile, is_count, source_file
 from quantkit.artifacts.plan import Plan
 from quantkit.artifacts.speed import Speed
 from quantkit.errors import PlanError
-from quantkit.jsonfile import FORMAT_VERSION, require_kind
+from quantkit.storage.json_files import FORMAT_VERSION, require_kind
 from quantkit.units import bits_per_weight
 
 REPORT_FILE = "quantkit.json"

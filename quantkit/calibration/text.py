@@ -32,7 +32,7 @@ from quantkit.checkpoint import stock
 from quantkit.checkpoint.checkpoint import Checkpoint
 from quantkit.checkpoint.tensor_map import optional_int, text_scope
 from quantkit.errors import CacheWarning, CalibrationError, InputError, first_line
-from quantkit.places import data_folder, user_path
+from quantkit.storage.paths import data_folder, user_path
 
 DEFAULT = "default"
 CHAT = "chat"

@@ -18,8 +18,8 @@ from quantkit.checkpoint.headers import StoredTensor, read_header
 from quantkit.checkpoint.model_config import with_rope_settings
 from quantkit.errors import SourceError
 from quantkit.formats.dtypes import numpy_dtype
-from quantkit.jsonfile import digest, load_json
 from quantkit.progress import Progress
+from quantkit.storage.json_files import digest, load_json
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"

@@ -19,7 +19,7 @@ from quantkit.checkpoint.checkpoint import (
 )
 from quantkit.checkpoint.headers import StoredTensor, check_header
 from quantkit.errors import HubError, HubUnreachableError, OutputError, SourceError, first_line
-from quantkit.jsonfile import load_json
+from quantkit.storage.json_files import load_json
 
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _DOWNLOAD = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py"]

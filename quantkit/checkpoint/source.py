@@ -14,8 +14,8 @@ from quantkit.checkpoint.tensor_map import Layout, cast_floats, experts_of, opti
 from quantkit.checkpoint.views import View
 from quantkit.errors import DamagedError, HubUnreachableError, SourceError
 from quantkit.formats.dtypes import numpy_dtype
-from quantkit.places import user_path
 from quantkit.progress import Progress
+from quantkit.storage.paths import user_path
 
 STATED, STORED = "stated", "stored"
 _BLOCK_BYTES = 2_000_000  # larger ones cost more in page faults than they save in calls

@@ -10,7 +10,6 @@ from quantkit.artifacts.profile import Profile
 from quantkit.cli import console
 from quantkit.errors import InputError, PlanError
 from quantkit.formats.tiers import ROUNDINGS, parse_tier
-from quantkit.jsonfile import load_json
 from quantkit.macs import Room
 from quantkit.planning.allocator import Limits, Wishes, parse_pins, plan_by_budget
 from quantkit.planning.budget import parse_budget, parse_room, parse_speed
@@ -22,6 +21,7 @@ from quantkit.planning.recipe import (
     plan_by_recipe,
     recipe_names,
 )
+from quantkit.storage.json_files import load_json
 from quantkit.units import parse_bytes
 
 if TYPE_CHECKING:
@@ -211,7 +211,7 @@ def _refined(source: "Source", profile: Profile, asked: Asked) -> tuple[Plan, Pr
     """The plan of a budget that was measured best, all being shown, and the profile, corrected,
     that chose it. Raises InputError."""
     from quantkit.backend import speed_hint
-    from quantkit.pipeline import refine
+    from quantkit.jobs.pipeline import refine
 
     console.note(speed_hint())
     limits, wishes = asked.limits(source), asked.wishes()

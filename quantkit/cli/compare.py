@@ -8,7 +8,7 @@ import typer
 
 from quantkit.cli import console, tables
 from quantkit.cli.options import Json, Record, TrustRemoteCode
-from quantkit.places import user_path
+from quantkit.storage.paths import user_path
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -7,7 +7,7 @@ import typer
 
 from quantkit.cli import console, tables
 from quantkit.cli.options import Json
-from quantkit.places import user_path
+from quantkit.storage.paths import user_path
 
 
 def demo(
@@ -37,8 +37,8 @@ def demo(
     from quantkit.cli.choose import Asked, choose_plan
     from quantkit.demo.build import demo_checkpoint
     from quantkit.generation.chat_model import Manner, Speaker
-    from quantkit.pipeline import quantize
-    from quantkit.places import cache_folder
+    from quantkit.jobs.pipeline import quantize
+    from quantkit.storage.paths import cache_folder
 
     console.note(speed_hint())
     with console.progress(0, "Building the demo model,") as progress:

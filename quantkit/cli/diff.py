@@ -8,7 +8,7 @@ import typer
 
 from quantkit.cli import console, tables
 from quantkit.cli.options import Json
-from quantkit.places import user_path
+from quantkit.storage.paths import user_path
 
 SavedPlan = Annotated[
     Path, typer.Argument(parser=user_path, help="A plan that `quantkit plan -o` saved.")
@@ -22,8 +22,8 @@ def diff(a: SavedPlan, b: SavedPlan, json: Json = False) -> None:
     """
     from quantkit.artifacts.plan import Plan
     from quantkit.errors import PlanError
-    from quantkit.jsonfile import load_json
     from quantkit.planning.explain import diff as find_differences
+    from quantkit.storage.json_files import load_json
 
     before, after = (Plan.from_json(load_json(path, PlanError), str(path)) for path in (a, b))
     found = find_differences(before, after)

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from quantkit.places import user_path
+from quantkit.storage.paths import user_path
 
 _NOT_REPEATED = ("force", "json")
 

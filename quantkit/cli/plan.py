@@ -27,7 +27,7 @@ from quantkit.cli.options import (
     Tiers,
     Ties,
 )
-from quantkit.places import user_path
+from quantkit.storage.paths import user_path
 
 if TYPE_CHECKING:
     from quantkit.artifacts.profile import Profile
@@ -101,8 +101,8 @@ def plan(
     """
     from quantkit.cli.choose import Asked, open_model, require_plots, settle_plan
     from quantkit.errors import InputError, OutputError
-    from quantkit.jsonfile import dump_json, write_atomically
     from quantkit.sensitivity.store import load_profile
+    from quantkit.storage.json_files import dump_json, write_atomically
 
     if plot is not None and not frontier:
         raise InputError("--plot draws the frontier; give --frontier, too.")

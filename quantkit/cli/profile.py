@@ -17,7 +17,7 @@ from quantkit.cli.options import (
     Tokens,
     TrustRemoteCode,
 )
-from quantkit.places import user_path
+from quantkit.storage.paths import user_path
 
 
 def profile(

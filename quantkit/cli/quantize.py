@@ -32,7 +32,7 @@ from quantkit.cli.options import (
     TrustRemoteCode,
     command_line,
 )
-from quantkit.places import user_path
+from quantkit.storage.paths import user_path
 
 
 def quantize(
@@ -110,7 +110,7 @@ def quantize(
     from quantkit.calibration.text import Request
     from quantkit.cli.choose import Asked, open_model, profile_for, settle_plan
     from quantkit.errors import InputError
-    from quantkit.pipeline import quantize as write_repo
+    from quantkit.jobs.pipeline import quantize as write_repo
     from quantkit.staging import require_apart, require_free
     from quantkit.units import parse_bytes
 

@@ -7,7 +7,7 @@ import typer
 
 from quantkit.cli import console
 from quantkit.cli.options import Json, TrustRemoteCode
-from quantkit.places import user_path
+from quantkit.storage.paths import user_path
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -17,8 +17,8 @@ from quantkit.errors import OutputError
 from quantkit.formats.codec import to_numpy
 from quantkit.formats.files import write_file
 from quantkit.formats.tiers import TensorSpec
-from quantkit.jsonfile import dump_json
-from quantkit.places import cache_folder
+from quantkit.storage.json_files import dump_json
+from quantkit.storage.paths import cache_folder
 
 Stored = tuple[TensorSpec, np.ndarray]
 

@@ -37,10 +37,10 @@ from quantkit.errors import (
     SourceError,
     first_line,
 )
-from quantkit.jsonfile import digest, load_json, write_bytes_atomically
-from quantkit.places import cache_folder
 from quantkit.progress import Progress
 from quantkit.staging import source_marks, versions
+from quantkit.storage.json_files import digest, load_json, write_bytes_atomically
+from quantkit.storage.paths import cache_folder
 from quantkit.streaming.attention import require_same_attention
 from quantkit.streaming.layer_runner import StreamingModel
 from quantkit.streaming.lm_head import Changed, Compared, compared

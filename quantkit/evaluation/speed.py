@@ -13,10 +13,10 @@ from quantkit.backend import mx, on_cpu
 from quantkit.checkpoint.stock import load_stock
 from quantkit.checkpoint.tensor_map import optional_int, text_scope
 from quantkit.errors import InputError, OutputError
-from quantkit.jsonfile import load_json
 from quantkit.macs import cache_bytes
 from quantkit.progress import Progress
 from quantkit.staging import versions
+from quantkit.storage.json_files import load_json
 from quantkit.units import gb
 
 _WARM = 16  # tokens

@@ -17,8 +17,8 @@ from quantkit.checkpoint.stock import load_stock
 from quantkit.errors import OutputError, SourceError, first_line
 from quantkit.formats.dtypes import FLOATS, nan_scales, nonfinite
 from quantkit.formats.tiers import TIERS, Tier
-from quantkit.jsonfile import load_json
 from quantkit.progress import Progress
+from quantkit.storage.json_files import load_json
 from quantkit.streaming.attention import attention_differences
 
 _BLOCK = 1 << 22  # elements looked at in one go

@@ -17,8 +17,8 @@ from quantkit.artifacts.inventory import Inventory
 from quantkit.checkpoint.checkpoint import open_folder
 from quantkit.errors import InputError
 from quantkit.macs import Room, cache_bytes, wired_by_default
-from quantkit.places import user_path
 from quantkit.planning.recipe import load_recipe, plan_by_recipe, recipe_names
+from quantkit.storage.paths import user_path
 from quantkit.units import gb, parse_bytes, parse_count
 
 _NUMBER = re.compile(r"\s*[0-9]+(?:\.[0-9]*)?\s*", re.ASCII)

@@ -9,7 +9,7 @@ from quantkit.artifacts.plan import Choice, Plan, tiers_sha256
 from quantkit.artifacts.profile import Profile
 from quantkit.errors import PlanError, TierError
 from quantkit.formats.tiers import Tier, canonical, parse_tier, resolve
-from quantkit.jsonfile import require_kind
+from quantkit.storage.json_files import require_kind
 
 KEPT_LABEL = "kept"
 

@@ -26,9 +26,9 @@ from quantkit.artifacts.plan import Plan
 from quantkit.artifacts.roles import ROLE_GROUPS, ROLES
 from quantkit.errors import RecipeError, TierError
 from quantkit.formats.tiers import Tier, parse_tier
-from quantkit.jsonfile import read_text
-from quantkit.places import data_folder, user_path
 from quantkit.planning.plan import make_plan
+from quantkit.storage.json_files import read_text
+from quantkit.storage.paths import data_folder, user_path
 
 if sys.version_info >= (3, 11):
     import tomllib

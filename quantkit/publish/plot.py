@@ -11,7 +11,7 @@ from quantkit.artifacts.plan import Plan
 from quantkit.artifacts.profile import Profile
 from quantkit.artifacts.roles import ROLES
 from quantkit.errors import OutputError
-from quantkit.jsonfile import write_bytes_atomically
+from quantkit.storage.json_files import write_bytes_atomically
 
 PICTURES = (".png", ".svg", ".pdf")
 _SHOWN = "q4g64", "q3g64", "q2g64"

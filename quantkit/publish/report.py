@@ -8,8 +8,8 @@ from typing import Any
 from quantkit.artifacts.report import REPORT_FILE, Report
 from quantkit.checkpoint.checkpoint import hash_file
 from quantkit.errors import OutputError
-from quantkit.jsonfile import dump_json, encoded, load_json, write_atomically
 from quantkit.publish.card import CARD_FILE, card
+from quantkit.storage.json_files import dump_json, encoded, load_json, write_atomically
 
 
 def documents(report: Report) -> dict[str, str]:

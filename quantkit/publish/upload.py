@@ -17,9 +17,9 @@ from typing import Any
 from quantkit.artifacts.report import REPORT_FILE, Report
 from quantkit.checkpoint.hub import is_repo_id
 from quantkit.errors import HubError, HubUnreachableError, first_line
-from quantkit.jsonfile import encoded
 from quantkit.publish.card import CARD_FILE
 from quantkit.publish.report import updated
+from quantkit.storage.json_files import encoded
 
 _SHARDS = "model*.safetensors"  # those of an earlier upload would be loaded by mlx-lm, too
 

@@ -14,11 +14,11 @@ import numpy as np
 
 from quantkit.backend import free_memory, mx
 from quantkit.progress import Progress
+from quantkit.storage.work_dir import Work
 from quantkit.streaming.layer_runner import StreamingModel
 from quantkit.streaming.layer_trace import tapped
 from quantkit.streaming.lm_head import label_gradients
 from quantkit.streaming.weight_loader import Call
-from quantkit.work import Work
 
 _SEED = 0
 _ROWS = 64  # of a head, to see what is done to its products

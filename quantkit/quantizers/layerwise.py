@@ -24,10 +24,10 @@ from quantkit.quantizers.embeddings import drop_gradients, embedding_hessians
 from quantkit.quantizers.hessians import Inputs, has_inputs, inputs_of, shared_inputs, stacked
 from quantkit.quantizers.rounding import Hessians, rounded_under, stored_float
 from quantkit.quantizers.scale_tuning import Tuner, Tuning
+from quantkit.storage.work_dir import Tensors, Work
 from quantkit.streaming.layer_runner import StreamingModel, has_gradients
 from quantkit.streaming.layer_trace import tapped
 from quantkit.streaming.weight_loader import Call
-from quantkit.work import Tensors, Work
 
 _EMBEDDING = "rounded-embedding"
 EMBEDDING_TOKENS = 4096  # to take gradients on

@@ -17,12 +17,12 @@ from quantkit.formats.codec import rounded, to_mx, to_numpy
 from quantkit.formats.tiers import Tier
 from quantkit.progress import Progress
 from quantkit.quantizers.rounding import stored_float
+from quantkit.storage.work_dir import Tensors, Work
 from quantkit.streaming.experts import switch_product
 from quantkit.streaming.layer_runner import StreamingModel
 from quantkit.streaming.layer_trace import Product, tapped
 from quantkit.streaming.lm_head import divergence_gradient
 from quantkit.streaming.weight_loader import Call
-from quantkit.work import Tensors, Work
 
 _B1, _B2, _EPS = 0.9, 0.999, 1e-8
 _LOOK = 10  # steps between two looks at the validation text

@@ -21,8 +21,6 @@ from quantkit.checkpoint.source import Source, file_hashes
 from quantkit.errors import CalibrationError, InputError, SourceError
 from quantkit.formats.files import write_file
 from quantkit.formats.tiers import ROUNDINGS, TensorSpec
-from quantkit.jsonfile import digest, load_json
-from quantkit.places import plain_path
 from quantkit.progress import Progress
 from quantkit.sensitivity.entries import DEFAULT_TIERS, Candidate, candidates, native_loss
 from quantkit.sensitivity.exact import measured_in_steps
@@ -31,6 +29,8 @@ from quantkit.sensitivity.store import load_profile
 from quantkit.sensitivity.validation import Check, check
 from quantkit.sensitivity.work import ProfileWork
 from quantkit.staging import Staging, require_apart, require_free, source_marks, versions
+from quantkit.storage.json_files import digest, load_json
+from quantkit.storage.paths import plain_path
 from quantkit.streaming.attention import require_same_attention
 from quantkit.streaming.layer_runner import StreamingModel, has_gradients
 

@@ -8,9 +8,9 @@ from quantkit.artifacts.profile import PROFILE_FILE, Profile
 from quantkit.checkpoint import hub
 from quantkit.errors import ProfileError
 from quantkit.formats.tiers import kept_name, parse_tier
-from quantkit.jsonfile import load_json
-from quantkit.places import user_path
 from quantkit.sensitivity.entries import native_loss
+from quantkit.storage.json_files import load_json
+from quantkit.storage.paths import user_path
 
 
 def load_profile(name: str, inventory: Inventory) -> Profile:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from quantkit.sensitivity.entries import Key
-from quantkit.work import Work
+from quantkit.storage.work_dir import Work
 
 
 class ProfileWork(Work):

@@ -18,7 +18,7 @@ from quantkit.formats import mxfp4
 from quantkit.formats.codec import FLOAT_TYPES, decode_mxfp4, encode, to_mx, to_numpy
 from quantkit.formats.dtypes import FLOATS, nan_scales, nonfinite
 from quantkit.formats.tiers import MXFP4, Tier, parse_tier
-from quantkit.work import Tensors
+from quantkit.storage.work_dir import Tensors
 from quantkit.writer.shards import Unit
 
 _AHEAD = 4  # blocks being encoded while the oldest is written

@@ -15,11 +15,11 @@ from quantkit.backend import on_cpu
 from quantkit.checkpoint.checkpoint import INDEX_FILE, hash_file
 from quantkit.checkpoint.source import Source, file_hashes
 from quantkit.errors import DamagedError, InputError, OutputError, SourceError, TierError
-from quantkit.jsonfile import load_json, write_atomically
-from quantkit.places import plain_path
 from quantkit.progress import Progress
 from quantkit.staging import Staging, require_apart, require_free, source_marks, versions
-from quantkit.work import Tensors
+from quantkit.storage.json_files import load_json, write_atomically
+from quantkit.storage.paths import plain_path
+from quantkit.storage.work_dir import Tensors
 from quantkit.writer.config import companions, edit_config
 from quantkit.writer.encode import unit_blocks
 from quantkit.writer.shards import Shard, ShardWriter, lay_out

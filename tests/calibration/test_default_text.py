@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from quantkit.places import data_folder
+from quantkit.storage.paths import data_folder
 
 FOLDER = data_folder("evals") / "calibration"
 NAMES = ("prose", "code", "chat", "maths")

@@ -13,7 +13,7 @@ from quantkit.checkpoint.model_config import mlx_quantization, stated_dtype, wit
 from quantkit.checkpoint.source import open_source
 from quantkit.errors import SourceError
 from quantkit.evaluation.verify import verify
-from quantkit.pipeline import quantize as write_repo
+from quantkit.jobs.pipeline import quantize as write_repo
 from quantkit.planning.recipe import load_recipe, plan_by_recipe
 from quantkit.publish.report import read_report
 from quantkit.streaming.attention import attention_differences, attention_settings

@@ -11,7 +11,7 @@ from quantkit.backend import mx
 from quantkit.checkpoint.source import STORED, open_source
 from quantkit.evaluation.verify import verify
 from quantkit.formats.tiers import TensorSpec
-from quantkit.pipeline import quantize as write_repo
+from quantkit.jobs.pipeline import quantize as write_repo
 from quantkit.planning.recipe import load_recipe, plan_by_recipe
 from quantkit.publish.report import read_report
 from tests import tiny

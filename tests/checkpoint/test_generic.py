@@ -10,7 +10,7 @@ from quantkit.checkpoint.source import open_source
 from quantkit.errors import SourceError
 from quantkit.evaluation.verify import verify
 from quantkit.formats.tiers import TensorSpec
-from quantkit.pipeline import quantize as write_repo
+from quantkit.jobs.pipeline import quantize as write_repo
 from quantkit.planning.recipe import load_recipe, parse_recipe, plan_by_recipe
 from tests import tiny
 from tests.support.families import LLAMA, MOE, specs, tensors, write

@@ -11,7 +11,7 @@ from quantkit.artifacts.report import License, Report
 from quantkit.artifacts.speed import Run, Speed
 from quantkit.checkpoint.source import open_source
 from quantkit.errors import OutputError, PlanError
-from quantkit.pipeline import quantize
+from quantkit.jobs.pipeline import quantize
 from quantkit.planning.recipe import load_recipe, plan_by_recipe
 from quantkit.publish.card import card, license_of
 from quantkit.publish.report import documents, read_report, record

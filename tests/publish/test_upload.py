@@ -7,7 +7,7 @@ import mlx_lm
 import pytest
 
 from quantkit.checkpoint.source import open_source
-from quantkit.pipeline import quantize
+from quantkit.jobs.pipeline import quantize
 from quantkit.planning.recipe import load_recipe, plan_by_recipe
 from tests import hub
 

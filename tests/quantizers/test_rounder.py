@@ -18,13 +18,13 @@ from quantkit.calibration.text import read_text
 from quantkit.formats.affine import objective
 from quantkit.quantizers.embeddings import drop_gradients, embedding_hessians
 from quantkit.quantizers.hessians import Inputs
+from quantkit.storage.work_dir import Work
 from quantkit.streaming.layer_runner import StreamingModel
 from quantkit.streaming.lm_head import Changed, divergence, divergence_gradient, label_gradients
-from quantkit.work import Work
 from tests import tiny
 from tests.streaming.test_streaming import plainly_loaded
 from tests.support.families import LLAMA, write
-from tests.test_pipeline import words
+from tests.support.text import words
 
 QUANTIZE = (sys.executable, "-m", "quantkit", "quantize")
 pytestmark = pytest.mark.skipif(

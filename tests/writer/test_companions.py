@@ -7,7 +7,7 @@ import pytest
 
 from quantkit.checkpoint.source import open_source
 from quantkit.evaluation.verify import verify
-from quantkit.pipeline import quantize as write_repo
+from quantkit.jobs.pipeline import quantize as write_repo
 from quantkit.planning.recipe import load_recipe, plan_by_recipe
 from quantkit.publish.report import read_report
 from quantkit.publish.upload import plan_upload

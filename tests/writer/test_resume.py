@@ -27,7 +27,7 @@ def watch(event, args):
 sys.addaudithook(watch)
 from pathlib import Path
 from quantkit.planning.recipe import load_recipe, plan_by_recipe
-from quantkit.pipeline import quantize as write_repo
+from quantkit.jobs.pipeline import quantize as write_repo
 from quantkit.checkpoint.source import open_source
 opened = open_source(source)
 plan = plan_by_recipe(opened.inventory, load_recipe("moringlabs-3.6bit"))

@@ -13,7 +13,7 @@ from quantkit.backend import mx
 from quantkit.checkpoint.source import open_source
 from quantkit.errors import OutputError, SourceError, TierError
 from quantkit.formats.tiers import MXFP4, NATIVE, TIERS, parse_tier
-from quantkit.pipeline import quantize as write_repo
+from quantkit.jobs.pipeline import quantize as write_repo
 from quantkit.planning.plan import make_plan
 from quantkit.planning.recipe import load_recipe, plan_by_recipe, recipe_names
 from tests import tiny

@@ -19,9 +19,7 @@ from quantkit.checkpoint.stock import UntrustedCodeError
 from quantkit.errors import CalibrationError, InputError
 from quantkit.evaluation import fidelity
 from quantkit.formats.tiers import Tier, parse_tier
-from quantkit.jsonfile import digest
 from quantkit.macs import Room, memory_needed
-from quantkit.places import plain_path
 from quantkit.planning.allocator import Limits, Wishes, corrected_by, plan_by_budget, rivals
 from quantkit.progress import Progress
 from quantkit.publish.card import license_of
@@ -31,6 +29,8 @@ from quantkit.quantizers.rounding import require_method
 from quantkit.quantizers.scale_tuning import Tuning
 from quantkit.sensitivity.measure import Settings, make, prepare
 from quantkit.staging import require_apart, require_free, versions
+from quantkit.storage.json_files import digest
+from quantkit.storage.paths import plain_path
 from quantkit.streaming import measure_kl as joint
 from quantkit.streaming.attention import attention_settings, require_same_attention
 from quantkit.streaming.layer_runner import StreamingModel, has_gradients

@@ -12,7 +12,7 @@ def data_folder(name: str) -> Path:
 
     Raises InputError when the installation lacks it.
     """
-    package = Path(__file__).parent
+    package = Path(__file__).parents[1]
     for folder in (package / "_data" / name, package.parent / name):
         if folder.is_dir():
             return folder

@@ -10,9 +10,10 @@ import quantkit
 from quantkit.backend import mx
 from quantkit.calibration.text import read_text
 from quantkit.evaluation.fidelity import prepare
-from quantkit.pipeline import changes
+from quantkit.jobs.pipeline import changes
 from quantkit.streaming import measure_kl as joint
 from quantkit.streaming.layer_runner import StreamingModel
+from tests.support.text import words
 
 pytestmark = pytest.mark.skipif(
     version("mlx-lm").startswith("0.31"), reason="mlx-lm differentiates its expert indices there"
@@ -24,12 +25,6 @@ SHORT = ("--tokens", 512)
 @pytest.fixture(scope="module")
 def source(checkpoint):
     return quantkit.open_source(str(checkpoint))
-
-
-def words(path, seed):
-    rng = np.random.default_rng(seed)
-    path.write_text(" ".join(f"w{i}" for i in rng.integers(3, 64, 4000)))
-    return str(path)
 
 
 @pytest.fixture(scope="module")

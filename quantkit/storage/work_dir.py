@@ -12,7 +12,7 @@ import numpy as np
 
 from quantkit.backend import mx
 from quantkit.errors import OutputError
-from quantkit.jsonfile import load_json, write_atomically
+from quantkit.storage.json_files import load_json, write_atomically
 
 Tensors = tuple[np.ndarray, ...]
 """A weight's stored tensors, in the order of its tier, as numpy carriers."""
