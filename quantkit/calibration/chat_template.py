@@ -42,16 +42,19 @@ def _normalized(given: Any) -> Message:
         raise InputError(f"the message {message!r:.40} has no role and content")
     content = message.pop("value", None)
     content = _joined(message.get("content", content))
-    reasoning = next((message[key] for key in _REASONING if message.get(key)), None)
-    if content is None and reasoning is None and not message.get("tool_calls"):
+    reasoning = _joined(next((message[key] for key in _REASONING if message.get(key)), None))
+    calls = parsed(message.pop("tool_calls", None))
+    if content is None and reasoning is None and not calls:
         raise NoTextError(f"a message of {role} has no text")
     message |= {"role": role, "content": content or ""}
     if reasoning is not None:
         message |= dict.fromkeys(_REASONING[:2], reasoning)
-    if not message.get("tool_calls", True):
-        del message["tool_calls"]  # empty; templates ask whether the key is there
-    for call in message.get("tool_calls", ()):
-        _parse_arguments(call)
+    if calls:  # templates ask whether the key is there
+        if not isinstance(calls, list):
+            raise InputError(f"expected a list of tool calls, found {calls!r:.40}")
+        message["tool_calls"] = calls
+        for call in calls:
+            _parse_arguments(call)
     return message
 
 
@@ -68,17 +71,22 @@ def _joined(content: Any) -> str | None:
     return "".join(texts)
 
 
+def parsed(value: Any) -> Any:
+    """Return the JSON value of a string, without nulls, as data sets keep tools and tool calls.
+    What is no JSON stays as it is."""
+    try:
+        return without_nulls(json.loads(value)) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
 def _parse_arguments(call: Any) -> None:
     """Turn the arguments of a tool call into an object in place: OpenAI's protocol has them as a
     JSON string, which templates would quote once more."""
     if not isinstance(call, dict):
         raise InputError(f"expected a tool call with a name and arguments, found {call!r:.40}")
     function = call["function"] if isinstance(call.get("function"), dict) else call
-    if isinstance(arguments := function.get("arguments"), str):
-        try:
-            function["arguments"] = json.loads(arguments)
-        except ValueError:
-            return  # not JSON: the template gets what the model wrote
+    function["arguments"] = parsed(function.get("arguments", {}))
 
 
 def without_nulls(value: Any) -> Any:

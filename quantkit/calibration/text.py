@@ -25,6 +25,7 @@ from quantkit.calibration.chat_template import (
     NoTextError,
     has_chat_template,
     normalize_messages,
+    parsed,
     render_chat,
     without_nulls,
 )
@@ -42,10 +43,15 @@ _HELD_OUT = 5
 _LOADERS = {".jsonl": "json", ".json": "json", ".txt": "text", ".md": "text", ".parquet": "parquet"}
 _TEXTS = ("text", "content", "document")
 _DIALOGUES = ("messages", "conversations", "conversation")
+_MOST_FAILED = 100  # rows, of which none can be rendered
 _PASSAGE = 16  # tokens
 _SKETCH = 2048  # passages
 _FEWEST = 4  # passages to judge a sequence by
 _TODAY = date(2025, 8, 5)  # for templates, so that the same text gives the same tokens every day
+
+
+class _RowError(CalibrationError):
+    """One row that cannot be rendered."""
 
 
 @dataclass(frozen=True)
@@ -205,8 +211,6 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
 def _records(request: Request) -> list[Iterator[Mapping[str, Any]]]:
     """The documents of every kind of text, each kind shuffled by the seed."""
     from datasets import load_dataset, logging
-    from datasets.exceptions import DatasetsError
-    from huggingface_hub.errors import HfHubHTTPError
 
     logging.set_verbosity(logging.CRITICAL)  # what goes wrong is raised, too
     path = user_path(request.name)
@@ -236,7 +240,7 @@ def _records(request: Request) -> list[Iterator[Mapping[str, Any]]]:
                 name, split="train", streaming=True, cache_dir=_datasets_cache(), **options
             )
             found.append(_read(data.shuffle(seed=request.seed, buffer_size=2000), request.name))
-        except (DatasetsError, HfHubHTTPError, OSError, ValueError) as exc:
+        except Exception as exc:  # whatever the readers of datasets stumble over
             raise CalibrationError(
                 f"{request.name}: no file and no data set that can be loaded ({first_line(exc)})."
             ) from exc
@@ -290,24 +294,37 @@ def _sequences(
 ) -> Iterator[list[int]]:
     """Yield documents one after the other, cut into sequences; the rest at the end is left.
 
-    Rows whose text is null or empty, and chats with images, are counted in `skipped`.
+    Rows whose text is null or empty, chats with images, and those that the chat template refuses
+    are counted in `skipped`. Raises CalibrationError where it refuses every one.
     """
     held: list[int] = []
+    rendered = failed = 0
+    refusal: _RowError | None = None  # the first
     for record in records:
-        tokens = _tokens(record, tokenizer, request.name)
+        try:
+            tokens = _tokens(record, tokenizer, request.name)
+        except _RowError as exc:
+            failed += 1
+            refusal = refusal or exc
+            if failed == _MOST_FAILED and not rendered:
+                break
+            tokens = None
         if tokens is None:
             skipped[request.name] += 1
             continue
+        rendered += 1
         held += tokens
         while len(held) >= request.sequence_length:
             yield held[: request.sequence_length]
             held = held[request.sequence_length :]
+    if refusal and not rendered:  # it is not the rows, then
+        raise CalibrationError(str(refusal)) from refusal
 
 
 def _tokens(record: Mapping[str, Any], tokenizer: Any, name: str) -> list[int] | None:
     """Return the token ids of a row, None if it holds no text. Raises CalibrationError."""
     for column in _DIALOGUES:
-        if isinstance(messages := record.get(column), list) and messages:
+        if isinstance(messages := parsed(record.get(column)), list) and messages:
             where = f"{name}, column {column}"
             return _dialogue(messages, record.get("tools"), tokenizer, where)
     for column in _TEXTS:
@@ -326,9 +343,9 @@ def _dialogue(messages: list[Any], tools: Any, tokenizer: Any, where: str) -> li
         chat = normalize_messages(messages)
         if not has_chat_template(tokenizer):
             return list(tokenizer.encode("\n".join(turn["content"] for turn in chat) + "\n"))
-        text = render_chat(tokenizer, chat, tools=without_nulls(tools), today=_TODAY)
+        text = render_chat(tokenizer, chat, tools=without_nulls(parsed(tools)), today=_TODAY)
     except NoTextError:
         return None
     except InputError as exc:
-        raise CalibrationError(f"{where}: {exc}.") from exc
+        raise _RowError(f"{where}: {exc}.") from exc
     return list(tokenizer.encode(text, add_special_tokens=False))

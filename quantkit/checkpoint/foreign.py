@@ -24,7 +24,7 @@ _FILES = (
         "weights of another framework. Start from the safetensors of the same model",
     ),
     (
-        r".*\.safetensors",
+        r"(?!model.*\.safetensors$).*\.safetensors",
         "safetensors of other names than model*.safetensors, which is what mlx-lm loads. Rename "
         "them, or add a model.safetensors.index.json that names them",
     ),

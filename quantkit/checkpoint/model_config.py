@@ -12,6 +12,7 @@ from quantkit.errors import SourceError
 
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 _DTYPE_KEYS = ("torch_dtype", "dtype")
+_LARGEST = 1e30  # base of RoPE
 _BESIDE = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
 
 
@@ -29,27 +30,31 @@ def with_rope_settings(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _with_both_forms(scope: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings of one language model with `rope_theta` and `rope_scaling`, and with
-    `rope_theta` inside of `rope_parameters`. Where both forms are there, transformers 5 lets
-    `rope_scaling` decide; settings for each layer type say more than it can."""
+    `rope_theta` inside of `rope_parameters`. Where both forms are there, transformers 5 takes
+    `rope_scaling` whole; settings for each layer type say more than it can."""
     found = dict(scope)
-    if found.get("rope_theta", 0) is None:
-        del found["rope_theta"]  # null means the default, which mlx-lm takes for a missing key
+    for key in ("rope_theta", "rope_local_base_freq"):
+        if found.get(key, 0) is None:
+            del found[key]  # null means the default, which mlx-lm takes for a missing key
     _require_numbers(found)
     parameters, scaling = _settings(found, "rope_parameters"), _settings(found, "rope_scaling")
-    given = parameters if _is_by_layer_type(parameters) else {**parameters, **scaling}
+    given = parameters if _is_by_layer_type(parameters) else scaling or parameters
     if not given:
         return found
     if _is_by_layer_type(given):
-        complete = {kind: _with_theta(settings, found) for kind, settings in given.items()}
+        complete = {kind: _with_theta(one, found, {}) for kind, one in given.items()}
         own = complete.get("full_attention", next(iter(complete.values())))
         sliding = complete.get("sliding_attention", {})
         if "rope_theta" in sliding:
             found.setdefault("rope_local_base_freq", sliding["rope_theta"])
+        beside = tuple(name for name in _BESIDE if name != "partial_rotary_factor")
     else:
-        own = complete = _with_theta(given, found)
+        own = complete = _with_theta(given, found, parameters)
+        beside = _BESIDE
     if parameters:
         found["rope_parameters"] = complete
-    found |= {name: own[name] for name in _BESIDE if own.get(name) is not None}
+        found.setdefault("rope_scaling", None)  # some of mlx-lm's models require the key
+    found |= {name: own[name] for name in beside if own.get(name) is not None}
     plain = {name: value for name, value in own.items() if name != "rope_theta"}
     if plain.get("rope_type", plain.get("type", "default")) != "default":
         found["rope_scaling"] = plain
@@ -65,13 +70,21 @@ def _settings(scope: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 
 
 def _require_numbers(settings: Mapping[str, Any]) -> None:
-    """Raises SourceError for a RoPE base that is no number, here or inside."""
+    """Raises SourceError for a RoPE base that is no number, here or inside; some families have a
+    list of them, one for each layer."""
     for key, value in settings.items():
         if key in ("rope_theta", "rope_local_base_freq") and value is not None:
-            if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-                raise SourceError(f"config.json: {key} is {value!r}, which is no positive number.")
+            values = value if isinstance(value, list) and value else [value]
+            if not all(_is_base(one) for one in values):
+                raise SourceError(
+                    f"config.json: {key} is {value!r:.40}, which is no positive number."
+                )
         elif key in ("rope_parameters", "rope_scaling") or key.endswith("_attention"):
             _require_numbers(value if isinstance(value, Mapping) else {})
+
+
+def _is_base(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < _LARGEST
 
 
 def _is_by_layer_type(settings: Mapping[str, Any]) -> bool:
@@ -79,10 +92,16 @@ def _is_by_layer_type(settings: Mapping[str, Any]) -> bool:
     return bool(settings) and all(isinstance(value, Mapping) for value in settings.values())
 
 
-def _with_theta(settings: Mapping[str, Any], scope: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `settings` with the `rope_theta` that stands beside them, unless they have one."""
-    theta = settings.get("rope_theta") or scope.get("rope_theta")
-    return {**settings, "rope_theta": theta} if theta else dict(settings)
+def _with_theta(
+    settings: Mapping[str, Any], scope: Mapping[str, Any], other: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return `settings` with a `rope_theta`: their own, else the one beside them, else that of the
+    `other` form; and with one type: transformers reads `rope_type` first, mlx-lm `type`."""
+    found = dict(settings)
+    if "rope_type" in found and "type" in found:
+        found["type"] = found["rope_type"]
+    theta = found.get("rope_theta") or scope.get("rope_theta") or other.get("rope_theta")
+    return {**found, "rope_theta": theta} if theta else found
 
 
 def stated_dtype(config: Mapping[str, Any]) -> str | None:

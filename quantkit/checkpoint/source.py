@@ -122,6 +122,9 @@ def file_hashes(source: Source, progress: Progress | None = None) -> dict[str, s
 
 
 def _source(checkpoint: Checkpoint, quantized: bool, floats: str) -> Source:
+    model_type = checkpoint.config.get("model_type")
+    if not isinstance(model_type, str) or not model_type:
+        raise SourceError("config.json: has no model_type.")
     if not (quantized and mlx_quantization(checkpoint.config)):
         _require_unquantized(checkpoint)
     layout = _describe(checkpoint)
@@ -141,9 +144,7 @@ def _source(checkpoint: Checkpoint, quantized: bool, floats: str) -> Source:
 
 
 def _describe(checkpoint: Checkpoint) -> Layout:
-    model_type = checkpoint.config.get("model_type")
-    if not isinstance(model_type, str) or not model_type:
-        raise SourceError("config.json: has no model_type.")
+    model_type = checkpoint.config["model_type"]
     layers = optional_int(checkpoint.config, "num_hidden_layers", "n_layer", "n_layers")
     if layers is not None and layers > len(checkpoint.tensors):
         raise SourceError(

@@ -6,9 +6,10 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
+from warnings import formatwarning
 
-from quantkit.errors import InputError
+from quantkit.errors import CacheWarning, InputError
 from quantkit.progress import Progress
 
 
@@ -23,9 +24,24 @@ def note(message: str | None) -> None:
         print(f"note: {message}", file=sys.stderr)
 
 
-def show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    """Show a Python warning as a note, without the line of code that gave it."""
-    note(str(message))
+def show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Show our own warnings as notes, without the line of code that gave them; all others as
+    Python does."""
+    if issubclass(category, CacheWarning):
+        note(str(message))
+    else:
+        print(
+            formatwarning(message, category, filename, lineno, line),
+            end="",
+            file=file or sys.stderr,
+        )
 
 
 def print_json(value: Any) -> None:

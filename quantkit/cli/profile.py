@@ -40,7 +40,8 @@ def profile(
     tokens: Tokens = 4096,
     sequence_length: Annotated[int, typer.Option(help="Tokens in a sequence.")] = 256,
     seed: Annotated[
-        int, typer.Option(min=0, help="Of the text's order and of the labels drawn.")
+        int,
+        typer.Option(min=0, max=2**64 - 1, help="Of the text's order and of the labels drawn."),
     ] = 0,
     draws: Annotated[int, typer.Option(help="Labels drawn per token (fisher).")] = 2,
     tiers: Annotated[

@@ -199,7 +199,7 @@ def skipped_rows(text: Calibration) -> str | None:
     """A note about rows that held no text; None where there were none."""
     if not text.skipped_rows:
         return None
-    return f"{text.name}: {text.skipped_rows} rows hold no text and were skipped"
+    return f"{text.name}: {text.skipped_rows} rows without usable text were skipped"
 
 
 def print_check(check: Mapping[str, Any]) -> None:

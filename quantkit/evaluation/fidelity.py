@@ -184,6 +184,7 @@ def _native_output(model: StreamingModel, tokens: np.ndarray, progress: Progress
     depends = {
         **source_marks(model.source),
         **versions(),
+        "config": digest(dict(model.source.checkpoint.config)),
         "tokens": digest(tokens.tolist()),
         "device": "cpu" if on_cpu() else "gpu",
     }

@@ -23,7 +23,7 @@ from quantkit.macs import Room, memory_needed
 from quantkit.planning.allocator import Limits, Wishes, corrected_by, plan_by_budget, rivals
 from quantkit.progress import Progress
 from quantkit.publish.card import license_of
-from quantkit.publish.report import documents, read_report
+from quantkit.publish.report import documents, read_report, record
 from quantkit.quantizers.layerwise import EMBEDDING_TOKENS, LayerRounder, RoundingText
 from quantkit.quantizers.rounding import require_method
 from quantkit.quantizers.scale_tuning import Tuning
@@ -61,16 +61,16 @@ def quantize(
     that the card names, by default the source's own. A source on the Hub is
     downloaded first. Raises what `rewrite` raises, InputError, CalibrationError and HubError.
     """
+    require_same_attention(source.checkpoint)
+    if base_model is not None and not is_repo_id(base_model):
+        raise InputError(f"--base-model {base_model!r}: not a Hub id. Write it like user/name.")
     if source.checkpoint.folder is None:  # what `rewrite` checks too, before the download
         require_apart(plain_path(out), None)
         if not (out / REPORT_FILE).exists():
             require_free(plain_path(out), force)
         source = with_values(source)
-    require_same_attention(source.checkpoint)
     _require_tokenizer(source)
     name = source.checkpoint.name
-    if base_model is not None and not is_repo_id(base_model):
-        raise InputError(f"--base-model {base_model!r}: not a Hub id. Write it like user/name.")
     if base_model is None and is_repo_id(name):  # a local folder's name has no slash
         base_model = name
     stated = license_of(source.checkpoint.path(""))
@@ -103,6 +103,8 @@ def quantize(
         force=force,
         progress=progress,
     )
+    if base_model is not None and read_report(out).base_model != base_model:
+        record(out, base_model=base_model)  # it was complete already, under another name
     return read_report(out)
 
 

@@ -35,6 +35,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+_KEYS = {"description", "source", "fallback", "rules"}
 _RULE_KEYS = {"roles", "layers", "layer_kinds", "names", "tier"}
 
 
@@ -109,6 +110,10 @@ def load_recipe(name: str) -> Recipe:
 
 def parse_recipe(name: str, data: Mapping[str, Any]) -> Recipe:
     """A recipe from its TOML table. Raises RecipeError naming the rule at fault."""
+    if unknown := data.keys() - _KEYS:
+        raise RecipeError(
+            f"recipe {name}: unknown key {min(unknown)!r}. Known: {', '.join(sorted(_KEYS))}."
+        )
     rules = data.get("rules")
     if not isinstance(rules, list) or not rules:
         raise RecipeError(f"recipe {name}: has no [[rules]].")

@@ -10,7 +10,7 @@ from typing import Any
 
 from quantkit.errors import InputError, OutputError, PlanError
 
-FORMAT_VERSION = 1  # of the plans and reports that quantkit writes
+FORMAT_VERSION = 2  # of the plans and reports that quantkit writes
 
 
 def digest(value: Any) -> str:

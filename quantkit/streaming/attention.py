@@ -19,8 +19,9 @@ from quantkit.errors import SourceError, first_line
 SLIDING, FULL = "sliding_attention", "full_attention"
 _OFFSETS = (0, 1000, 30000)  # positions at which rotations are compared
 _TOLERANCE = 1e-3
+_LOCAL = ("rope_local_base_freq", "rope_local_theta", "swa_rope_theta")  # of sliding layers
 _KEYS = (
-    *("rope_theta", "rope_scaling", "rope_parameters", "rope_local_base_freq"),
+    *("rope_theta", "rope_scaling", "rope_parameters", *_LOCAL),
     *("layer_types", "sliding_window", "max_position_embeddings", "num_hidden_layers"),
     "original_max_position_embeddings",
 )
@@ -28,14 +29,14 @@ _KEYS = (
 
 @dataclass(frozen=True)
 class Rope:
-    """RoPE settings of one layer: the base, and the scaling as `rope_scaling` states it."""
+    """RoPE settings of one layer: the base, None for the family's own, and the scaling."""
 
-    theta: float
+    theta: float | None
     scaling: Mapping[str, Any]
 
     def __str__(self) -> str:
-        kind = self.scaling.get("rope_type") or self.scaling.get("type") or "default"
-        return f"rope_theta {self.theta:g}, {kind} scaling"
+        base = "" if self.theta is None else f"rope_theta {self.theta:g}, "
+        return f"{base}{self.scaling.get('rope_type', 'default')} scaling"
 
 
 def attention_settings(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -84,7 +85,7 @@ def _rope_differences(
     others: list[tuple[int, str | None, Rope, Any]] = []
     is_realised = False
     for number, (layer, kind) in enumerate(zip(layers, kinds, strict=True)):
-        accepted = _ropes(settings, kind)
+        accepted = _ropes(settings, kind, number)
         for module in _rope_modules(layer) if accepted else ():
             try:
                 if any(_same_rotation(module, rope, longest) for rope in accepted):
@@ -92,7 +93,7 @@ def _rope_differences(
                 else:
                     others.append((number, kind, accepted[0], module))
             except (KeyError, TypeError, ValueError) as exc:
-                what = f"which mlx-lm does not know ({first_line(exc)})"
+                what = f"which mlx-lm cannot build ({first_line(exc)})"
                 yield f"layer {number}: the config asks for {accepted[0]}, {what}"
     for number, kind, rope, module in others:
         # Some families (OLMo 3) scale full attention only; then others read the same settings.
@@ -104,36 +105,45 @@ def _rope_differences(
 
 def _stated(settings: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
     """Return the RoPE settings as transformers 5 reads them, and whether they are given for every
-    layer type."""
-    stated: dict[str, Any] = {}
-    for key in ("rope_parameters", "rope_scaling"):
-        given = settings.get(key)
-        stated |= given if isinstance(given, Mapping) else {}
+    layer type. `rope_scaling` replaces `rope_parameters` whole, but for settings by layer type."""
+    forms = [settings.get(key) for key in ("rope_parameters", "rope_scaling")]
+    parameters, scaling = (dict(form) if isinstance(form, Mapping) else {} for form in forms)
+    for stated in (parameters, scaling):
         if stated and all(isinstance(value, Mapping) for value in stated.values()):
-            return stated, True  # no more can be said
-    return stated, False
+            return stated, True
+    if scaling and "rope_theta" in parameters and settings.get("rope_theta") is None:
+        scaling.setdefault("rope_theta", parameters["rope_theta"])
+    return scaling or parameters, False
 
 
-def _ropes(settings: Mapping[str, Any], kind: str | None) -> list[Rope]:
-    """Return the RoPE settings that a layer of `kind` may have: one, or those of every kind where
-    the kind is not known. Empty where the config does not say."""
+def _ropes(settings: Mapping[str, Any], kind: str | None, number: int) -> list[Rope]:
+    """Return the RoPE settings that layer `number` of a `kind` may have: one, or those of every
+    kind where the kind is not known. Empty where the config does not say."""
     own, by_kind = _stated(settings)
-    local = settings.get("rope_local_base_freq")
+    local = next((settings[key] for key in _LOCAL if settings.get(key)), None)
     if kind is None:
         names = list(own) if by_kind else [FULL, *([SLIDING] if local else [])]
-        return [rope for name in names for rope in _ropes(settings, name)]
+        return [rope for name in names for rope in _ropes(settings, name, number)]
     if by_kind:
         own = own.get(kind, {})
     elif kind == SLIDING and local:
         return [Rope(float(local), {})]
     theta = own.get("rope_theta") or settings.get("rope_theta")
+    if isinstance(theta, list):
+        theta = theta[number] if number < len(theta) else None
     scaling = {key: value for key, value in own.items() if key != "rope_theta"}
-    types = (scaling.get("rope_type"), scaling.get("type"))
+    if "rope_type" in scaling or "type" in scaling:  # mlx-lm reads `type` first
+        name = scaling.pop("type", None)
+        name = scaling.get("rope_type", name)
+        scaling["rope_type"] = "longrope" if name == "su" else name
+    kind_of_scaling = scaling.get("rope_type", "default")
     trained = "original_max_position_embeddings"
-    if "longrope" in types and trained in settings:  # where transformers 4 has it
+    if kind_of_scaling == "longrope" and trained in settings:  # where transformers 4 has it
         scaling.setdefault(trained, settings[trained])
-    if theta is None or "dynamic" in types or (by_kind and not own):
+    if kind_of_scaling == "dynamic" or (by_kind and not own):
         return []
+    if theta is None:  # the family's own base; that scaling is there can be seen all the same
+        return [] if kind_of_scaling == "default" else [Rope(None, scaling)]
     return [Rope(float(theta), scaling)]
 
 
@@ -149,17 +159,29 @@ def _rope_modules(layer: Any) -> Iterator[Any]:
 
 def _same_rotation(module: Any, rope: Rope, longest: int | None) -> bool:
     """Return whether `module` rotates as a module made from `rope` does, at several positions."""
-    from mlx_lm.models.rope_utils import initialize_rope
+    from mlx_lm.models.rope_utils import SuScaledRoPE, initialize_rope
 
     dims = getattr(module, "dims", None) or module.dim
+    if rope.theta is None:
+        return not _is_plain(module)
     expected = initialize_rope(
         dims, rope.theta, getattr(module, "traditional", False), dict(rope.scaling) or None, longest
     )
+    if isinstance(expected, SuScaledRoPE) and type(module) is SuScaledRoPE:
+        # The factor on long inputs is a setting that each family reads by itself.
+        return bool(mx.allclose(module._freqs, expected._freqs).item())
     x = 1 + mx.arange(2 * dims).reshape(1, 1, 2, dims) / dims
     return all(
         mx.allclose(module(x, offset=offset), expected(x, offset=offset), atol=_TOLERANCE).item()
         for offset in _OFFSETS
     )
+
+
+def _is_plain(module: Any) -> bool:
+    """Return whether a RoPE module scales nothing."""
+    from mlx.nn import RoPE
+
+    return type(module) is RoPE and getattr(module, "scale", 1.0) == 1.0
 
 
 def _cache_differences(
@@ -182,4 +204,7 @@ def _cache_differences(
         elif rotating[number] and (
             not isinstance(window, int) or window < 1 or cache.max_size != window
         ):
-            yield f"layer {number}: the config's window is {window}; mlx-lm's is {cache.max_size}"
+            if not isinstance(window, int) or window < 1:
+                yield f"layer {number}: sliding_window is {window!r}, no positive whole number"
+            else:
+                yield f"layer {number}: the config's window is {window}; mlx-lm's {cache.max_size}"

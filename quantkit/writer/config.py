@@ -20,7 +20,14 @@ _COMPANIONS = (
     *("LICENSE*", "NOTICE*", "USAGE_POLICY*"),
 )
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
-_NOT_COPIED = ("config.json", "*.index.json", "quantkit.json", "hf_quant_config.json", ".*")
+_NOT_COPIED = (
+    "config.json",
+    "*.index.json",
+    "*.index.*.json",
+    "quantkit.json",
+    "hf_quant_config.json",
+    ".*",
+)
 _TEMPLATES = "additional_chat_templates"
 _PROCESSORS = ("*processor*.json", "*processing_*.py")
 _MODALITIES = {  # words in the names of tensors and settings

@@ -132,6 +132,10 @@ def is_current(out: Path, source: Source, plan: Plan, shards: tuple[Shard, ...])
         return False
     if report.plan.source.structure != plan.source.structure:
         return False
+    folder = source.checkpoint.path("")
+    beside = companions(folder, source.inventory)  # a chat template that was mended, say
+    if not all(_has_hash(folder / name, report.sha256s.get(name)) for name in beside):
+        return False
     if not all(_has_hash(out / name, sha256) for name, sha256 in report.sha256s.items()):
         return False
     return report.plan.source.files == with_hashes(plan.source, file_hashes(source)).files

@@ -214,7 +214,7 @@ def test_null_text_is_never_the_word_none(tmp_path, checkpoint, text, cli):
     assert set(found.tokens.ravel().tolist()) <= {5, 6, 7, 8, 9}
     done = cli("profile", checkpoint, "-o", tmp_path / "out", "--calibration", path, "--tokens", 64,
                "--sequence-length", 8, "--tiers", "q8g64")  # fmt: skip
-    assert "text.jsonl: 1 rows hold no text and were skipped" in done.stderr
+    assert "text.jsonl: 1 rows without usable text were skipped" in done.stderr
 
 
 def test_nothing_but_rows_without_text(tmp_path, checkpoint, cli):
@@ -264,3 +264,70 @@ def test_the_same_under_other_versions_of_transformers(folder, render, tmp_path_
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout == render(messages, tools=TOOLS, today=DAY)
+
+
+CALLS = [{"function": CALL}]
+UNUSABLE = {
+    "calls that are no list": {"role": "assistant", "content": "x", "tool_calls": 5},
+    "a call that is no object": {"role": "assistant", "content": "x", "tool_calls": ["add"]},
+    "a result without a call": {"role": "tool", "content": "4"},
+    "content and thinking beside calls": {
+        "role": "assistant", "content": "x", "thinking": "y", "tool_calls": CALLS,
+    },
+}  # fmt: skip
+USABLE = {
+    "calls as a JSON string": {"role": "assistant", "content": "", "tool_calls": json.dumps(CALLS)},
+    "thinking in parts": {"role": "assistant", "content": "4", "thinking": [{"text": "Easy."}]},
+    "arguments that are null": {
+        "role": "assistant", "content": "",
+        "tool_calls": [{"function": {"name": "add", "arguments": None}}],
+    },
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def chats(tmp_path_factory):
+    """A tiny gpt-oss with a template that is strict, and a way to read rows with it."""
+    source = open_source(str(standin.write_own(tmp_path_factory.mktemp("chats") / "gpt-oss")))
+
+    def read(folder, rows):
+        path = folder / "rows.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return read_text(source.checkpoint, Request(str(path), 100_000, 32))
+
+    return read
+
+
+@pytest.mark.parametrize("case", [*UNUSABLE, *USABLE])
+def test_one_row_does_not_end_the_run(chats, tmp_path, case):
+    row = {"messages": [USER, {**UNUSABLE, **USABLE}[case]]}
+    found = chats(tmp_path, [{"messages": [USER]}] * 9 + [row])
+    assert found.about.skipped_rows == (case in UNUSABLE)
+
+
+@pytest.mark.parametrize("case", UNUSABLE)
+def test_nothing_but_rows_that_cannot_be_rendered_is_an_error(chats, tmp_path, case):
+    with pytest.raises(InputError, match="rows.jsonl, column messages: "):
+        chats(tmp_path, [{"messages": [USER, UNUSABLE[case]]}] * 3)
+
+
+@pytest.mark.parametrize("tools", [TOOLS, json.dumps(TOOLS), None, "[]", []])
+def test_tools_of_a_row_in_any_form(chats, tmp_path, tools):
+    rows = [{"messages": [USER], "tools": tools}] * 9
+    found = chats(tmp_path, rows)
+    assert found.about.skipped_rows == 0
+    assert len(found.tokens)
+
+
+def test_messages_as_a_json_string(chats, tmp_path):
+    plain = chats(tmp_path, [{"messages": [USER]}] * 9)
+    packed = chats(tmp_path, [{"messages": json.dumps([USER])}] * 9)
+    assert packed.about.sha256 == plain.about.sha256
+
+
+def test_json_that_no_reader_takes(cli, checkpoint, tmp_path):
+    path = tmp_path / "deep.jsonl"
+    path.write_text('{"text":' + "[" * 3000 + "]" * 3000 + "}\n")
+    done = cli("profile", checkpoint, "-o", tmp_path / "out", "--calibration", path)
+    assert done.exit_code == 2, done.output
+    assert done.stderr.count("\n") == 1

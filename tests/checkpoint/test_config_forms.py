@@ -229,7 +229,7 @@ def test_verify_finds_what_was_lost(tmp_path):
 
 
 WINDOWS = {
-    "another window": ({"sliding_window": 8}, "window is 16; mlx-lm's is 8"),
+    "another window": ({"sliding_window": 8}, "window is 16; mlx-lm's 8"),
     "other layer types": (
         {"layer_types": ["full_attention", "sliding_attention"] * 2},
         "the config says sliding_attention; mlx-lm builds the other kind",
@@ -370,3 +370,97 @@ def test_odd_values_end_in_a_right_repo_or_in_one_line(cli, tmp_path, key):
             assert done.stderr.count("\n") == 1, done.stderr
             assert not list(tmp_path.glob("out.*"))
     assert ends <= {0, 2}
+
+
+PLAIN_THETA = {"rope_type": "default", "rope_theta": 500000.0}
+LINEAR_THETA = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
+# what is written -> what transformers 5 makes of it, in the older form
+DECIDED = {
+    "rope_scaling replaces rope_parameters": (
+        {"rope_theta": 150000.0, "rope_parameters": LINEAR_THETA, "rope_scaling": YARN},
+        (150000.0, YARN),
+    ),
+    "a theta beside decides over another form's": (
+        {"rope_theta": 10000.0, "rope_parameters": PLAIN_THETA, "rope_scaling": YARN},
+        (10000.0, YARN),
+    ),
+    "rope_type decides over type": (
+        {"rope_theta": 150000.0, "rope_scaling": {**YARN, "type": "default"}},
+        (150000.0, YARN),
+    ),
+    "rope_type decides over type, the other way": (
+        {"rope_theta": 150000.0, "rope_scaling": {"rope_type": "default", "type": "yarn"}},
+        (150000.0, None),
+    ),
+    "a theta inside decides over one beside": (
+        {"rope_theta": 10000.0, "rope_parameters": {**YARN, "rope_theta": 150000.0}},
+        (150000.0, YARN),
+    ),
+}
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("case", DECIDED)
+def test_settings_that_contradict_each_other(case, base):
+    written, (theta, scaling) = DECIDED[case]
+    config = {**BASES[base], **written}
+    found = with_rope_settings(config)
+    older = {**BASES[base], "rope_theta": theta, "rope_scaling": scaling}
+    assert rotate_alike(rotations(found), rotations(older))
+    assert attention_differences(attention_settings(config), build_model(found)) == []
+    wrong = build_model({**BASES[base], "rope_theta": 777.0})
+    assert attention_differences(attention_settings(config), wrong)
+
+
+LONG = {"short_factor": [1.0] * 16, "long_factor": [2.0] * 16}
+OWN_WAYS = {
+    "Phi 3 with the older name": {
+        "model_type": "phi3",
+        "original_max_position_embeddings": 16,
+        "rope_scaling": {"type": "su", **LONG},
+    },
+    "Phi 3.5 MoE with factors on long inputs": {
+        "model_type": "phimoe",
+        "num_local_experts": 2,
+        "num_experts_per_tok": 1,
+        "original_max_position_embeddings": 16,
+        "rope_scaling": {"type": "longrope", "short_mscale": 1.2, "long_mscale": 1.2, **LONG},
+    },
+}
+
+
+@pytest.mark.parametrize("case", OWN_WAYS)
+def test_longrope_of_every_name(case):
+    config = {**BASES["llama"], "rope_theta": 10000.0, **OWN_WAYS[case]}
+    model = build_model(with_rope_settings(config))
+    assert attention_differences(attention_settings(config), model) == []
+    config["rope_scaling"] = {**config["rope_scaling"], "long_factor": [3.0] * 16}
+    assert attention_differences(attention_settings(config), model)
+
+
+def test_scaling_without_a_base_is_missed_when_it_is_lost():
+    """Gemma 3's published text_config states no base: the family's own is meant."""
+    config = {k: v for k, v in GEMMA.items() if k not in ("rope_theta", "layer_types")}
+    asked = attention_settings({**config, "rope_scaling": LINEAR})
+    lost = build_model({**config, "rope_theta": 1e6, "rope_scaling": None})
+    assert attention_differences(asked, lost)
+
+
+def test_what_one_layer_type_rotates_is_not_spread_to_all():
+    settings = by_type({**PLAIN_THETA, "partial_rotary_factor": 0.5})
+    del settings["sliding_attention"]["partial_rotary_factor"]
+    found = with_rope_settings({**BASES["gpt_oss"], "rope_parameters": settings})
+    assert "partial_rotary_factor" not in found
+
+
+def test_a_base_for_every_layer_is_no_error():
+    bases = {"rope_theta": [5e6, 1e4, 1e4, 5e6]}
+    assert with_rope_settings({**BASES["gpt_oss"], **bases})["rope_theta"] == bases["rope_theta"]
+
+
+@pytest.mark.parametrize("theta", ["150000", 10**400, [], [1e4, "x"], float("inf"), 0])
+def test_bases_that_are_no_numbers(refused, tmp_path, theta):
+    config = {**tiny.CONFIG, "rope_theta": theta}
+    message = refused(tiny.write_gpt_oss(tmp_path / "src", config=config))
+    assert "config.json: rope_theta is" in message
+    assert "no positive number" in message

@@ -183,6 +183,18 @@ def test_bad_input_is_one_line_and_exit_2(cli, checkpoint, tmp_path, monkeypatch
     assert not list(tmp_path.iterdir())
 
 
+def test_a_seed_that_is_too_large(cli, checkpoint, tmp_path):
+    done = cli("profile", checkpoint, "-o", tmp_path / "out", "--seed", 2**64)
+    assert done.exit_code == 2
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_misspelt_key_of_a_recipe(refused, checkpoint, tmp_path):
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text('falback = "native"\n[[rules]]\ntier = "q4g64"\n')
+    assert "recipe mine: unknown key 'falback'" in refused(checkpoint, recipe)
+
+
 BAD_RECIPES = {
     "matches nothing": ("names = ['nothing']\ntier = 'q4g64'", "no rule matches any weight"),
     "leaves a weight": ("roles = ['expert']\ntier = 'q4g64'", "no rule matches model.embed_tokens"),

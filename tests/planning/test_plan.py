@@ -51,7 +51,7 @@ def edit(key, value):
 
 BAD = {
     "not a plan": (edit("kind", "report"), PlanError, "expected a quantkit plan, found 'report'"),
-    "old version": (edit("version", 0), PlanError, "plan of version 0, this quantkit reads 1"),
+    "old version": (edit("version", 0), PlanError, "plan of version 0, this quantkit reads 2"),
     "no weights": (lambda d: d.pop("weights"), PlanError, "not a complete plan"),
     "weight lost": (lambda d: d["weights"].pop(), PlanError, "'lm_head' has no tier"),
     "norms in a tier": (

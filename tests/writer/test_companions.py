@@ -116,3 +116,23 @@ def test_the_base_model_of_a_local_folder(cli, checkpoint, tmp_path):
     assert done.exit_code == 0, done.output
     card = (tmp_path / "out" / "README.md").read_text()
     assert "base_model: openai/gpt-oss-20b\nbase_model_relation: quantized" in card
+
+
+def test_a_base_model_named_later(cli, checkpoint, tmp_path):
+    command = ("quantize", checkpoint, "-r", "mxfp4-q8", "-o", tmp_path / "out")
+    assert cli(*command).exit_code == 0
+    assert cli(*command, "--base-model", "openai/gpt-oss-20b").exit_code == 0
+    assert read_report(tmp_path / "out").base_model == "openai/gpt-oss-20b"
+    assert "base_model: openai/gpt-oss-20b" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_template_that_was_mended_is_not_missed(cli, tmp_path):
+    source = tiny.write_gpt_oss(tmp_path / "src")
+    command = ("quantize", source, "-r", "mxfp4-q8", "-o", tmp_path / "out")
+    assert cli(*command).exit_code == 0
+    (source / "chat_template.jinja").write_text("{{ messages[-1]['content'] }}")
+    again = cli(*command)
+    assert again.exit_code == 2
+    assert "holds another quant" in again.stderr
+    assert cli(*command, "--force").exit_code == 0
+    assert "messages[-1]" in (tmp_path / "out" / "chat_template.jinja").read_text()
