@@ -19,7 +19,7 @@ from quantkit.formats.dtypes import FLOATS, nan_scales, nonfinite
 from quantkit.formats.tiers import TIERS, Tier
 from quantkit.progress import Progress
 from quantkit.storage.json_files import load_json
-from quantkit.streaming.attention import attention_differences
+from quantkit.streaming.attention import attention_differences, compared_layers
 
 _BLOCK = 1 << 22  # elements looked at in one go
 _TOP_LEVEL = ("group_size", "bits", "mode")
@@ -127,7 +127,8 @@ def _check_attention(repo: Path, report: Report) -> str:
     model = build_model(load_json(repo / "config.json", SourceError))
     if found := attention_differences(report.source_config, model):
         raise _WrongError(f"{found[0]} ({len(found)} such differences).")
-    return "RoPE and windows that mlx-lm builds"
+    compared, layers = compared_layers(report.source_config, model)
+    return f"as mlx-lm builds it, RoPE of {compared} of {layers} layers compared"
 
 
 def _quantization(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -66,16 +66,35 @@ def attention_differences(wanted: Mapping[str, Any], model: Any) -> list[str]:
     `wanted` are the `attention_settings` of the source's config. Layers whose rotations mlx-lm does
     not make with its common RoPE modules, or of which the config says nothing, are left out.
     """
-    settings = {**wanted, **(wanted.get("text_config") or {})}
-    layers = list(model.layers)
-    kinds = settings.get("layer_types")
-    if not isinstance(kinds, list) or len(kinds) != len(layers):
-        kinds = [None] * len(layers)
+    settings, layers, kinds = _by_layer(wanted, model)
     found = [
         *_rope_differences(settings, layers, kinds),
         *_cache_differences(settings, model, kinds),
     ]
     return list(dict.fromkeys(found))
+
+
+def compared_layers(wanted: Mapping[str, Any], model: Any) -> tuple[int, int]:
+    """Return of how many layers `attention_differences` can compare the rotations, and how many
+    layers there are."""
+    settings, layers, kinds = _by_layer(wanted, model)
+    compared = [
+        bool(_ropes(settings, kind, number)) and any(True for _ in _rope_modules(layer))
+        for number, (layer, kind) in enumerate(zip(layers, kinds, strict=True))
+    ]
+    return sum(compared), len(layers)
+
+
+def _by_layer(
+    wanted: Mapping[str, Any], model: Any
+) -> tuple[dict[str, Any], list[Any], list[str | None]]:
+    """Return the settings of the language model, its layers, and each one's kind, None where the
+    config does not say."""
+    settings = {**wanted, **(wanted.get("text_config") or {})}
+    layers, kinds = list(model.layers), settings.get("layer_types")
+    if not isinstance(kinds, list) or len(kinds) != len(layers):
+        kinds = [None] * len(layers)
+    return settings, layers, kinds
 
 
 def _rope_differences(

@@ -43,6 +43,7 @@ def test_a_good_repo(good):
         "stock mlx-lm loads it", "generates",
     ]  # fmt: skip
     assert all(check.ok for check in checks), checks
+    assert "RoPE of 4 of 4 layers compared" in checks[5].detail
 
 
 def test_without_loading(good):
