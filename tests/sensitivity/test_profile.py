@@ -21,6 +21,7 @@ from quantkit.formats.tiers import parse_tier
 from quantkit.sensitivity.entries import candidates
 from quantkit.sensitivity.exact import measured
 from quantkit.sensitivity.validation import spearman
+from quantkit.storage.json_files import FORMAT_VERSION
 from quantkit.streaming.layer_runner import StreamingModel
 from quantkit.streaming.layer_trace import tapped
 from quantkit.streaming.lm_head import Changed, divergence, label_gradients
@@ -401,7 +402,9 @@ def test_a_profile_of_something_else(cli, checkpoint, text, profiled, tmp_path):
     (tmp_path / "new").mkdir()
     (tmp_path / "new" / "profile.json").write_text(json.dumps(newer))
     assert "version 99" in refusal(cli, checkpoint, "--profile", tmp_path / "new")
-    (tmp_path / "new" / "profile.json").write_text('{"kind": "profile", "version": 1}')
+    (tmp_path / "new" / "profile.json").write_text(
+        json.dumps({"kind": "profile", "version": FORMAT_VERSION})
+    )
     assert "not a complete profile" in refusal(cli, checkpoint, "--profile", tmp_path / "new")
 
 
