@@ -11,6 +11,7 @@
         ├── PlanError       a plan that does not belong to a checkpoint
         ├── ProfileError    a profile that does not, or cannot be read
         ├── CalibrationError    text that cannot be calibrated on
+        ├── UntrustedCodeError  a tokenizer that wants to run code of its own
         └── OutputError     an output folder, its disk, or a repo that quantkit did not write
 
 A message names the file or tensor, what was found, what was expected, and what to do.
@@ -73,6 +74,10 @@ class ProfileError(InputError):
 
 class CalibrationError(InputError):
     """Calibration text that is missing, empty, or not understood."""
+
+
+class UntrustedCodeError(InputError):
+    """A tokenizer comes with Python code of its own, which nobody has allowed to run."""
 
 
 class OutputError(InputError):

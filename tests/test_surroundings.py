@@ -11,19 +11,16 @@ import pytest
 
 from quantkit.storage.paths import cache_folder, home_folder
 from tests import tiny
+from tests.support.text import rows
 
 FEW = ("--tokens", "64", "--sequence-length", "16")
+
 NOT_WRITABLE = "/proc"  # not even for root
 
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "text.jsonl"
-    rows = [
-        {"text": " ".join(f"w{(3 * i + j * j) % 60 + 3}" for j in range(30))} for i in range(80)
-    ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+    return rows(tmp_path_factory.mktemp("text") / "text.jsonl", seed=0, count=80, length=30)
 
 
 @pytest.fixture

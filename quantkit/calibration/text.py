@@ -318,7 +318,7 @@ def _sequences(
             yield held[: request.sequence_length]
             held = held[request.sequence_length :]
     if refusal and not rendered:  # it is not the rows, then
-        raise CalibrationError(str(refusal)) from refusal
+        raise refusal
 
 
 def _tokens(record: Mapping[str, Any], tokenizer: Any, name: str) -> list[int] | None:

@@ -22,6 +22,7 @@ from quantkit.progress import Progress
 from quantkit.storage.json_files import digest, load_json
 
 INDEX_FILE = "model.safetensors.index.json"
+CHAT_TEMPLATES = "additional_chat_templates/*.jinja"
 SINGLE_FILE = "model.safetensors"
 _SAMPLE_BYTES = 4096
 _BLOB = re.compile(r"[0-9a-f]{64}")

@@ -63,6 +63,15 @@ class _Part:
     shape: tuple[int, ...]
     projections: tuple[str, ...] = ()
 
+    @property
+    def places(self) -> list[Place]:
+        """Where mlx-lm's model has each projection of `experts`."""
+        experts = self.at.name.rpartition(".")[0]
+        return [
+            replace(self.at, name=f"{experts}.{p}", role=f"expert_{p.removesuffix('_proj')}")
+            for p in self.projections
+        ]
+
 
 def describe(checkpoint: Checkpoint) -> Layout:
     """Every tensor of a gpt-oss checkpoint under its mlx-lm name.
@@ -186,13 +195,8 @@ class _Reader:
     def experts(self, part: _Part) -> None:
         stored, stride = part.at.name, len(part.projections)
         experts, n_out, n_in = part.shape
-        paths = [f"{stored.rpartition('.')[0]}.{projection}" for projection in part.projections]
-        places = [
-            replace(part.at, name=path, role=f"expert_{path.rpartition('.')[2][:-5]}")
-            for path in paths
-        ]
-        if f"{paths[0]}.weight" in self._left:
-            for at in places:
+        if f"{part.places[0].name}.weight" in self._left:
+            for at in part.places:
                 self._separate_projection(at, part.shape)
             return
         bias = self._take(f"{stored}_bias", (experts, stride * n_out))
@@ -202,7 +206,7 @@ class _Reader:
             blocks, scales = self._take_packed(stored, (experts, stride * n_out, n_in))
         else:
             plain = self._take(stored, (experts, n_in, stride * n_out))
-        for offset, at in enumerate(places):
+        for offset, at in enumerate(part.places):
             rows = experts * n_out
             if packed:
                 views = (
@@ -292,7 +296,6 @@ def _every_name(shape: _Shape) -> set[str]:
             found.add(f"{name}.weight" if part.form == "matrix" else name)
             continue
         found |= {name, *(f"{name}_{end}" for end in ("blocks", "scales", "bias"))}
-        for projection in part.projections:
-            path = f"{name.rpartition('.')[0]}.{projection}"
-            found |= {f"{path}.{end}" for end in ("weight", "scales", "bias")}
+        for at in part.places:
+            found |= {f"{at.name}.{end}" for end in ("weight", "scales", "bias")}
     return found

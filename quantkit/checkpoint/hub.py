@@ -10,6 +10,7 @@ from typing import Any
 
 from quantkit.artifacts.inventory import SourceFile
 from quantkit.checkpoint.checkpoint import (
+    CHAT_TEMPLATES,
     INDEX_FILE,
     Checkpoint,
     check_weight_map,
@@ -24,7 +25,6 @@ from quantkit.storage.json_files import load_json
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _DOWNLOAD = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py"]
 _DOWNLOAD += ["LICENSE*", "NOTICE*", "USAGE_POLICY*", "README.md"]
-_TEMPLATES = "additional_chat_templates/*.jinja"
 _READERS = 8  # headers fetched at a time
 
 
@@ -99,7 +99,7 @@ def download(checkpoint: Checkpoint) -> Path:
         snapshot_download(
             repo, revision=revision, allow_patterns=[*_DOWNLOAD, *shards], ignore_patterns=["*/*"]
         )
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=[_TEMPLATES]))
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=[CHAT_TEMPLATES]))
 
 
 def fetch_file(repo: str, name: str) -> Path:

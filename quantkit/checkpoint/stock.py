@@ -4,13 +4,9 @@ from pathlib import Path
 from typing import Any
 
 from quantkit.backend import mx  # noqa: F401  (before mlx-lm: see backend)
-from quantkit.errors import CalibrationError, InputError, OutputError
+from quantkit.errors import CalibrationError, OutputError, UntrustedCodeError
 
 _MOST = 200  # characters of what went wrong
-
-
-class UntrustedCodeError(InputError):
-    """A tokenizer comes with Python code of its own, which nobody has allowed to run."""
 
 
 def load_stock(repo: str, *, trust_remote_code: bool = False) -> tuple[Any, Any]:

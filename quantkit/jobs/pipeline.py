@@ -15,8 +15,7 @@ from quantkit.backend import mx
 from quantkit.calibration.text import Request, load_tokenizer, read_text
 from quantkit.checkpoint.hub import is_repo_id
 from quantkit.checkpoint.source import Source, with_values
-from quantkit.checkpoint.stock import UntrustedCodeError
-from quantkit.errors import CalibrationError, InputError
+from quantkit.errors import CalibrationError, InputError, UntrustedCodeError
 from quantkit.evaluation import fidelity
 from quantkit.formats.tiers import Tier, parse_tier
 from quantkit.macs import Room, memory_needed
@@ -69,7 +68,9 @@ def quantize(
         if not (out / REPORT_FILE).exists():
             require_free(plain_path(out), force)
         source = with_values(source)
-    _require_tokenizer(source)
+    companions(source.checkpoint.path(""), source.inventory)  # names what is missing
+    if plan.rounding == "rtn":  # else the text is read with it
+        _require_tokenizer(source)
     name = source.checkpoint.name
     if base_model is None and is_repo_id(name):  # a local folder's name has no slash
         base_model = name
@@ -112,9 +113,7 @@ def _require_tokenizer(source: Source) -> None:
     """Raises CalibrationError where stock mlx-lm cannot read the tokenizer, which is better known
     before hours of work. Code of its own is for who runs the repo to allow; a folder whose name is
     no text is refused by the tokenizers library, whatever it holds."""
-    folder = source.checkpoint.path("")
-    companions(folder, source.inventory)  # names what is missing
-    if str(folder).isprintable():
+    if str(source.checkpoint.path("")).isprintable():
         with suppress(UntrustedCodeError):
             load_tokenizer(source.checkpoint)
 

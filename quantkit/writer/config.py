@@ -11,6 +11,7 @@ from typing import Any
 from quantkit.artifacts.inventory import Inventory
 from quantkit.artifacts.plan import Plan
 from quantkit.backend import mx  # noqa: F401  (before mlx-lm: see backend)
+from quantkit.checkpoint.checkpoint import CHAT_TEMPLATES
 from quantkit.checkpoint.model_config import with_dtype
 from quantkit.errors import SourceError
 from quantkit.formats.tiers import Tier, parse_tier
@@ -28,7 +29,6 @@ _NOT_COPIED = (
     "hf_quant_config.json",
     ".*",
 )
-_TEMPLATES = "additional_chat_templates"
 _PROCESSORS = ("*processor*.json", "*processing_*.py")
 _MODALITIES = {  # words in the names of tensors and settings
     "vision": ("vision", "visual", "image", "video", "mm", "boi", "eoi"),
@@ -111,7 +111,7 @@ def companions(folder: Path, inventory: Inventory) -> list[str]:
         and not any(fnmatchcase(path.name, pattern) for pattern in not_copied)
         and not path.is_dir()
     )
-    found += sorted((folder / _TEMPLATES).glob("*.jinja"))
+    found += sorted(folder.glob(CHAT_TEMPLATES))
     for path in found:
         if not path.is_file():
             raise SourceError(f"{path.name}: a broken link, or no plain file, in {folder}.")

@@ -90,7 +90,7 @@ def rewrite(
     shards = lay_out(source.inventory, plan, shard_bytes)
     depends = _depends(source, plan, shard_bytes) | dict(rounding.depends if rounding else {})
     staging = Staging(out, depends, force)
-    if not force and is_current(out, source, plan, shards):
+    if not force and is_current(out, source, plan, shards, beside):
         progress(plan.total_bytes, out.name)
         staging.tidy()
         return
@@ -112,9 +112,12 @@ def rewrite(
         staging.commit()
 
 
-def is_current(out: Path, source: Source, plan: Plan, shards: tuple[Shard, ...]) -> bool:
+def is_current(
+    out: Path, source: Source, plan: Plan, shards: tuple[Shard, ...], beside: Sequence[str]
+) -> bool:
     """Whether `out` holds, unharmed, just what this rewrite would write: from the same values, in
-    the same tiers and shards, by the same versions. Reads both source and repo to know."""
+    the same tiers and shards, by the same versions, and the same files `beside` them. Reads both
+    source and repo to know."""
     if not (out / REPORT_FILE).is_file():
         return False
     try:
@@ -132,9 +135,9 @@ def is_current(out: Path, source: Source, plan: Plan, shards: tuple[Shard, ...])
         return False
     if report.plan.source.structure != plan.source.structure:
         return False
-    folder = source.checkpoint.path("")
-    beside = companions(folder, source.inventory)  # a chat template that was mended, say
-    if not all(_has_hash(folder / name, report.sha256s.get(name)) for name in beside):
+    # A chat template that was mended, say.
+    path = source.checkpoint.path
+    if not all(_has_hash(path(name), report.sha256s.get(name)) for name in beside):
         return False
     if not all(_has_hash(out / name, sha256) for name, sha256 in report.sha256s.items()):
         return False

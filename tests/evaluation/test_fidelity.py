@@ -14,17 +14,14 @@ from quantkit.checkpoint.source import open_source
 from quantkit.evaluation.fidelity import prepare
 from tests import tiny
 from tests.streaming.test_streaming import plainly_loaded
+from tests.support.text import rows
 
 LENGTH = 24
 
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
-    rng = np.random.default_rng(1)
-    path = tmp_path_factory.mktemp("text") / "judged.jsonl"
-    lines = [" ".join(f"w{i}" for i in rng.integers(3, 64, 61)) for _ in range(60)]
-    path.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
-    return path
+    return rows(tmp_path_factory.mktemp("text") / "judged.jsonl", seed=1, count=60, length=61)
 
 
 @pytest.fixture(scope="module")

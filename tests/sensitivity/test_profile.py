@@ -28,6 +28,7 @@ from quantkit.streaming.lm_head import Changed, divergence, label_gradients
 from tests import hub, tiny
 from tests.streaming.test_streaming import plainly_loaded
 from tests.support.families import LLAMA, MOE, write
+from tests.support.text import rows
 
 pytestmark = pytest.mark.skipif(
     version("mlx-lm").startswith("0.31"), reason="mlx-lm differentiates its expert indices there"
@@ -39,11 +40,7 @@ SMALL = ("--tokens", "96", "--sequence-length", "24", "--tiers", "q8g32,q3g64,q2
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
-    rng = np.random.default_rng(0)
-    path = tmp_path_factory.mktemp("text") / "text.jsonl"
-    lines = [" ".join(f"w{i}" for i in rng.integers(3, 64, 60)) for _ in range(40)]
-    path.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
-    return path
+    return rows(tmp_path_factory.mktemp("text") / "text.jsonl", seed=0, count=40, length=60)
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """Text for the tokenizer of tests.tiny."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -10,3 +11,11 @@ def words(path: Path, seed: int) -> str:
     rng = np.random.default_rng(seed)
     path.write_text(" ".join(f"w{i}" for i in rng.integers(3, 64, 4000)))
     return str(path)
+
+
+def rows(path: Path, seed: int, count: int, length: int) -> Path:
+    """Write `count` rows of `length` random words to a JSON-lines file; gives its path."""
+    rng = np.random.default_rng(seed)
+    lines = [" ".join(f"w{i}" for i in rng.integers(3, 64, length)) for _ in range(count)]
+    path.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    return path
