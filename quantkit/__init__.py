@@ -12,9 +12,9 @@ if TYPE_CHECKING:
     from quantkit.artifacts.fidelity import Fidelity
     from quantkit.artifacts.inventory import Inventory, Weight
     from quantkit.artifacts.plan import Plan
-    from quantkit.artifacts.profile import Profile
+    from quantkit.artifacts.profile import SensitivityProfile
     from quantkit.artifacts.report import Report
-    from quantkit.calibration.text import Request
+    from quantkit.calibration.text import CalibrationSpec
     from quantkit.checkpoint.source import Source, open_source
     from quantkit.demo.build import demo_checkpoint
     from quantkit.errors import QuantkitError
@@ -22,7 +22,13 @@ if TYPE_CHECKING:
     from quantkit.formats.codec import decode, encode
     from quantkit.formats.tiers import TIERS, Tier, parse_tier
     from quantkit.jobs.pipeline import compare, make_profile, quantize, refine
-    from quantkit.planning.allocator import Limits, Wishes, frontier, plan_by_budget, recipe_plans
+    from quantkit.planning.allocator import (
+        Constraints,
+        Limits,
+        frontier,
+        plan_by_budget,
+        recipe_plans,
+    )
     from quantkit.planning.budget import parse_budget
     from quantkit.planning.plan import make_plan, read_plan
     from quantkit.planning.recipe import Recipe, load_recipe, plan_by_recipe, recipe_names
@@ -37,17 +43,17 @@ _HOME = {
     "Inventory": "artifacts.inventory",
     "Limits": "planning.allocator",
     "Plan": "artifacts.plan",
-    "Profile": "artifacts.profile",
+    "SensitivityProfile": "artifacts.profile",
     "QuantkitError": "errors",
     "Recipe": "planning.recipe",
     "Report": "artifacts.report",
-    "Request": "calibration.text",
+    "CalibrationSpec": "calibration.text",
     "Settings": "sensitivity.measure",
     "Source": "checkpoint.source",
     "TIERS": "formats.tiers",
     "Tier": "formats.tiers",
     "Weight": "artifacts.inventory",
-    "Wishes": "planning.allocator",
+    "Constraints": "planning.allocator",
     "compare": "jobs.pipeline",
     "decode": "formats.codec",
     "demo_checkpoint": "demo.build",
@@ -76,21 +82,21 @@ _HOME = {
 
 __all__ = [
     "TIERS",
+    "CalibrationSpec",
     "Check",
+    "Constraints",
     "Fidelity",
     "Inventory",
     "Limits",
     "Plan",
-    "Profile",
     "QuantkitError",
     "Recipe",
     "Report",
-    "Request",
+    "SensitivityProfile",
     "Settings",
     "Source",
     "Tier",
     "Weight",
-    "Wishes",
     "compare",
     "decode",
     "demo_checkpoint",

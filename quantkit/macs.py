@@ -15,7 +15,7 @@ _CACHE_BYTES = 2  # of a key or a value: mlx-lm's cache is 16 bits
 
 
 @dataclass(frozen=True)
-class Room:
+class MemoryTarget:
     """What memory must hold beside the weights: a KV cache for `context` tokens, and `reserve`
     bytes for activations and all else."""
 
@@ -52,11 +52,11 @@ def cache_bytes(config: Mapping[str, Any], context: int) -> int:
 
 
 def memory_needed(
-    stored: int, config: Mapping[str, Any], room: Room | None = None
+    stored: int, config: Mapping[str, Any], room: MemoryTarget | None = None
 ) -> Memory | None:
     """What running `stored` bytes of weights takes, and the smallest Mac that has it; None where
     the config does not say how large the KV cache is."""
-    room = room or Room()
+    room = room or MemoryTarget()
     try:
         cache = cache_bytes(config, room.context)
     except InputError:

@@ -35,7 +35,7 @@ _MARK = b"quantkit\n"
 _SPARE = 64_000_000  # bytes left free for config, tokenizer, report
 
 
-class Staging:
+class OutputDirectory:
     """OUT.partial, locked while open. Use as a context manager."""
 
     def __init__(
@@ -54,7 +54,7 @@ class Staging:
         self._lock: int | None = None
         self._made: list[Path] = []
 
-    def __enter__(self) -> "Staging":
+    def __enter__(self) -> "OutputDirectory":
         """Raises OutputError if it is in use, or holds an unfinished rewrite from other inputs."""
         with _clear_errors(self.folder):
             if self.folder.exists() and not self._is_ours():

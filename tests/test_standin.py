@@ -92,7 +92,7 @@ def test_tuning(run, source, profile):
     options = ("--rounding-tokens", 256, "--tune", 1, *(AS_THEY_ARE if is_large(source) else ()))
     budget = "15.89bpw" if is_large(source) else "9bpw"
     run("quantize", source, "-b", budget, "--profile", profile, "-o", out, *options)
-    assert json.loads((out / "quantkit.json").read_text())["plan"]["tuned_steps"] == 1
+    assert json.loads((out / "quantkit.json").read_text())["plan"]["tuning_steps"] == 1
 
 
 def test_verify_and_report(run, quant):
@@ -142,7 +142,7 @@ def test_serve(quant):
 
 
 def ask(url, value):
-    request = urllib.request.Request(
+    request = urllib.request.CalibrationSpec(
         url, json.dumps(value).encode(), {"Content-Type": "application/json"}
     )
     for _ in range(300):

@@ -17,15 +17,15 @@ from rewrite import machine, save
 
 from quantkit.artifacts.inventory import Inventory
 from quantkit.artifacts.plan import Plan
-from quantkit.artifacts.profile import Profile
+from quantkit.artifacts.profile import SensitivityProfile
 from quantkit.artifacts.roles import EXPERT_ROLES
 from quantkit.backend import mx
-from quantkit.calibration.text import Request, read_text
+from quantkit.calibration.text import CalibrationSpec, read_text
 from quantkit.checkpoint.source import Source, open_source
 from quantkit.demo.build import demo_checkpoint
 from quantkit.formats.tiers import parse_tier
 from quantkit.jobs.pipeline import changes, make_profile
-from quantkit.planning.allocator import Limits, Wishes, plan_by_budget, recipe_plans
+from quantkit.planning.allocator import Constraints, Limits, plan_by_budget, recipe_plans
 from quantkit.planning.knapsack import solve
 from quantkit.planning.options import Option
 from quantkit.sensitivity.store import load_profile
@@ -35,7 +35,7 @@ from quantkit.streaming.layer_runner import StreamingModel
 BIG = "moringlabs-3.6bit"
 
 
-def demo_and_profile(name: str | None) -> tuple[Source, Profile]:
+def demo_and_profile(name: str | None) -> tuple[Source, SensitivityProfile]:
     """The demo model and the profile called `name`, made for the occasion if that is None."""
     source = open_source(str(demo_checkpoint()))
     if name:
@@ -44,28 +44,30 @@ def demo_and_profile(name: str | None) -> tuple[Source, Profile]:
         return source, make_profile(source, Path(folder) / "profile")
 
 
-def experts_alone(inventory: Inventory, profile: Profile, recipe: Plan) -> Plan:
+def experts_alone(inventory: Inventory, profile: SensitivityProfile, recipe: Plan) -> Plan:
     """The 120B's situation: all but the experts pinned to the recipe's tiers, the same bytes."""
     rest = [c for c in recipe.choices if c.role not in EXPERT_ROLES]
     pins = tuple((choice.name, parse_tier(choice.tier)) for choice in rest)
-    return plan_by_budget(inventory, profile, Limits(recipe.total_bytes), Wishes(pins=pins))
+    return plan_by_budget(inventory, profile, Limits(recipe.total_bytes), Constraints(pins=pins))
 
 
-def table(source: Source, profile: Profile) -> str:
+def table(source: Source, profile: SensitivityProfile) -> str:
     inventory = source.inventory
     pairs = []
     for recipe in recipe_plans(inventory, profile):
         name = recipe.origin.removeprefix("recipe ")
-        wishes = Wishes(
+        constraints = Constraints(
             routers=any(c.role == "router" and c.tier != "bf16" for c in recipe.choices)
         )
-        ours = plan_by_budget(inventory, profile, Limits(recipe.total_bytes, about=name), wishes)
+        ours = plan_by_budget(
+            inventory, profile, Limits(recipe.total_bytes, about=name), constraints
+        )
         pairs.append((f"`{name}`", recipe, ours))
         if name == BIG:
             pinned = experts_alone(inventory, profile, recipe)
             pairs.append((f"`{name}`, all but experts pinned to it", recipe, pinned))
     plans = [plan for _, recipe, ours in pairs for plan in (recipe, ours)]
-    tokens = mx.array(read_text(source.checkpoint, Request()).held_out)
+    tokens = mx.array(read_text(source.checkpoint, CalibrationSpec()).held_out)
     wanted = [changes(source, plan) for plan in plans]
     losses = joint.measured(StreamingModel(source), tokens, wanted, lambda _: None)
     found = [float(loss.mean(dtype=np.float64)) for loss in losses]

@@ -16,7 +16,7 @@ from pathlib import Path
 from rewrite import machine, run, save
 
 from quantkit.backend import mx
-from quantkit.calibration.text import Request, read_text
+from quantkit.calibration.text import CalibrationSpec, read_text
 from quantkit.checkpoint.source import open_source
 from quantkit.demo.build import plain_checkpoint
 from quantkit.jobs.pipeline import compare
@@ -50,7 +50,7 @@ def prepared(name: str):
     load, store = module.load, module.save
     count = ROUNDED if name == "mlx_lm.gptq" else PROFILED
     checkpoint = open_source(str(plain_checkpoint())).checkpoint
-    tokens = read_text(checkpoint, Request(tokens=count)).tokens
+    tokens = read_text(checkpoint, CalibrationSpec(tokens=count)).tokens
 
     def load_float32(*args, **kwargs):
         model, *rest = load(*args, **kwargs)

@@ -23,7 +23,7 @@ from full_shape import CONFIG_20B, write_checkpoint
 from rewrite import machine, run, save
 
 from quantkit.backend import mx
-from quantkit.calibration.text import Request, read_text
+from quantkit.calibration.text import CalibrationSpec, read_text
 from quantkit.checkpoint.source import open_source
 from quantkit.demo.build import demo_checkpoint, plain_checkpoint
 from quantkit.sensitivity.entries import candidates
@@ -34,7 +34,7 @@ from quantkit.sensitivity.work import ProfileWork
 from quantkit.streaming.layer_runner import StreamingModel
 
 LAYERS, TOKENS = 4, 512
-PEER_TEXT = Request(tokens=1024)
+PEER_TEXT = CalibrationSpec(tokens=1024)
 
 
 def check() -> str:

@@ -18,13 +18,13 @@ from allocation import BIG, demo_and_profile, experts_alone
 from rewrite import machine, save
 
 from quantkit.artifacts.plan import Plan
-from quantkit.artifacts.profile import Profile
+from quantkit.artifacts.profile import SensitivityProfile
 from quantkit.artifacts.roles import EXPERT_ROLES
 from quantkit.checkpoint.source import Source, open_source
 from quantkit.demo.build import demo_checkpoint
 from quantkit.formats.tiers import NATIVE, parse_tier
 from quantkit.jobs.pipeline import compare, quantize
-from quantkit.planning.allocator import Limits, Wishes, plan_by_budget
+from quantkit.planning.allocator import Constraints, Limits, plan_by_budget
 from quantkit.planning.plan import make_plan
 from quantkit.planning.recipe import load_recipe, plan_by_recipe
 
@@ -48,20 +48,22 @@ def expert_plans(source: Source) -> Groups:
         plan = experts_in(source, tier)
         group = [(method, replace(plan, rounding=method)) for method in methods]
         if tier == "q3g64":
-            tuned = replace(plan, rounding="gptq", tuned_steps=TUNED)
+            tuned = replace(plan, rounding="gptq", tuning_steps=TUNED)
             group.append((f"gptq, tuned for {TUNED} steps", tuned))
         groups[f"experts {tier}, all else native"] = group
     return groups
 
 
-def recipe_plans(source: Source, profile: Profile) -> Groups:
+def recipe_plans(source: Source, profile: SensitivityProfile) -> Groups:
     """Our plans at the bytes of recipes."""
     inventory = source.inventory
     groups: Groups = {}
     for name in (BIG, "uniform-4", "mxfp4-q8"):
         recipe = plan_by_recipe(inventory, load_recipe(name))
-        wishes = Wishes(rounding="gptq", routers=name == "mxfp4-q8")
-        ours = plan_by_budget(inventory, profile, Limits(recipe.total_bytes, about=name), wishes)
+        constraints = Constraints(rounding="gptq", routers=name == "mxfp4-q8")
+        ours = plan_by_budget(
+            inventory, profile, Limits(recipe.total_bytes, about=name), constraints
+        )
         rows = [(f"`{name}`, rtn", recipe), ("ours, gptq", ours)]
         if name == BIG:
             pinned = replace(experts_alone(inventory, profile, recipe), rounding="gptq")

@@ -59,7 +59,7 @@ class Weight:
 
 
 @dataclass(frozen=True)
-class KeptTensor:
+class UnquantizedTensor:
     """A tensor that no tier applies to (norm, bias, sink): stored as it is."""
 
     name: str
@@ -87,7 +87,7 @@ class Inventory:
     experts: int | None
     experts_per_token: int | None
     weights: tuple[Weight, ...]
-    kept: tuple[KeptTensor, ...]
+    kept: tuple[UnquantizedTensor, ...]
 
     @property
     def parameters(self) -> int:

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from quantkit.artifacts.inventory import SourceId, is_count, source_id
-from quantkit.artifacts.profile import Calibration
+from quantkit.artifacts.profile import CalibrationText
 from quantkit.artifacts.roles import ROLES
 from quantkit.errors import PlanError
 from quantkit.storage.json_files import FORMAT_VERSION, digest, require_kind
@@ -14,7 +14,7 @@ from quantkit.units import bits_per_weight
 
 
 @dataclass(frozen=True)
-class Choice:
+class Assignment:
     """The tier chosen for one weight, with what that costs.
 
     `active_bytes` are those read per generated token, None where the config does not say.
@@ -52,7 +52,7 @@ class TierRow:
 
 
 @dataclass(frozen=True)
-class Proof:
+class Optimality:
     """How good a plan is known to be.
 
     No plan within the limits loses less than `bound`; `gap` is what this one may lose more, over
@@ -71,8 +71,8 @@ class Plan:
     """Weight -> tier for one checkpoint, with exact bytes.
 
     `origin` says where the tiers came from. The kept tensors (norms, biases, sinks) count in every
-    total. `calibrations` are the texts it was made with: that of the profile, that of the rounding;
-    `rounding` is how numbers are chosen inside a tier, `tuned_steps` how long scales and biases
+    total. `calibration_texts` are the texts it was made with: that of the profile, that of the rounding;
+    `rounding` is how numbers are chosen inside a tier, `tuning_steps` how long scales and biases
     were tuned after that; `measured_kl` the divergence of the whole
     plan where it was measured, rounded to nearest.
     """
@@ -80,12 +80,12 @@ class Plan:
     source: SourceId
     model_type: str
     origin: str
-    choices: tuple[Choice, ...]
-    kept: Choice
-    proof: Proof | None = None
-    calibrations: tuple[Calibration, ...] = ()
+    choices: tuple[Assignment, ...]
+    kept: Assignment
+    optimality: Optimality | None = None
+    calibration_texts: tuple[CalibrationText, ...] = ()
     rounding: str = "rtn"
-    tuned_steps: int = 0
+    tuning_steps: int = 0
     measured_kl: float | None = None
 
     @property
@@ -118,12 +118,12 @@ class Plan:
         return tiers_sha256((choice.name, choice.tier) for choice in self.choices)
 
     @property
-    def _all(self) -> tuple[Choice, ...]:
+    def _all(self) -> tuple[Assignment, ...]:
         return (*self.choices, self.kept)
 
     def tiers(self) -> tuple[TierRow, ...]:
         """The tier table, largest first, the kept tensors last."""
-        groups: dict[str, list[Choice]] = {}
+        groups: dict[str, list[Assignment]] = {}
         for choice in self.choices:
             groups.setdefault(choice.label, []).append(choice)
         rows = [self._row(label, choices) for label, choices in groups.items()]
@@ -132,7 +132,7 @@ class Plan:
             rows.append(self._row(self.kept.tier, [self.kept]))
         return tuple(rows)
 
-    def _row(self, label: str, choices: list[Choice]) -> TierRow:
+    def _row(self, label: str, choices: list[Assignment]) -> TierRow:
         parameters = sum(choice.parameters for choice in choices)
         stored = sum(choice.bytes for choice in choices)
         present = {choice.role for choice in choices}
@@ -160,10 +160,10 @@ class Plan:
             "active_bytes_per_token": self.active_bytes,
             "predicted_kl": self.predicted_kl,
             "measured_kl": self.measured_kl,
-            "proof": None if self.proof is None else asdict(self.proof),
+            "optimality": None if self.optimality is None else asdict(self.optimality),
             "rounding": self.rounding,
-            "tuned_steps": self.tuned_steps,
-            "calibrations": [text.to_json() for text in self.calibrations],
+            "tuning_steps": self.tuning_steps,
+            "calibration_texts": [text.to_json() for text in self.calibration_texts],
             "tiers": [asdict(row) for row in self.tiers()],
             "weights": [asdict(choice) for choice in self.choices],
             "kept": asdict(self.kept),
@@ -180,10 +180,12 @@ class Plan:
                 origin=data["origin"],
                 choices=_choices(data["weights"]),
                 kept=_choice(data["kept"]),
-                proof=_proof(data.get("proof")),
-                calibrations=tuple(map(Calibration.from_json, data.get("calibrations", []))),
+                optimality=_proof(data.get("optimality")),
+                calibration_texts=tuple(
+                    map(CalibrationText.from_json, data.get("calibration_texts", []))
+                ),
                 rounding=str(data.get("rounding", "rtn")),
-                tuned_steps=int(data.get("tuned_steps", 0)),
+                tuning_steps=int(data.get("tuning_steps", 0)),
                 measured_kl=_loss(data.get("measured_kl")),
             )
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as exc:
@@ -195,14 +197,14 @@ def tiers_sha256(tiers: Iterable[tuple[str, str]]) -> str:
     return digest(list(tiers))
 
 
-def _proof(data: Mapping[str, Any] | None) -> Proof | None:
+def _proof(data: Mapping[str, Any] | None) -> Optimality | None:
     if data is None:
         return None
     limits, prices = tuple(map(str, data["limits"])), tuple(map(float, data["prices"]))
     bound, gap = float(data["bound"]), float(data["gap"])
     if not prices or not all(0 <= number < math.inf for number in (bound, gap, *prices)):
         raise ValueError("its proof is none")
-    return Proof(limits, bound, gap, prices)
+    return Optimality(limits, bound, gap, prices)
 
 
 def _loss(value: Any) -> float | None:
@@ -214,15 +216,15 @@ def _loss(value: Any) -> float | None:
     return float(value)
 
 
-def _choices(data: Sequence[Mapping[str, Any]]) -> tuple[Choice, ...]:
+def _choices(data: Sequence[Mapping[str, Any]]) -> tuple[Assignment, ...]:
     choices = tuple(_choice(choice) for choice in data)
     if len({choice.name for choice in choices}) != len(choices):
         raise ValueError("a weight is listed twice")
     return choices
 
 
-def _choice(data: Mapping[str, Any]) -> Choice:
-    choice = Choice(**data)
+def _choice(data: Mapping[str, Any]) -> Assignment:
+    choice = Assignment(**data)
     texts = (choice.name, choice.role, choice.tier, choice.storage)
     optional = [n for n in (choice.active_bytes, choice.layer) if n is not None]
     if not all(isinstance(text, str) for text in texts):

@@ -18,7 +18,7 @@ IMPORTANCE_FILE = "importance.safetensors"
 
 
 @dataclass(frozen=True)
-class Loss:
+class TierCost:
     """One entry of the table: a weight in `tier` takes `bytes` and costs `kl`.
 
     `kl` is the mean KL divergence to the native model in nats per token, predicted or measured as
@@ -32,7 +32,7 @@ class Loss:
 
 
 @dataclass(frozen=True)
-class WeightLosses:
+class WeightSensitivity:
     """The losses of one weight in all tiers, largest first.
 
     `unseen_experts` counts those of a stack to which no calibration token was routed. The stack's
@@ -45,19 +45,19 @@ class WeightLosses:
     storage: str
     parameters: int
     unseen_experts: int
-    losses: tuple[Loss, ...]
+    losses: tuple[TierCost, ...]
 
     @property
     def estimated(self) -> bool:
         return self.unseen_experts > 0
 
     @property
-    def by_tier(self) -> dict[str, Loss]:
+    def by_tier(self) -> dict[str, TierCost]:
         return {loss.tier: loss for loss in self.losses}
 
 
 @dataclass(frozen=True)
-class Calibration:
+class CalibrationText:
     """The text a profile was measured on: how much of it, and the sha256 of its token ids.
 
     `sketch` is a sample of its passages, by which other text can be told apart from it;
@@ -81,7 +81,7 @@ class Calibration:
         return {**asdict(self), "tokens": self.tokens}
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> "Calibration":
+    def from_json(cls, data: Mapping[str, Any]) -> "CalibrationText":
         """Read back what `to_json` gave. Raises TypeError for what cannot be one."""
         found = cls(**{key: value for key, value in data.items() if key != "tokens"})
         texts = (found.name, found.licence, found.sha256, found.sketch)
@@ -94,7 +94,7 @@ class Calibration:
 
 
 @dataclass(frozen=True)
-class Profile:
+class SensitivityProfile:
     """Weight x tier -> bytes and KL divergence, for one checkpoint.
 
     `method` is `fisher` (predicted from one backward pass) or `kl` (measured). `expert_tokens`
@@ -107,8 +107,8 @@ class Profile:
     rounding: str
     draws: int
     tiers: tuple[str, ...]
-    calibration: Calibration
-    weights: tuple[WeightLosses, ...]
+    calibration: CalibrationText
+    weights: tuple[WeightSensitivity, ...]
     expert_tokens: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
 
@@ -138,7 +138,7 @@ class Profile:
         }
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any], where: str) -> "Profile":
+    def from_json(cls, data: Mapping[str, Any], where: str) -> "SensitivityProfile":
         """Read back what `to_json` gave. Raises ProfileError naming `where`."""
         if data.get("kind") != "profile":
             raise ProfileError(f"{where}: expected a profile, found {data.get('kind')!r}.")
@@ -155,7 +155,7 @@ class Profile:
                 rounding=data["rounding"],
                 draws=data["draws"],
                 tiers=tuple(data["tiers"]),
-                calibration=Calibration.from_json(data["calibration"]),
+                calibration=CalibrationText.from_json(data["calibration"]),
                 weights=_weights(data["weights"]),
                 expert_tokens={k: tuple(v) for k, v in data["expert_tokens"].items()},
                 versions=dict(data["versions"]),
@@ -164,22 +164,22 @@ class Profile:
             raise ProfileError(f"{where}: not a complete profile ({exc}). Make it anew.") from exc
 
 
-def _losses(weight: WeightLosses) -> dict[str, dict[str, Any]]:
+def _losses(weight: WeightSensitivity) -> dict[str, dict[str, Any]]:
     return {
         loss.tier: {"bytes": loss.bytes, "kl": loss.kl, "error": loss.error}
         for loss in weight.losses
     }
 
 
-def _weights(data: Sequence[Mapping[str, Any]]) -> tuple[WeightLosses, ...]:
+def _weights(data: Sequence[Mapping[str, Any]]) -> tuple[WeightSensitivity, ...]:
     weights = tuple(_weight(weight) for weight in data)
     if len({weight.name for weight in weights}) != len(weights):
         raise ValueError("a weight is listed twice")
     return weights
 
 
-def _weight(data: Mapping[str, Any]) -> WeightLosses:
-    losses = tuple(Loss(tier, **loss) for tier, loss in data["losses"].items())
+def _weight(data: Mapping[str, Any]) -> WeightSensitivity:
+    losses = tuple(TierCost(tier, **loss) for tier, loss in data["losses"].items())
     if not isinstance(data["name"], str) or not is_count(data["unseen_experts"]):
         raise TypeError("a weight is not described rightly")
     for loss in losses:
@@ -187,4 +187,4 @@ def _weight(data: Mapping[str, Any]) -> WeightLosses:
         if not is_count(loss.bytes) or not numbers or isinstance(loss.kl, bool):
             raise ValueError(f"{data['name']}, tier {loss.tier}: no such loss is possible")
     known = ("name", "role", "layer", "storage", "parameters", "unseen_experts")
-    return WeightLosses(**{key: data[key] for key in known}, losses=losses)
+    return WeightSensitivity(**{key: data[key] for key in known}, losses=losses)

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from quantkit.artifacts.profile import Calibration
+from quantkit.artifacts.profile import CalibrationText
 from quantkit.backend import mx  # noqa: F401  (before mlx-lm, which brings the tokenizer)
 from quantkit.calibration.chat_template import (
     NoTextError,
@@ -55,7 +55,7 @@ class _RowError(CalibrationError):
 
 
 @dataclass(frozen=True)
-class Request:
+class CalibrationSpec:
     """What to calibrate on: a Hub data set, a file, or `default`, and how much of it."""
 
     name: str = DEFAULT
@@ -75,13 +75,13 @@ class Text:
     `kinds` names the kind of text of every sequence that is held out.
     """
 
-    about: Calibration
+    about: CalibrationText
     tokens: np.ndarray
     held_out: np.ndarray
     kinds: tuple[str, ...]
 
 
-def read_text(checkpoint: Checkpoint, request: Request) -> Text:
+def read_text(checkpoint: Checkpoint, request: CalibrationSpec) -> Text:
     """Tokenize what `request` asks for with the checkpoint's own tokenizer and chat template.
 
     Gives fewer sequences where there is not enough text. Raises CalibrationError.
@@ -114,7 +114,7 @@ def read_text(checkpoint: Checkpoint, request: Request) -> Text:
         raise CalibrationError(
             f"{checkpoint.name}: its tokenizer gives token {largest}, but the model has {rows}."
         )
-    about = Calibration(
+    about = CalibrationText(
         name=name,
         licence=_LICENCE if request.name == DEFAULT else "unknown",
         sequences=len(tokens),
@@ -131,7 +131,7 @@ def read_text(checkpoint: Checkpoint, request: Request) -> Text:
 
 
 def sketch(tokens: np.ndarray) -> str:
-    """A sample of the passages of `tokens` (sequences, length), by which `is_known` tells other
+    """A sample of the passages of `tokens` (sequences, length), by which `overlaps` tells other
     text from it: `m:` and the hashes, 8 hex digits each, that m divides; m is the least power of
     two that leaves so few."""
     passages, modulus = _passages(tokens), 1
@@ -141,7 +141,7 @@ def sketch(tokens: np.ndarray) -> str:
     return f"{modulus}:" + "".join(f"{hashed:08x}" for hashed in passages)
 
 
-def is_known(tokens: np.ndarray, sketched: str) -> bool:
+def overlaps(tokens: np.ndarray, sketched: str) -> bool:
     """Whether some of `tokens` (sequences, length) is from the text that was sketched.
 
     A tenth of all different passages, or half of a sequence's, have to be known, as far as the
@@ -174,7 +174,7 @@ def _passages(tokens: np.ndarray) -> np.ndarray:
     return np.unique((mixed >> np.uint64(32)).astype(np.uint32))
 
 
-def _in_turn(chosen: list[list[int]], request: Request) -> list[list[int]]:
+def _in_turn(chosen: list[list[int]], request: CalibrationSpec) -> list[list[int]]:
     """As many as were asked for, from all kinds alike."""
     if request.name != DEFAULT:
         return chosen[: request.sequences]
@@ -185,7 +185,7 @@ def _in_turn(chosen: list[list[int]], request: Request) -> list[list[int]]:
     return mixed[: request.sequences]
 
 
-def _require_possible(checkpoint: Checkpoint, request: Request) -> None:
+def _require_possible(checkpoint: Checkpoint, request: CalibrationSpec) -> None:
     for value, option in (
         (request.tokens, "--tokens"),
         (request.sequence_length - 1, "--sequence-length"),
@@ -208,7 +208,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
     )
 
 
-def _records(request: Request) -> list[Iterator[Mapping[str, Any]]]:
+def _records(request: CalibrationSpec) -> list[Iterator[Mapping[str, Any]]]:
     """The documents of every kind of text, each kind shuffled by the seed."""
     from datasets import load_dataset, logging
 
@@ -290,7 +290,10 @@ def _read(data: Any, name: str) -> Iterator[Mapping[str, Any]]:
 
 
 def _sequences(
-    records: Iterator[Mapping[str, Any]], tokenizer: Any, request: Request, skipped: Counter[str]
+    records: Iterator[Mapping[str, Any]],
+    tokenizer: Any,
+    request: CalibrationSpec,
+    skipped: Counter[str],
 ) -> Iterator[list[int]]:
     """Yield documents one after the other, cut into sequences; the rest at the end is left.
 

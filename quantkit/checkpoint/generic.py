@@ -210,7 +210,7 @@ def _layout(
             else:
                 layout.add_weight(at, shape, parse_tier(_NAMES[arrays[name].dtype]), view(name))
         else:
-            layout.add_kept(Place(name, role, layer), shape, view(name))
+            layout.add_unquantized(Place(name, role, layer), shape, view(name))
     return layout
 
 

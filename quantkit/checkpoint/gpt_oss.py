@@ -190,7 +190,7 @@ class _Reader:
     def kept(self, part: _Part) -> None:
         tensor = self._take(part.at.name, part.shape)
         float_storage(tensor)
-        self.layout.add_kept(part.at, part.shape, plain_view(tensor))
+        self.layout.add_unquantized(part.at, part.shape, plain_view(tensor))
 
     def experts(self, part: _Part) -> None:
         stored, stride = part.at.name, len(part.projections)
@@ -218,7 +218,9 @@ class _Reader:
                 view = TransposedView(plain, stride, offset)
                 self.layout.add_weight(at, part.shape, float_storage(plain), view)
             bias_view = RowView(bias, bias.dtype, rows, 1, stride, offset)
-            self.layout.add_kept(replace(at, name=f"{at.name}.bias"), (experts, n_out), bias_view)
+            self.layout.add_unquantized(
+                replace(at, name=f"{at.name}.bias"), (experts, n_out), bias_view
+            )
 
     def _separate_projection(self, at: Place, shape: tuple[int, ...]) -> None:
         """Add a stack under mlx-lm's own name, in floats or in MXFP4 as mlx packs it."""

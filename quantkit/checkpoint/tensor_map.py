@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from quantkit.artifacts.inventory import KeptTensor, Weight
+from quantkit.artifacts.inventory import UnquantizedTensor, Weight
 from quantkit.checkpoint.headers import StoredTensor
 from quantkit.checkpoint.views import CastView, View
 from quantkit.errors import SourceError
@@ -32,7 +32,7 @@ class Layout:
 
     layers: int
     weights: list[Weight] = field(default_factory=list)
-    kept: list[KeptTensor] = field(default_factory=list)
+    kept: list[UnquantizedTensor] = field(default_factory=list)
     views: dict[str, View] = field(default_factory=dict)
     may_cast: Callable[[str], bool] = lambda _name: True  # mlx-lm's `cast_predicate`
 
@@ -54,10 +54,10 @@ class Layout:
         )
         self.views.update(zip((spec.name for spec in specs), views, strict=True))
 
-    def add_kept(self, at: Place, shape: tuple[int, ...], view: View) -> None:
+    def add_unquantized(self, at: Place, shape: tuple[int, ...], view: View) -> None:
         """A tensor stored as it is."""
         stored = nbytes(view.dtype, shape)
-        self.kept.append(KeptTensor(at.name, at.role, at.layer, view.dtype, shape, stored))
+        self.kept.append(UnquantizedTensor(at.name, at.role, at.layer, view.dtype, shape, stored))
         self.views[at.name] = view
 
 

@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quantkit.artifacts.plan import Plan
-from quantkit.artifacts.profile import Profile
+from quantkit.artifacts.profile import SensitivityProfile
 from quantkit.cli import console
 from quantkit.errors import InputError, PlanError
-from quantkit.formats.tiers import ROUNDINGS, parse_tier
-from quantkit.macs import Room
-from quantkit.planning.allocator import Limits, Wishes, parse_pins, plan_by_budget
+from quantkit.formats.tiers import QUANTIZERS, parse_tier
+from quantkit.macs import MemoryTarget
+from quantkit.planning.allocator import Constraints, Limits, parse_pins, plan_by_budget
 from quantkit.planning.budget import parse_budget, parse_room, parse_speed
-from quantkit.planning.plan import read_plan, with_losses
+from quantkit.planning.plan import read_plan, with_predictions
 from quantkit.planning.recipe import (
     fallen_back,
     idle_rules,
@@ -25,7 +25,7 @@ from quantkit.storage.json_files import load_json
 from quantkit.units import parse_bytes
 
 if TYPE_CHECKING:
-    from quantkit.calibration.text import Request
+    from quantkit.calibration.text import CalibrationSpec
     from quantkit.checkpoint.source import Source
 
 DEMOS = ("demo", "demo-llama")
@@ -77,7 +77,7 @@ class Asked:
                 "say how to choose tiers: --budget B, --recipe NAME or --plan FILE, just one of "
                 f"them. Recipes: {', '.join(recipe_names())}."
             )
-        if self.budget is None and replace(self, rounding="rtn").wishes() != Wishes():
+        if self.budget is None and replace(self, rounding="rtn").constraints() != Constraints():
             raise InputError("--pin, --tie, --tiers, --min-tier and --routers go with --budget.")
         if self.budget is None and (self.active_bytes, self.speed) != (None, None):
             raise InputError("--active-bytes and --speed go with --budget.")
@@ -86,16 +86,16 @@ class Asked:
         if self.active_bytes is not None and self.speed is not None:
             raise InputError("--active-bytes and --speed say the same; give one of them.")
 
-    def wishes(self) -> Wishes:
+    def constraints(self) -> Constraints:
         """Raises InputError."""
-        if self.rounding is not None and self.rounding not in ROUNDINGS:
-            known = ", ".join(ROUNDINGS)
+        if self.rounding is not None and self.rounding not in QUANTIZERS:
+            known = ", ".join(QUANTIZERS)
             raise InputError(f"there is no rounding {self.rounding!r}. Roundings: {known}.")
         names = () if self.tiers is None else self.tiers.split(",")
         tiers = tuple(parse_tier(name) for name in names if name.strip())
         if self.tiers is not None and not tiers:
             raise InputError("--tiers: no tiers are named. Name some such as q4g64,q3g64.")
-        return Wishes(
+        return Constraints(
             pins=parse_pins(self.pins),
             tiers=None if self.tiers is None else tiers,
             min_tier=None if self.min_tier is None else parse_tier(self.min_tier),
@@ -105,7 +105,7 @@ class Asked:
         )
 
     @property
-    def room(self) -> Room:
+    def room(self) -> MemoryTarget:
         """What memory must hold beside the weights. Raises InputError."""
         return parse_room(self.context, self.reserve)
 
@@ -129,7 +129,7 @@ class Asked:
         return Limits(budget.bytes, self.active, budget.about)
 
 
-def choose_plan(source: "Source", asked: Asked, profile: Profile | None = None) -> Plan:
+def choose_plan(source: "Source", asked: Asked, profile: SensitivityProfile | None = None) -> Plan:
     """The plan of a budget, a recipe, or a plan file. Raises InputError.
 
     With a `profile`, which a budget needs, recipes and plans carry their predicted losses.
@@ -138,7 +138,7 @@ def choose_plan(source: "Source", asked: Asked, profile: Profile | None = None) 
     inventory = source.inventory
     if asked.budget is not None:
         assert profile is not None
-        return plan_by_budget(inventory, profile, asked.limits(source), asked.wishes())
+        return plan_by_budget(inventory, profile, asked.limits(source), asked.constraints())
     if asked.plan is not None:
         plan = read_plan(load_json(asked.plan, PlanError), inventory, str(asked.plan))
     else:
@@ -154,13 +154,13 @@ def choose_plan(source: "Source", asked: Asked, profile: Profile | None = None) 
             for number in idle_rules(inventory, loaded):
                 console.note(f"recipe {loaded.name}: rule {number} decides no weight")
     if profile is not None and plan.predicted_kl is None:
-        plan = with_losses(plan, profile)
+        plan = with_predictions(plan, profile)
     return plan if asked.rounding is None else replace(plan, rounding=asked.rounding)
 
 
 def profile_for(
-    source: "Source", asked: Asked, out: Path, text: "Request", force: bool
-) -> Profile | None:
+    source: "Source", asked: Asked, out: Path, text: "CalibrationSpec", force: bool
+) -> SensitivityProfile | None:
     """The profile that is named, else for a budget the one beside `out`, made first if it is not
     there. None where none is needed. Raises InputError."""
     from quantkit.sensitivity.store import load_profile
@@ -174,13 +174,13 @@ def profile_for(
     from quantkit.sensitivity.entries import DEFAULT_TIERS, unmeasured
     from quantkit.sensitivity.measure import Settings, make, prepare
 
-    wishes = asked.wishes()
-    named = [*(wishes.tiers or ()), *(tier for _, tier in wishes.pins)]
+    constraints = asked.constraints()
+    named = [*(constraints.tiers or ()), *(tier for _, tier in constraints.pins)]
     wanted = [*DEFAULT_TIERS, *(tier.name for tier in named if tier.quantized)]
     tiers = tuple(dict.fromkeys(wanted))
     # What cannot be is better known before hours of work: sizes need no measurement.
     plan_by_budget(
-        source.inventory, unmeasured(source.inventory, tiers), asked.limits(source), wishes
+        source.inventory, unmeasured(source.inventory, tiers), asked.limits(source), constraints
     )
     folder = out.with_name(f"{out.name}-profile")
     settings = Settings(text, tiers)
@@ -197,8 +197,8 @@ def profile_for(
 
 
 def settle_plan(
-    source: "Source", asked: Asked, profile: Profile | None
-) -> tuple[Plan, Profile | None]:
+    source: "Source", asked: Asked, profile: SensitivityProfile | None
+) -> tuple[Plan, SensitivityProfile | None]:
     """The plan that was asked for, refined if that was asked too, and the profile that chose it.
     Raises InputError."""
     if not asked.refine:
@@ -207,22 +207,26 @@ def settle_plan(
     return _refined(source, profile, asked)
 
 
-def _refined(source: "Source", profile: Profile, asked: Asked) -> tuple[Plan, Profile]:
+def _refined(
+    source: "Source", profile: SensitivityProfile, asked: Asked
+) -> tuple[Plan, SensitivityProfile]:
     """The plan of a budget that was measured best, all being shown, and the profile, corrected,
     that chose it. Raises InputError."""
     from quantkit.backend import speed_hint
     from quantkit.jobs.pipeline import refine
 
     console.note(speed_hint())
-    limits, wishes = asked.limits(source), asked.wishes()
+    limits, constraints = asked.limits(source), asked.constraints()
     with console.progress(0, "Measuring plans,") as progress:
-        trials = refine(source, profile, limits, wishes, rounds=asked.refine, progress=progress)
-    for trial in trials:
-        console.note(
-            f"measured {trial.kl:.4g}, predicted {trial.plan.predicted_kl or 0:.4g}: "
-            f"{trial.plan.origin}"
+        measured_plans = refine(
+            source, profile, limits, constraints, rounds=asked.refine, progress=progress
         )
-    return trials[0].plan, trials[0].profile
+    for measured_plan in measured_plans:
+        console.note(
+            f"measured {measured_plan.kl:.4g}, predicted {measured_plan.plan.predicted_kl or 0:.4g}: "
+            f"{measured_plan.plan.origin}"
+        )
+    return measured_plans[0].plan, measured_plans[0].profile
 
 
 def require_plots(path: Path) -> None:

@@ -77,7 +77,7 @@ def compare(
     `quantkit compare openai/gpt-oss-20b gpt-oss-20b-q8 mlx-community/gpt-oss-20b-MXFP4-Q8`
     """
     from quantkit.backend import speed_hint
-    from quantkit.calibration.text import Request
+    from quantkit.calibration.text import CalibrationSpec
     from quantkit.checkpoint.source import STORED
     from quantkit.cli.choose import open_model, require_plots
     from quantkit.evaluation import fidelity
@@ -90,7 +90,7 @@ def compare(
     if record:
         require_made_from(source, dict(zip(repos, reports, strict=True)))
     console.note(speed_hint())
-    request = Request(text, tokens, sequence_length, seed)
+    request = CalibrationSpec(text, tokens, sequence_length, seed)
     comparison = fidelity.prepare(source, repos, request)
     console.note(tables.skipped_rows(comparison.text.about))
     with console.progress(comparison.steps, "Comparing", "steps") as progress:

@@ -36,7 +36,7 @@ def demo(
     from quantkit.checkpoint.source import open_source
     from quantkit.cli.choose import Asked, choose_plan
     from quantkit.demo.build import demo_checkpoint
-    from quantkit.generation.chat_model import Manner, Speaker
+    from quantkit.generation.chat_model import ChatModel, SamplingParameters
     from quantkit.jobs.pipeline import quantize
     from quantkit.storage.paths import cache_folder
 
@@ -48,13 +48,15 @@ def demo(
     out = output or cache_folder() / f"demo-{Path(recipe).stem}"
     with console.progress(plan.total_bytes, f"Writing {out.name}") as progress:
         report = quantize(source, plan, out, force=output is None, progress=progress)
-    pieces = Speaker(str(out)).answer([{"role": "user", "content": question}], Manner(64))
+    deltas = ChatModel(str(out)).answer(
+        [{"role": "user", "content": question}], SamplingParameters(64)
+    )
     if json:
-        said = "".join(piece.text for piece in pieces)
+        said = "".join(delta.text for delta in deltas)
         console.print_json({"report": report.to_json(), "question": question, "answer": said})
         return
     tables.print_report(report, str(out))
     print(f"\n> {question}", flush=True)
-    for piece in pieces:
-        print(piece.text, end="", flush=True)
+    for delta in deltas:
+        print(delta.text, end="", flush=True)
     print()

@@ -30,7 +30,7 @@ from quantkit.cli.options import (
 from quantkit.storage.paths import user_path
 
 if TYPE_CHECKING:
-    from quantkit.artifacts.profile import Profile
+    from quantkit.artifacts.profile import SensitivityProfile
     from quantkit.checkpoint.source import Source
     from quantkit.cli.choose import Asked
 
@@ -152,7 +152,7 @@ def plan(
         from quantkit.planning.explain import explanation_json
 
         assert known is not None
-        reasons = find_reasons(chosen, source.inventory, known, asked.wishes(), explain)
+        reasons = find_reasons(chosen, source.inventory, known, asked.constraints(), explain)
     if output is not None:
         write_atomically(output, dump_json(chosen.to_json()))
     if reasons is not None:
@@ -167,11 +167,11 @@ def plan(
 
 
 def _frontier(
-    source: "Source", profile: "Profile", asked: "Asked", plot: Path | None, json: bool
+    source: "Source", profile: "SensitivityProfile", asked: "Asked", plot: Path | None, json: bool
 ) -> None:
     from quantkit.planning.allocator import frontier, recipe_plans
 
-    plans = frontier(source.inventory, profile, asked.wishes(), asked.active)
+    plans = frontier(source.inventory, profile, asked.constraints(), asked.active)
     recipes = recipe_plans(source.inventory, profile)
     if plot is not None:
         from quantkit.publish.plot import plot_frontier

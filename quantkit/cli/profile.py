@@ -101,13 +101,13 @@ def profile(
         made = load_profile(published, source.inventory)
     else:
         from quantkit.backend import speed_hint
-        from quantkit.calibration.text import Request
+        from quantkit.calibration.text import CalibrationSpec
         from quantkit.checkpoint.source import with_values
         from quantkit.sensitivity.entries import parse_tiers
         from quantkit.sensitivity.measure import Settings, is_first, make, make_check, prepare
 
         assert output is not None
-        text = Request(calibration, tokens, sequence_length, seed)
+        text = CalibrationSpec(calibration, tokens, sequence_length, seed)
         settings = Settings(text, parse_tiers(tiers), method, rounding, draws)
         console.note(speed_hint())
         profiling = prepare(with_values(source), output, settings, force)

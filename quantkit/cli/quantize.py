@@ -107,7 +107,7 @@ def quantize(
     """
     from quantkit.artifacts.report import REPORT_FILE
     from quantkit.backend import speed_hint
-    from quantkit.calibration.text import Request
+    from quantkit.calibration.text import CalibrationSpec
     from quantkit.cli.choose import Asked, open_model, profile_for, settle_plan
     from quantkit.errors import InputError
     from quantkit.jobs.pipeline import quantize as write_repo
@@ -143,10 +143,10 @@ def quantize(
     require_apart(output, source.checkpoint.folder)
     if not (output / REPORT_FILE).exists():
         require_free(output, force)
-    known = profile_for(source, asked, output, Request(calibration, tokens), force)
+    known = profile_for(source, asked, output, CalibrationSpec(calibration, tokens), force)
     chosen, _ = settle_plan(source, asked, known)
     if tune:
-        chosen = replace(chosen, tuned_steps=tune)
+        chosen = replace(chosen, tuning_steps=tune)
     console.note(speed_hint())
     was_there = (output / REPORT_FILE).exists() and not force
     resumed = Path(f"{output}.partial", "state.json").exists() and not force
@@ -155,7 +155,7 @@ def quantize(
             source,
             chosen,
             output,
-            text=Request(calibration, rounding_tokens),
+            text=CalibrationSpec(calibration, rounding_tokens),
             shard_bytes=shard_bytes,
             room=asked.room,
             command=command_line(ctx),
@@ -163,7 +163,7 @@ def quantize(
             force=force,
             progress=progress,
         )
-    for text in report.plan.calibrations:
+    for text in report.plan.calibration_texts:
         console.note(tables.skipped_rows(text))
     if json:
         console.print_json(report.to_json())

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from quantkit.artifacts.fidelity import Fidelity, Interval
 from quantkit.artifacts.inventory import Inventory
 from quantkit.artifacts.plan import Plan
-from quantkit.artifacts.profile import Calibration, Profile
+from quantkit.artifacts.profile import CalibrationText, SensitivityProfile
 from quantkit.artifacts.report import Report
 from quantkit.artifacts.roles import ROLES, group_roles
 from quantkit.artifacts.speed import Speed
@@ -81,11 +81,11 @@ def _predictions(plan: Plan) -> None:
     if plan.measured_kl is not None:
         print(f"                  {plan.measured_kl:.4g} measured, on calibration text")
     if plan.rounding != "rtn":
-        tuned = f", then {plan.tuned_steps} steps of tuning" if plan.tuned_steps else ""
+        tuned = f", then {plan.tuning_steps} steps of tuning" if plan.tuning_steps else ""
         print(f"rounding          {plan.rounding}{tuned}")
-    if plan.proof is not None:
-        bound, gap = plan.proof.bound, plan.proof.gap
-        print(f"within            {' and '.join(plan.proof.limits)}")
+    if plan.optimality is not None:
+        bound, gap = plan.optimality.bound, plan.optimality.gap
+        print(f"within            {' and '.join(plan.optimality.limits)}")
         print(f"proven            no such plan is predicted below {bound:.4g}; gap {gap:.2g}")
 
 
@@ -156,7 +156,7 @@ def print_report(report: Report, where: str) -> None:
     print("versions          " + ", ".join(f"{k} {v}" for k, v in report.versions.items()))
 
 
-def print_profile(profile: Profile) -> None:
+def print_profile(profile: SensitivityProfile) -> None:
     """What each role loses in each tier: the sum over its weights, and the worst layer."""
     tiers = sorted(
         {loss.tier for w in profile.weights for loss in w.losses if loss.kl > 0},
@@ -195,7 +195,7 @@ def print_profile(profile: Profile) -> None:
         print(f"estimated         {estimated} stacks hold experts that saw no token")
 
 
-def skipped_rows(text: Calibration) -> str | None:
+def skipped_rows(text: CalibrationText) -> str | None:
     """A note about rows that held no text; None where there were none."""
     if not text.skipped_rows:
         return None

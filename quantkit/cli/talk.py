@@ -12,8 +12,8 @@ from quantkit.storage.paths import user_path
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from quantkit.generation.chat_model import Manner, Speaker
-    from quantkit.generation.harmony import Piece
+    from quantkit.generation.chat_model import ChatModel, SamplingParameters
+    from quantkit.generation.harmony import Delta
 
 _DIM, _PLAIN = "\033[2m", "\033[0m"
 
@@ -61,18 +61,18 @@ def generate(
     """
     from quantkit.generation.harmony import FINAL
 
-    manner = _manner(reasoning, max_tokens, temp, top_p, seed)
-    speaker = _speaker(out, reasoning, trust_remote_code)
+    sampling = _manner(reasoning, max_tokens, temp, top_p, seed)
+    chat_model = _speaker(out, reasoning, trust_remote_code)
     asked = sys.stdin.read() if prompt == "-" else prompt
     messages = [*_system(system), {"role": "user", "content": asked}]
     if json:
         said: dict[str, str] = {}
-        for piece in speaker.answer(messages, manner):
-            said[piece.channel] = said.get(piece.channel, "") + piece.text
-        found = {"answer": said.get(FINAL), "channels": said, "truncated": speaker.truncated}
+        for delta in chat_model.answer(messages, sampling):
+            said[delta.channel] = said.get(delta.channel, "") + delta.text
+        found = {"answer": said.get(FINAL), "channels": said, "truncated": chat_model.truncated}
         console.print_json(found)
         return
-    _warn(speaker, _print_answer(speaker.answer(messages, manner)), max_tokens)
+    _warn(chat_model, _print_answer(chat_model.answer(messages, sampling)), max_tokens)
 
 
 def chat(
@@ -86,16 +86,16 @@ def chat(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Talk with a repo. An empty line or Ctrl-D ends it, Ctrl-C an answer; `/new` starts anew."""
-    manner = _manner(reasoning, max_tokens, temp, top_p, seed)
-    speaker = _speaker(out, reasoning, trust_remote_code)
+    sampling = _manner(reasoning, max_tokens, temp, top_p, seed)
+    chat_model = _speaker(out, reasoning, trust_remote_code)
     messages = _system(system)
     while (asked := _ask()).strip():
         if asked.strip() == "/new":
             messages = _system(system)
             continue
         turn = [*messages, {"role": "user", "content": asked}]
-        answer = _print_answer(speaker.answer(turn, manner))
-        _warn(speaker, answer, max_tokens)
+        answer = _print_answer(chat_model.answer(turn, sampling))
+        _warn(chat_model, answer, max_tokens)
         # What was thought is not part of the conversation: gpt-oss's template leaves it out, too.
         if answer:
             messages = [*turn, {"role": "assistant", "content": answer}]
@@ -123,24 +123,24 @@ def serve(
 
 def _manner(
     effort: str | None, max_tokens: int, temperature: float, top_p: float, seed: int
-) -> "Manner":
+) -> "SamplingParameters":
     from quantkit.errors import InputError
-    from quantkit.generation.chat_model import EFFORTS, Manner
+    from quantkit.generation.chat_model import EFFORTS, SamplingParameters
 
     if effort is not None and effort not in EFFORTS:
         raise InputError(f"there is no effort {effort!r}. Efforts: {', '.join(EFFORTS)}.")
-    return Manner(max_tokens, effort, temperature, top_p, seed)
+    return SamplingParameters(max_tokens, effort, temperature, top_p, seed)
 
 
-def _speaker(out: str, effort: str | None, trust_remote_code: bool) -> "Speaker":
+def _speaker(out: str, effort: str | None, trust_remote_code: bool) -> "ChatModel":
     from quantkit.backend import speed_hint
-    from quantkit.generation.chat_model import Speaker
+    from quantkit.generation.chat_model import ChatModel
 
     console.note(speed_hint())
-    speaker = Speaker(out, trust_remote_code=trust_remote_code)
-    if effort is not None and not speaker.knows_effort():
+    chat_model = ChatModel(out, trust_remote_code=trust_remote_code)
+    if effort is not None and not chat_model.knows_effort():
         console.note(f"the chat template of {out} does not ask for a reasoning effort.")
-    return speaker
+    return chat_model
 
 
 def _ask() -> str:
@@ -153,22 +153,22 @@ def _ask() -> str:
         return ""
 
 
-def _print_answer(pieces: "Iterator[Piece]") -> str | None:
+def _print_answer(deltas: "Iterator[Delta]") -> str | None:
     """Print what comes, what is thought dimmed and only on a terminal; gives the answer, None for
     one that was interrupted."""
     from quantkit.generation.harmony import FINAL
 
     terminal, answer, before = sys.stdout.isatty(), "", None
     try:
-        for piece in pieces:
-            final = piece.channel == FINAL
-            answer += piece.text if final else ""
+        for delta in deltas:
+            final = delta.channel == FINAL
+            answer += delta.text if final else ""
             if not final and not terminal:
                 continue
-            if before not in (None, piece.channel):
+            if before not in (None, delta.channel):
                 print("\n")
-            before = piece.channel
-            print(piece.text if final else f"{_DIM}{piece.text}{_PLAIN}", end="", flush=True)
+            before = delta.channel
+            print(delta.text if final else f"{_DIM}{delta.text}{_PLAIN}", end="", flush=True)
     except KeyboardInterrupt:
         print()
         return answer or None
@@ -180,8 +180,8 @@ def _system(text: str | None) -> list[dict[str, Any]]:
     return [{"role": "system", "content": text}] if text else []
 
 
-def _warn(speaker: "Speaker", answer: str | None, max_tokens: int) -> None:
-    if speaker.truncated:
+def _warn(chat_model: "ChatModel", answer: str | None, max_tokens: int) -> None:
+    if chat_model.truncated:
         console.note(f"cut after {max_tokens} tokens; --max-tokens allows more.")
     elif answer == "":
         console.note("no answer: it never reached its final channel.")

@@ -17,15 +17,15 @@ import numpy as np
 from scipy.special import stdtrit
 
 from quantkit.artifacts.fidelity import Fidelity, Interval
-from quantkit.artifacts.profile import Calibration
+from quantkit.artifacts.profile import CalibrationText
 from quantkit.artifacts.report import REPORT_FILE, Report
 from quantkit.backend import mx, on_cpu
 from quantkit.calibration.text import (
     CHAT,
     DEFAULT,
-    Request,
-    is_known,
+    CalibrationSpec,
     load_tokenizer,
+    overlaps,
     read_text,
 )
 from quantkit.checkpoint.source import Source, open_source, with_values
@@ -43,7 +43,7 @@ from quantkit.storage.json_files import digest, load_json, write_bytes_atomicall
 from quantkit.storage.paths import cache_folder
 from quantkit.streaming.attention import require_same_attention
 from quantkit.streaming.layer_runner import StreamingModel
-from quantkit.streaming.lm_head import Changed, Compared, compared
+from quantkit.streaming.lm_head import ChangedModel, TokenComparison, compared
 from quantkit.streaming.weight_loader import Call
 from quantkit.units import bits_per_weight
 
@@ -56,7 +56,7 @@ class Judged:
     """Held-out token ids (sequences, length), the text they are from, and the kind of text each
     sequence is."""
 
-    about: Calibration
+    about: CalibrationText
     tokens: np.ndarray
     kinds: tuple[str, ...]
 
@@ -76,7 +76,7 @@ class Comparison:
         return layers + len(self.repos)
 
 
-def prepare(native: Source, repos: Sequence[str], request: Request) -> Comparison:
+def prepare(native: Source, repos: Sequence[str], request: CalibrationSpec) -> Comparison:
     """Open the repos and read the text. Raises InputError for a repo with another tokenizer, or one
     that was made with this very text."""
     native = with_values(native)
@@ -111,13 +111,13 @@ def compare(comparison: Comparison, progress: Progress) -> list[Fidelity]:
         for start in range(0, len(tokens), step):
             part = slice(start, start + step)
             targets = mx.array(np.roll(tokens[part], -1, axis=1))
-            parts += compared(native, h[part], [Changed(other[part], model=model)], targets)
+            parts += compared(native, h[part], [ChangedModel(other[part], model=model)], targets)
         progress(1, f"{name}: logits")
         found.append(_fidelity(name, source, comparison, parts))
     return found
 
 
-def _judged(native: Source, request: Request) -> Judged:
+def _judged(native: Source, request: CalibrationSpec) -> Judged:
     text = read_text(native.checkpoint, request)
     tokens, kinds = [text.held_out], list(text.kinds)
     if request.name != DEFAULT:  # how the model does in a dialogue is asked in any case
@@ -162,7 +162,7 @@ def _vocabulary(source: Source) -> int:
 
 def _require_unseen(name: str, source: Source, text: Judged) -> None:
     for calibration in _calibrations(source.checkpoint.path("")):
-        if is_known(text.tokens, calibration.sketch):
+        if overlaps(text.tokens, calibration.sketch):
             about = f"{calibration.name}, seed {calibration.seed}"
             raise CalibrationError(
                 f"{name}: was made with this text: passages to judge on are in its calibration "
@@ -171,12 +171,12 @@ def _require_unseen(name: str, source: Source, text: Judged) -> None:
             )
 
 
-def _calibrations(folder: Path) -> tuple[Calibration, ...]:
+def _calibrations(folder: Path) -> tuple[CalibrationText, ...]:
     """The texts that a repo of quantkit's was made with."""
     path = folder / REPORT_FILE
     if not path.is_file():
         return ()
-    return Report.from_json(load_json(path), str(path)).plan.calibrations
+    return Report.from_json(load_json(path), str(path)).plan.calibration_texts
 
 
 def _native_output(model: StreamingModel, tokens: np.ndarray, progress: Progress) -> mx.array:
@@ -237,9 +237,9 @@ def _output(model: StreamingModel, tokens: np.ndarray, progress: Progress) -> mx
 
 
 def _fidelity(
-    name: str, source: Source, comparison: Comparison, parts: Sequence[Compared]
+    name: str, source: Source, comparison: Comparison, parts: Sequence[TokenComparison]
 ) -> Fidelity:
-    kl, same, native_loss, loss = (
+    kl, same, native_nll, loss = (
         np.concatenate([np.array(getattr(part, field), np.float64) for part in parts])
         for field in ("kl", "same_top", "native_loss", "loss")
     )
@@ -249,7 +249,7 @@ def _fidelity(
     rng = np.random.default_rng(0)
     sequences = len(kl)
     chosen = rng.integers(0, sequences, (_RESAMPLES, sequences))
-    worse = (loss - native_loss)[:, :-1].mean(axis=1)  # the last token's next one is not known
+    worse = (loss - native_nll)[:, :-1].mean(axis=1)  # the last token's next one is not known
     tail = (0.5, 0.95, 0.999)
     drawn = np.array([np.quantile(kl[rows], tail) for rows in chosen])
     whole = [float(np.quantile(kl, q)) for q in tail]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quantkit.artifacts.plan import Choice
+from quantkit.artifacts.plan import Assignment
 from quantkit.artifacts.report import Report
 from quantkit.backend import mx
 from quantkit.checkpoint.checkpoint import INDEX_FILE, Checkpoint, hash_file, open_folder
@@ -177,14 +177,14 @@ def _check_bytes(checkpoint: Checkpoint, report: Report) -> str:
     return f"{plan.total_bytes:,} bytes"
 
 
-def _parts(choice: Choice) -> tuple[str, ...]:
+def _parts(choice: Assignment) -> tuple[str, ...]:
     tier = TIERS[choice.storage]
     if not tier.quantized:
         return ("weight",)
     return ("weight", "scales", "biases") if tier.mode == "affine" else ("weight", "scales")
 
 
-def _parameters(tensors: Mapping[str, StoredTensor], choice: Choice) -> int:
+def _parameters(tensors: Mapping[str, StoredTensor], choice: Assignment) -> int:
     tier = TIERS[choice.storage]
     tensor = tensors.get(f"{choice.name}.{'scales' if tier.quantized else 'weight'}")
     return math.prod(tensor.shape) * max(1, tier.group_size) if tensor else 0

@@ -88,7 +88,7 @@ class Tier:
         return {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
 
 
-ROUNDINGS = ("rtn", "search", "gptq")  # ways to choose a weight's numbers inside of a tier
+QUANTIZERS = ("rtn", "search", "gptq")  # ways to choose a weight's numbers inside of a tier
 
 NATIVE = Tier("native", 0, 0, "native")
 BF16 = Tier("bf16", 16, 0, "float")

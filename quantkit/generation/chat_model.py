@@ -15,13 +15,13 @@ from quantkit.calibration.chat_template import (
 from quantkit.checkpoint.hub import is_repo_id
 from quantkit.checkpoint.stock import load_stock
 from quantkit.errors import InputError, OutputError, first_line
-from quantkit.generation.harmony import Channels, Piece
+from quantkit.generation.harmony import Channels, Delta
 
 EFFORTS = ("low", "medium", "high")
 
 
 @dataclass(frozen=True)
-class Manner:
+class SamplingParameters:
     """How to speak: at most `max_tokens`; of gpt-oss, with how much reasoning; drawn at a
     `temperature` (0: always the likeliest token) from the `top_p` likeliest, by a `seed`."""
 
@@ -32,7 +32,7 @@ class Manner:
     seed: int = 0
 
 
-class Speaker:
+class ChatModel:
     """A repo (a folder or a Hub id) loaded whole by stock mlx-lm."""
 
     def __init__(self, repo: str, *, trust_remote_code: bool = False) -> None:
@@ -46,7 +46,7 @@ class Speaker:
         """Whether the chat template asks how much to reason."""
         return "reasoning_effort" in str(getattr(self._tokenizer, "chat_template", None) or "")
 
-    def answer(self, messages: Sequence[Message], manner: Manner) -> Iterator[Piece]:
+    def answer(self, messages: Sequence[Message], sampling: SamplingParameters) -> Iterator[Delta]:
         """The answer to a chat, piece by piece, its channels told apart.
 
         Messages go to the chat template whole, with their thinking and tool calls. Raises
@@ -54,10 +54,10 @@ class Speaker:
         """
         from mlx_lm.sample_utils import make_sampler
 
-        sampler = make_sampler(temp=manner.temperature, top_p=manner.top_p)
-        mx.random.seed(manner.seed)
-        tokens = self._tokens(self._prompt(messages, manner.effort), manner.max_tokens, sampler)
-        yield from Channels(self._tokenizer).pieces(tokens)
+        sampler = make_sampler(temp=sampling.temperature, top_p=sampling.top_p)
+        mx.random.seed(sampling.seed)
+        tokens = self._tokens(self._prompt(messages, sampling.effort), sampling.max_tokens, sampler)
+        yield from Channels(self._tokenizer).deltas(tokens)
 
     def _prompt(self, messages: Sequence[Message], effort: str | None) -> list[int]:
         chat = normalize_messages(messages)

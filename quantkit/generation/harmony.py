@@ -13,7 +13,7 @@ FINAL = "final"
 
 
 @dataclass(frozen=True)
-class Piece:
+class Delta:
     """Some text of one channel; a model without channels has only the final one."""
 
     channel: str
@@ -36,7 +36,7 @@ class Channels:
         """Whether the tokenizer has channels at all."""
         return self._channel is not None and self._message is not None
 
-    def pieces(self, tokens: Iterable[int]) -> Iterator[Piece]:
+    def deltas(self, tokens: Iterable[int]) -> Iterator[Delta]:
         """The text of `tokens`, without the marks around it, as it comes.
 
         Text before the first mark is the final channel's, and so is that of a channel without a
@@ -49,7 +49,7 @@ class Channels:
         for token in tokens:
             if self.known and (token in (self._channel, self._message) or token in self._ends):
                 if inside and (rest := _rest(text)):
-                    yield Piece(channel, rest)
+                    yield Delta(channel, rest)
                 text.reset()
                 if token == self._message:
                     if naming:
@@ -64,9 +64,9 @@ class Channels:
             elif inside:
                 text.add_token(token)
                 if segment := text.last_segment:
-                    yield Piece(channel, segment)
+                    yield Delta(channel, segment)
         if inside and (rest := _rest(text)):
-            yield Piece(channel, rest)
+            yield Delta(channel, rest)
 
 
 def _rest(text: Any) -> str:

@@ -9,17 +9,23 @@ import numpy as np
 
 from quantkit.artifacts.fidelity import Fidelity
 from quantkit.artifacts.plan import Plan
-from quantkit.artifacts.profile import Profile
+from quantkit.artifacts.profile import SensitivityProfile
 from quantkit.artifacts.report import REPORT_FILE, Report
 from quantkit.backend import mx
-from quantkit.calibration.text import Request, load_tokenizer, read_text
+from quantkit.calibration.text import CalibrationSpec, load_tokenizer, read_text
 from quantkit.checkpoint.hub import is_repo_id
 from quantkit.checkpoint.source import Source, with_values
 from quantkit.errors import CalibrationError, InputError, UntrustedCodeError
 from quantkit.evaluation import fidelity
 from quantkit.formats.tiers import Tier, parse_tier
-from quantkit.macs import Room, memory_needed
-from quantkit.planning.allocator import Limits, Wishes, corrected_by, plan_by_budget, rivals
+from quantkit.macs import MemoryTarget, memory_needed
+from quantkit.planning.allocator import (
+    Constraints,
+    Limits,
+    corrected_by,
+    plan_by_budget,
+    recipe_baselines,
+)
 from quantkit.progress import Progress
 from quantkit.publish.card import license_of
 from quantkit.publish.report import documents, read_report, record
@@ -36,7 +42,7 @@ from quantkit.streaming.layer_runner import StreamingModel, has_gradients
 from quantkit.writer.config import companions
 from quantkit.writer.writer import SHARD_BYTES, Rounder, Rounding, Written, rewrite
 
-ROUNDING_TEXT = Request(tokens=16384)
+ROUNDING_TEXT = CalibrationSpec(tokens=16384)
 _VALIDATED = 8  # for so many sequences that are rounded on, one more
 
 
@@ -45,9 +51,9 @@ def quantize(
     plan: Plan,
     out: Path,
     *,
-    text: Request | None = None,
+    text: CalibrationSpec | None = None,
     shard_bytes: int = SHARD_BYTES,
-    room: Room | None = None,
+    room: MemoryTarget | None = None,
     command: str | None = None,
     base_model: str | None = None,
     force: bool = False,
@@ -119,30 +125,32 @@ def _require_tokenizer(source: Source) -> None:
 
 
 def _calibrated(
-    source: Source, plan: Plan, request: Request, shard_bytes: int
+    source: Source, plan: Plan, request: CalibrationSpec, shard_bytes: int
 ) -> tuple[Plan, Rounding | None]:
     """How to round, and the plan with the text that it is done on."""
-    if plan.rounding == "rtn" and plan.tuned_steps:
+    if plan.rounding == "rtn" and plan.tuning_steps:
         raise InputError("--tune goes with --rounding search or gptq.")
     if plan.rounding == "rtn":
         return plan, None
     require_method(plan.rounding)
-    if plan.tuned_steps and not has_gradients(source):
+    if plan.tuning_steps and not has_gradients(source):
         raise InputError("--tune: a mixture of experts needs mlx-lm 0.32 (and so Python 3.11).")
     count = request.sequences
-    validated = max(1, count // _VALIDATED) if plan.tuned_steps else 0
-    if plan.tuned_steps:  # new text for every step, and some to see which step is best
-        tuned = max(request.tokens, Tuning(plan.tuned_steps).all_tokens)
+    validated = max(1, count // _VALIDATED) if plan.tuning_steps else 0
+    if plan.tuning_steps:  # new text for every step, and some to see which step is best
+        tuned = max(request.tokens, Tuning(plan.tuning_steps).all_tokens)
         request = replace(request, tokens=tuned + validated * request.sequence_length)
     text = read_text(source.checkpoint, request)
     rest = len(text.tokens) - min(validated, max(0, len(text.tokens) - count))
     parts = RoundingText(text.tokens[:count], text.tokens[:rest], text.tokens[rest:])
-    if plan.tuned_steps and not len(parts.validation):
+    if plan.tuning_steps and not len(parts.validation):
         raise CalibrationError(
             f"{text.about.name}: holds no text beside what is rounded on. Give fewer "
             "--rounding-tokens, or more text."
         )
-    plan = replace(plan, calibrations=tuple(dict.fromkeys((*plan.calibrations, text.about))))
+    plan = replace(
+        plan, calibration_texts=tuple(dict.fromkeys((*plan.calibration_texts, text.about)))
+    )
     model = StreamingModel(source)
 
     def make(folder: Path, progress: Progress) -> Rounder:
@@ -150,7 +158,7 @@ def _calibrated(
 
     depends = {
         "rounding": plan.rounding,
-        "number of tuning steps": str(plan.tuned_steps),
+        "number of tuning steps": str(plan.tuning_steps),
         "text to round on": digest([text.about.sha256, count, rest]),
     }
     space = _waiting(model, plan, text.tokens.size, shard_bytes)
@@ -170,7 +178,7 @@ def _waiting(model: StreamingModel, plan: Plan, tokens: int, shard_bytes: int) -
     space = 2 * stream * tokens + 2 * max(layers, default=0) + min(shard_bytes, plan.total_bytes)
     if any(choice.role == "embedding" for choice, _ in affine):  # all inputs, for the way back
         space += stream * min(tokens, EMBEDDING_TOKENS) * (len(layers) + 3)
-    if plan.tuned_steps:  # all that is rounded; per group two generations of six values in float32
+    if plan.tuning_steps:  # all that is rounded; per group two generations of six values in float32
         groups = sum(choice.parameters // tier.group_size for choice, tier in affine)
         space += plan.total_bytes + 52 * groups
     return space
@@ -181,24 +189,24 @@ def _silent(_done: int, _name: str) -> None:
 
 
 @dataclass(frozen=True)
-class Trial:
+class MeasuredPlan:
     """A plan that was measured, and the profile, corrected by then, that it was chosen by."""
 
     plan: Plan
     kl: float
-    profile: Profile
+    profile: SensitivityProfile
 
 
 def refine(
     source: Source,
-    profile: Profile,
+    profile: SensitivityProfile,
     limits: Limits,
-    wishes: Wishes,
+    constraints: Constraints,
     *,
     rounds: int = 1,
     tokens: int = 2048,
     progress: Progress | None = None,
-) -> list[Trial]:
+) -> list[MeasuredPlan]:
     """The plans that were really measured, the best first.
 
     Losses add up only approximately. So the plan is measured, whole and one role at a time, the
@@ -210,13 +218,13 @@ def refine(
     tell = progress or _silent
     source = with_values(source)
     about = profile.calibration
-    request = Request(tokens=tokens, sequence_length=about.sequence_length, seed=about.seed)
+    request = CalibrationSpec(tokens=tokens, sequence_length=about.sequence_length, seed=about.seed)
     text = read_text(source.checkpoint, request)
-    calibrations = tuple(dict.fromkeys((about, text.about)))
+    calibration_texts = tuple(dict.fromkeys((about, text.about)))
     model = StreamingModel(source)
-    corrected, plan = profile, plan_by_budget(source.inventory, profile, limits, wishes)
-    trials: list[Trial] = []
-    waiting = [plan, *rivals(source.inventory, profile, limits, wishes)]
+    corrected, plan = profile, plan_by_budget(source.inventory, profile, limits, constraints)
+    measured_plans: list[MeasuredPlan] = []
+    waiting = [plan, *recipe_baselines(source.inventory, profile, limits, constraints)]
     for number in range(rounds + 1):
         plan = waiting[0]
         roles = list(dict.fromkeys(source.weights[name].role for name in changes(source, plan)))
@@ -226,15 +234,15 @@ def refine(
         losses = joint.measured(model, mx.array(text.tokens), tried, lambda _: tell(1, "measuring"))
         found = [float(loss.mean(dtype=np.float64)) for loss in losses]
         for p, kl in zip(waiting, found, strict=False):
-            named = replace(p, measured_kl=kl, calibrations=calibrations)
-            trials.append(Trial(named, kl, corrected))
-        known = {trial.plan.tiers_sha256 for trial in trials}
+            named = replace(p, measured_kl=kl, calibration_texts=calibration_texts)
+            measured_plans.append(MeasuredPlan(named, kl, corrected))
+        known = {measured_plan.plan.tiers_sha256 for measured_plan in measured_plans}
         by_role = dict(zip(wanted, found[len(waiting) :], strict=True))
         corrected = corrected_by(corrected, plan, by_role)
-        waiting = [plan_by_budget(source.inventory, corrected, limits, wishes)]
+        waiting = [plan_by_budget(source.inventory, corrected, limits, constraints)]
         if not wanted or waiting[0].tiers_sha256 in known:
             break
-    return sorted(trials, key=lambda trial: trial.kl)
+    return sorted(measured_plans, key=lambda measured_plan: measured_plan.kl)
 
 
 def changes(source: Source, plan: Plan, role: str | None = None) -> dict[str, Tier]:
@@ -249,7 +257,7 @@ def changes(source: Source, plan: Plan, role: str | None = None) -> dict[str, Ti
 def compare(
     native: Source,
     repos: Sequence[str],
-    request: Request | None = None,
+    request: CalibrationSpec | None = None,
     *,
     progress: Progress | None = None,
 ) -> list[Fidelity]:
@@ -257,7 +265,7 @@ def compare(
 
     Raises InputError for a repo with another tokenizer, or one that was made with this text.
     """
-    comparison = fidelity.prepare(native, repos, request or Request())
+    comparison = fidelity.prepare(native, repos, request or CalibrationSpec())
     return fidelity.compare(comparison, progress or _silent)
 
 
@@ -268,7 +276,7 @@ def make_profile(
     *,
     force: bool = False,
     progress: Progress | None = None,
-) -> Profile:
+) -> SensitivityProfile:
     """Measure what every weight of `source` loses in every tier, and write it to the folder `out`.
 
     A source on the Hub is downloaded first. Raises InputError.

@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 from quantkit.artifacts.inventory import Inventory, Weight
-from quantkit.artifacts.plan import Plan, Proof
-from quantkit.artifacts.profile import Loss, Profile
+from quantkit.artifacts.plan import Optimality, Plan
+from quantkit.artifacts.profile import SensitivityProfile, TierCost
 from quantkit.artifacts.roles import ROLE_GROUPS, ROLES
 from quantkit.errors import InputError, PlanError
 from quantkit.formats.tiers import NATIVE, Tier, canonical, kept_name, parse_tier
@@ -15,17 +15,17 @@ from quantkit.planning.knapsack import ImpossibleError, UnsolvedError, solve
 from quantkit.planning.options import Option
 from quantkit.planning.plan import (
     active_bytes,
-    kept_choice,
     make_plan,
     stored_bytes,
-    with_losses,
+    unquantized_assignment,
+    with_predictions,
 )
 from quantkit.planning.recipe import load_recipe, plan_by_recipe, recipe_names
 from quantkit.units import bits_per_weight, size
 
 
 @dataclass(frozen=True)
-class Wishes:
+class Constraints:
     """What a plan must keep to, beside its budget.
 
     `pins` are (pattern, tier), the first that matches decides; `tiers` those that may be chosen
@@ -76,10 +76,12 @@ class Group:
     options: tuple[Option, ...]
 
 
-def plan_by_budget(inventory: Inventory, profile: Profile, limits: Limits, wishes: Wishes) -> Plan:
+def plan_by_budget(
+    inventory: Inventory, profile: SensitivityProfile, limits: Limits, constraints: Constraints
+) -> Plan:
     """The plan of least predicted loss within `limits`. Raises PlanError when there is none."""
-    groups = groups_of(inventory, profile, limits, wishes)
-    kept = kept_choice(inventory)
+    groups = groups_of(inventory, profile, limits, constraints)
+    kept = unquantized_assignment(inventory)
     if limits.bytes is None:
         groups = [_lossless(group) for group in groups]
     total = sum(max(o.costs[0] for o in group.options) for group in groups)
@@ -101,17 +103,17 @@ def plan_by_budget(inventory: Inventory, profile: Profile, limits: Limits, wishe
     plan = make_plan(inventory, tiers, f"budget {limits.about}")
     assert limits.bytes is None or plan.total_bytes <= limits.bytes, "more bytes than allowed"
     return replace(
-        with_losses(plan, profile),
-        proof=Proof(limits.texts, solution.bound, solution.gap, solution.prices),
-        calibrations=(profile.calibration,),
-        rounding=wishes.rounding,
+        with_predictions(plan, profile),
+        optimality=Optimality(limits.texts, solution.bound, solution.gap, solution.prices),
+        calibration_texts=(profile.calibration,),
+        rounding=constraints.rounding,
     )
 
 
 def frontier(
     inventory: Inventory,
-    profile: Profile,
-    wishes: Wishes,
+    profile: SensitivityProfile,
+    constraints: Constraints,
     active: int | None = None,
     points: int = 24,
 ) -> list[Plan]:
@@ -121,17 +123,17 @@ def frontier(
     Raises PlanError.
     """
     everything = Limits(inventory.total_bytes, active, "native")
-    largest = plan_by_budget(inventory, profile, everything, wishes)
+    largest = plan_by_budget(inventory, profile, everything, constraints)
     if largest.predicted_kl == 0 and active is None:
-        largest = plan_by_budget(inventory, profile, Limits(None, about="lossless"), wishes)
-    groups = groups_of(inventory, profile, Limits(0), wishes)
+        largest = plan_by_budget(inventory, profile, Limits(None, about="lossless"), constraints)
+    groups = groups_of(inventory, profile, Limits(0), constraints)
     least = sum(min(o.costs[0] for o in g.options) for g in groups) + largest.kept.bytes
     plans: list[Plan] = []
     for step in range(points - 1):
         limit = least + (largest.total_bytes - least) * step // (points - 1)
         about = f"{bits_per_weight(limit, inventory.parameters):.3f}bpw"
         try:
-            plan = plan_by_budget(inventory, profile, Limits(limit, active, about), wishes)
+            plan = plan_by_budget(inventory, profile, Limits(limit, active, about), constraints)
         except PlanError:  # the smallest that can be stored may read too much
             continue
         if not plans or plan.total_bytes != plans[-1].total_bytes:
@@ -139,32 +141,36 @@ def frontier(
     return [*plans, largest]
 
 
-def rivals(inventory: Inventory, profile: Profile, limits: Limits, wishes: Wishes) -> list[Plan]:
-    """The shipped recipes' plans that `limits` and `wishes` allow and that use up the bytes; their
+def recipe_baselines(
+    inventory: Inventory, profile: SensitivityProfile, limits: Limits, constraints: Constraints
+) -> list[Plan]:
+    """The shipped recipes' plans that `limits` and `constraints` allow and that use up the bytes; their
     routers may be what they say."""
     found = []
-    allowed = allowed_losses(inventory, profile, replace(wishes, routers=True, rounding="rtn"))
+    allowed = allowed_tiers(inventory, profile, replace(constraints, routers=True, rounding="rtn"))
     for plan in recipe_plans(inventory, profile):
         if limits.bytes is None or not limits.bytes * 0.99 <= plan.total_bytes <= limits.bytes:
             continue
         if limits.active is not None and (plan.active_bytes or 0) > limits.active:
             continue
-        if not wishes.ties and all(c.tier in allowed[c.name] for c in plan.choices):
+        if not constraints.ties and all(c.tier in allowed[c.name] for c in plan.choices):
             found.append(plan)
     return found
 
 
-def recipe_plans(inventory: Inventory, profile: Profile) -> list[Plan]:
+def recipe_plans(inventory: Inventory, profile: SensitivityProfile) -> list[Plan]:
     """The plans of the shipped recipes that suit a checkpoint, with their predicted losses."""
     found = []
     for name in recipe_names():
         with suppress(InputError):  # not made for this model
             plan = plan_by_recipe(inventory, load_recipe(name))
-            found.append(with_losses(plan, profile))
+            found.append(with_predictions(plan, profile))
     return found
 
 
-def corrected_by(profile: Profile, plan: Plan, measured: Mapping[str, float]) -> Profile:
+def corrected_by(
+    profile: SensitivityProfile, plan: Plan, measured: Mapping[str, float]
+) -> SensitivityProfile:
     """`profile` with the losses of each role scaled so that `plan`, of that role alone, would be
     predicted what was measured; by ten at most."""
     predicted: dict[str, float] = {}
@@ -204,33 +210,36 @@ def parse_pins(texts: Iterable[str]) -> tuple[tuple[str, Tier], ...]:
 
 
 def groups_of(
-    inventory: Inventory, profile: Profile, limits: Limits, wishes: Wishes
+    inventory: Inventory, profile: SensitivityProfile, limits: Limits, constraints: Constraints
 ) -> list[Group]:
     """What there is to choose from. Raises PlanError or InputError for wishes that cannot be."""
-    losses = allowed_losses(inventory, profile, wishes)
-    for pattern in (*(pattern for pattern, _ in wishes.pins), *wishes.ties):
+    losses = allowed_tiers(inventory, profile, constraints)
+    for pattern in (*(pattern for pattern, _ in constraints.pins), *constraints.ties):
         if not any(matches(pattern, w.name, w.role) for w in inventory.weights):
             raise InputError(f"pattern {pattern!r} matches no weight.")
     groups: dict[object, list[Weight]] = {}
     for weight in inventory.weights:
-        tie = next((t for t in wishes.ties if matches(t, weight.name, weight.role)), None)
+        tie = next((t for t in constraints.ties if matches(t, weight.name, weight.role)), None)
         key = weight.name if tie is None else (tie, weight.layer)
         groups.setdefault(key, []).append(weight)
     return [_group(inventory, weights, losses, limits) for weights in groups.values()]
 
 
-def allowed_losses(
-    inventory: Inventory, profile: Profile, wishes: Wishes
-) -> dict[str, dict[str, Loss]]:
-    """Weight -> tier -> loss, of the tiers that `wishes` allow, largest first. Raises PlanError for
+def allowed_tiers(
+    inventory: Inventory, profile: SensitivityProfile, constraints: Constraints
+) -> dict[str, dict[str, TierCost]]:
+    """Weight -> tier -> loss, of the tiers that `constraints` allow, largest first. Raises PlanError for
     a profile that lacks a weight, or a pin's tier."""
     known = {weight.name: weight.by_tier for weight in profile.weights}
     if lacking := {weight.name for weight in inventory.weights} - known.keys():
         raise PlanError(f"the profile lacks {min(lacking)}. Make it anew.")
-    for tier in (*(wishes.tiers or ()), *((wishes.min_tier,) if wishes.min_tier else ())):
+    for tier in (
+        *(constraints.tiers or ()),
+        *((constraints.min_tier,) if constraints.min_tier else ()),
+    ):
         if tier == NATIVE:
             raise InputError("tier native may always be chosen, and names no size. Name another.")
-    for tier in wishes.tiers or ():
+    for tier in constraints.tiers or ():
         if tier.quantized and tier.name not in profile.tiers:
             held = ", ".join(profile.tiers)
             raise InputError(f"tier {tier} is not in the profile, which holds {held}.")
@@ -239,14 +248,14 @@ def allowed_losses(
         losses = known[weight.name]
         if kept_name(weight.storage) not in losses:
             raise PlanError(f"the profile lacks {weight.name} as it is held. Make it anew.")
-        found[weight.name] = {tier: losses[tier] for tier in _allowed(weight, losses, wishes)}
+        found[weight.name] = {tier: losses[tier] for tier in _allowed(weight, losses, constraints)}
     return found
 
 
 def _group(
     inventory: Inventory,
     weights: Sequence[Weight],
-    losses: Mapping[str, Mapping[str, Loss]],
+    losses: Mapping[str, Mapping[str, TierCost]],
     limits: Limits,
 ) -> Group:
     first, *rest = (losses[weight.name] for weight in weights)
@@ -274,10 +283,10 @@ def _read(inventory: Inventory, weight: Weight, stored: int) -> int:
     return read
 
 
-def _allowed(weight: Weight, losses: Mapping[str, Loss], wishes: Wishes) -> list[str]:
+def _allowed(weight: Weight, losses: Mapping[str, TierCost], constraints: Constraints) -> list[str]:
     """The tiers that a weight may have, in the profile's order."""
     storage, native = parse_tier(weight.storage), kept_name(weight.storage)
-    for pattern, tier in wishes.pins:
+    for pattern, tier in constraints.pins:
         if matches(pattern, weight.name, weight.role):
             name = canonical(tier, storage).name
             if name not in losses:
@@ -286,19 +295,19 @@ def _allowed(weight: Weight, losses: Mapping[str, Loss], wishes: Wishes) -> list
                     f"with --tiers {tier} (tiers larger than {native} can only lose)."
                 )
             return [name]
-    if weight.role == "router" and not wishes.routers:
+    if weight.role == "router" and not constraints.routers:
         return [native]
-    return [tier for tier in losses if tier == native or _wanted(tier, weight, wishes)]
+    return [tier for tier in losses if tier == native or _wanted(tier, weight, constraints)]
 
 
-def _wanted(name: str, weight: Weight, wishes: Wishes) -> bool:
+def _wanted(name: str, weight: Weight, constraints: Constraints) -> bool:
     tier = parse_tier(name)
-    calibrated = wishes.rounding != "rtn" and weight.role != "embedding"
+    calibrated = constraints.rounding != "rtn" and weight.role != "embedding"
     if calibrated and tier.mode != "affine":
         return False
-    if wishes.tiers is not None and tier not in wishes.tiers:
+    if constraints.tiers is not None and tier not in constraints.tiers:
         return False
-    least = wishes.min_tier
+    least = constraints.min_tier
     shape = (1, 1 << 12)  # bits per weight, whatever fits
     return least is None or tier.stored_bytes(shape) >= least.stored_bytes(shape)
 
@@ -322,7 +331,7 @@ def _impossible(
     left: Sequence[int],
     measured: bool,
 ) -> str:
-    kept = kept_choice(inventory)
+    kept = unquantized_assignment(inventory)
     fixed = (kept.bytes, kept.active_bytes or 0)
     for k, (need, limit) in enumerate(zip(least, left, strict=True)):
         if need > limit:

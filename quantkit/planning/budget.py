@@ -16,7 +16,7 @@ from typing import Any
 from quantkit.artifacts.inventory import Inventory
 from quantkit.checkpoint.checkpoint import open_folder
 from quantkit.errors import InputError
-from quantkit.macs import Room, cache_bytes, wired_by_default
+from quantkit.macs import MemoryTarget, cache_bytes, wired_by_default
 from quantkit.planning.recipe import load_recipe, plan_by_recipe, recipe_names
 from quantkit.storage.paths import user_path
 from quantkit.units import gb, parse_bytes, parse_count
@@ -35,7 +35,7 @@ class Budget:
 
 
 def parse_budget(
-    text: str, inventory: Inventory, config: Mapping[str, Any], room: Room | None = None
+    text: str, inventory: Inventory, config: Mapping[str, Any], room: MemoryTarget | None = None
 ) -> Budget:
     """What `text` allows. `config` is the checkpoint's. Raises InputError."""
     if text.strip().lower() == "lossless":
@@ -44,7 +44,7 @@ def parse_budget(
         return Budget(int(Fraction(match[1]) * inventory.parameters / 8), text.strip())
     kind, colon, what = text.partition(":")
     if colon and kind.lower() == "mac":
-        return _mac(what, config, room or Room())
+        return _mac(what, config, room or MemoryTarget())
     if colon and kind.lower() == "like":
         return Budget(_bytes_like(what, inventory), text)
     if colon:
@@ -75,12 +75,12 @@ def parse_speed(text: str) -> tuple[int, int]:
     return int(bandwidth / Fraction(match[1])), bandwidth
 
 
-def parse_room(context: str, reserve: str) -> Room:
+def parse_room(context: str, reserve: str) -> MemoryTarget:
     """Raises InputError."""
-    return Room(parse_count(context), parse_bytes(reserve))
+    return MemoryTarget(parse_count(context), parse_bytes(reserve))
 
 
-def _mac(what: str, config: Mapping[str, Any], room: Room) -> Budget:
+def _mac(what: str, config: Mapping[str, Any], room: MemoryTarget) -> Budget:
     if what.strip().lower() == "this":
         from quantkit.backend import wired_bytes  # mlx, only where the machine is asked
 

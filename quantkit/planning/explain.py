@@ -4,10 +4,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from quantkit.artifacts.inventory import Inventory
-from quantkit.artifacts.plan import Choice, Plan
-from quantkit.artifacts.profile import Profile
+from quantkit.artifacts.plan import Assignment, Plan
+from quantkit.artifacts.profile import SensitivityProfile
 from quantkit.errors import InputError, PlanError
-from quantkit.planning.allocator import Group, Limits, Wishes, groups_of, matches
+from quantkit.planning.allocator import Constraints, Group, Limits, groups_of, matches
 
 _NEXT = 8  # steps told of that come next
 
@@ -44,7 +44,7 @@ class Explanation:
     """
 
     prices: tuple[float, ...]
-    weights: tuple[tuple[Choice, Step | None, Step | None], ...]
+    weights: tuple[tuple[Assignment, Step | None, Step | None], ...]
     up: tuple[Step, ...]
     down: tuple[Step, ...]
 
@@ -61,18 +61,22 @@ class Difference:
 
 
 def explain(
-    plan: Plan, inventory: Inventory, profile: Profile, wishes: Wishes, pattern: str = "*"
+    plan: Plan,
+    inventory: Inventory,
+    profile: SensitivityProfile,
+    constraints: Constraints,
+    pattern: str = "*",
 ) -> Explanation:
     """Why the weights that match `pattern` have their tiers. Raises InputError for none.
 
-    `profile` is the one that chose. Only tiers that `wishes` allow are looked at.
+    `profile` is the one that chose. Only tiers that `constraints` allow are looked at.
     """
     chosen = [c for c in plan.choices if matches(pattern, c.name, c.role)]
     if not chosen:
         raise InputError(f"pattern {pattern!r} matches no weight.")
-    prices = plan.proof.prices if plan.proof else ()
+    prices = plan.optimality.prices if plan.optimality else ()
     active = None if plan.active_bytes is None else 0
-    groups = groups_of(inventory, profile, Limits(0, active), wishes)
+    groups = groups_of(inventory, profile, Limits(0, active), constraints)
     tiers = {choice.name: choice.tier for choice in plan.choices}
     pairs = [_steps(group, tiers[group.weights[0].name], prices) for group in groups]
     of = {w.name: pair for group, pair in zip(groups, pairs, strict=True) for w in group.weights}

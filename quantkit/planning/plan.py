@@ -4,14 +4,14 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from quantkit.artifacts.inventory import Inventory, KeptTensor, Weight
-from quantkit.artifacts.plan import Choice, Plan, tiers_sha256
-from quantkit.artifacts.profile import Profile
+from quantkit.artifacts.inventory import Inventory, UnquantizedTensor, Weight
+from quantkit.artifacts.plan import Assignment, Plan, tiers_sha256
+from quantkit.artifacts.profile import SensitivityProfile
 from quantkit.errors import PlanError, TierError
 from quantkit.formats.tiers import Tier, canonical, parse_tier, resolve
 from quantkit.storage.json_files import require_kind
 
-KEPT_LABEL = "kept"
+UNQUANTIZED = "kept"
 
 
 def make_plan(inventory: Inventory, tiers: Mapping[str, Tier], origin: str) -> Plan:
@@ -22,17 +22,19 @@ def make_plan(inventory: Inventory, tiers: Mapping[str, Tier], origin: str) -> P
     """
     _require_same_weights(inventory, tiers)
     choices = tuple(_choice(inventory, w, tiers[w.name]) for w in inventory.weights)
-    return Plan(inventory.source, inventory.model_type, origin, choices, kept_choice(inventory))
+    return Plan(
+        inventory.source, inventory.model_type, origin, choices, unquantized_assignment(inventory)
+    )
 
 
-def with_losses(plan: Plan, profile: Profile) -> Plan:
+def with_predictions(plan: Plan, profile: SensitivityProfile) -> Plan:
     """`plan` with the losses that a profile predicts, None for tiers that it does not know.
 
     What was proven or measured of other predictions is forgotten.
     """
     losses = {w.name: {loss.tier: loss.kl for loss in w.losses} for w in profile.weights}
     choices = tuple(replace(c, kl=losses[c.name].get(c.tier)) for c in plan.choices)
-    return replace(plan, choices=choices, proof=None, measured_kl=None)
+    return replace(plan, choices=choices, optimality=None, measured_kl=None)
 
 
 def read_plan(data: Mapping[str, Any], inventory: Inventory, where: str) -> Plan:
@@ -48,7 +50,7 @@ def read_plan(data: Mapping[str, Any], inventory: Inventory, where: str) -> Plan
         named = [(weight["name"], weight["tier"]) for weight in data["weights"]]
         tiers = {name: _parse_tier(where, name, tier) for name, tier in named}
         edited = tiers_sha256(named) != data["tiers_sha256"]
-        if kept.get("tier", KEPT_LABEL) != KEPT_LABEL:
+        if kept.get("tier", UNQUANTIZED) != UNQUANTIZED:
             raise PlanError(f"{where}: norms, biases and sinks are kept as they are; no tier fits.")
     except (KeyError, TypeError, AttributeError) as exc:
         raise PlanError(f"{where}: not a complete plan ({exc} is missing or malformed).") from exc
@@ -66,19 +68,19 @@ def read_plan(data: Mapping[str, Any], inventory: Inventory, where: str) -> Plan
     if edited:
         return replace(
             made,
-            calibrations=saved.calibrations,
+            calibration_texts=saved.calibration_texts,
             rounding=saved.rounding,
-            tuned_steps=saved.tuned_steps,
+            tuning_steps=saved.tuning_steps,
         )
     losses = {choice.name: choice.kl for choice in saved.choices}
     choices = tuple(replace(choice, kl=losses[choice.name]) for choice in made.choices)
     return replace(
         made,
         choices=choices,
-        proof=saved.proof,
-        calibrations=saved.calibrations,
+        optimality=saved.optimality,
+        calibration_texts=saved.calibration_texts,
         rounding=saved.rounding,
-        tuned_steps=saved.tuned_steps,
+        tuning_steps=saved.tuning_steps,
         measured_kl=saved.measured_kl,
     )
 
@@ -90,12 +92,12 @@ def _parse_tier(where: str, weight: str, name: str) -> Tier:
         raise TierError(f"{where}: {weight}: {exc}") from exc
 
 
-def _choice(inventory: Inventory, weight: Weight, tier: Tier) -> Choice:
+def _choice(inventory: Inventory, weight: Weight, tier: Tier) -> Assignment:
     storage = parse_tier(weight.storage)
     physical = resolve(tier, storage)
     physical.require_fit(weight.name, weight.shape)
     stored = stored_bytes(weight, tier)
-    return Choice(
+    return Assignment(
         name=weight.name,
         role=weight.role,
         layer=weight.layer,
@@ -118,14 +120,14 @@ def active_bytes(inventory: Inventory, weight: Weight, stored: int) -> int | Non
     return _active(inventory, weight.role, weight.shape[0], stored)
 
 
-def kept_choice(inventory: Inventory) -> Choice:
+def unquantized_assignment(inventory: Inventory) -> Assignment:
     """The norms, biases and sinks, which no tier applies to."""
     active: list[int | None] = [_active_kept(inventory, tensor) for tensor in inventory.kept]
-    return Choice(
+    return Assignment(
         name="",
         role="norms, biases",
         layer=None,
-        tier=KEPT_LABEL,
+        tier=UNQUANTIZED,
         storage="/".join(sorted({tensor.dtype.lower() for tensor in inventory.kept})),
         parameters=sum(tensor.parameters for tensor in inventory.kept),
         bytes=sum(tensor.bytes for tensor in inventory.kept),
@@ -133,7 +135,7 @@ def kept_choice(inventory: Inventory) -> Choice:
     )
 
 
-def _active_kept(inventory: Inventory, tensor: KeptTensor) -> int | None:
+def _active_kept(inventory: Inventory, tensor: UnquantizedTensor) -> int | None:
     return _active(inventory, tensor.role, tensor.shape[0] if tensor.shape else 1, tensor.bytes)
 
 

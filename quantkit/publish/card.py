@@ -109,9 +109,9 @@ def _choice(report: Report) -> list[str]:
         )
     if plan.measured_kl is not None:
         lines.append(f"- Measured on calibration text, to nearest: {plan.measured_kl:.4g}")
-    tuned = f", then {plan.tuned_steps} steps of tuning" if plan.tuned_steps else ""
+    tuned = f", then {plan.tuning_steps} steps of tuning" if plan.tuning_steps else ""
     lines.append(f"- Rounding: {plan.rounding}{tuned}")
-    for text in plan.calibrations:
+    for text in plan.calibration_texts:
         lines.append(
             f"- Calibrated on {text.tokens} tokens of {_plain(text.name)} ({text.sequences} "
             f"sequences of {text.sequence_length}, seed {text.seed})"

@@ -8,7 +8,7 @@ from typing import Any
 
 from quantkit.artifacts.fidelity import Fidelity
 from quantkit.artifacts.plan import Plan
-from quantkit.artifacts.profile import Profile
+from quantkit.artifacts.profile import SensitivityProfile
 from quantkit.artifacts.roles import ROLES
 from quantkit.errors import OutputError
 from quantkit.storage.json_files import write_bytes_atomically
@@ -17,7 +17,7 @@ PICTURES = (".png", ".svg", ".pdf")
 _SHOWN = "q4g64", "q3g64", "q2g64"
 
 
-def plot_profile(profile: Profile, path: Path) -> None:
+def plot_profile(profile: SensitivityProfile, path: Path) -> None:
     """A heat map role x layer of the loss in one tier, and what each role loses at how many bits.
 
     Raises OutputError.
@@ -124,7 +124,7 @@ def _save(figure: Any, path: Path) -> None:
     write_bytes_atomically(path, drawn.getvalue())
 
 
-def _curve(profile: Profile, role: str) -> list[tuple[float, float]]:
+def _curve(profile: SensitivityProfile, role: str) -> list[tuple[float, float]]:
     """(bits per weight, loss) of every tier that all weights of a role have, fewest bits first."""
     weights = [weight for weight in profile.weights if weight.role == role]
     found: dict[str, list[tuple[int, float]]] = defaultdict(list)

@@ -14,9 +14,9 @@ import numpy as np
 
 from quantkit.backend import free_memory, mx
 from quantkit.progress import Progress
-from quantkit.storage.work_dir import Work
+from quantkit.storage.work_dir import WorkDirectory
 from quantkit.streaming.layer_runner import StreamingModel
-from quantkit.streaming.layer_trace import tapped
+from quantkit.streaming.layer_trace import hooked
 from quantkit.streaming.lm_head import label_gradients
 from quantkit.streaming.weight_loader import Call
 
@@ -25,7 +25,11 @@ _ROWS = 64  # of a head, to see what is done to its products
 
 
 def embedding_hessians(
-    model: StreamingModel, names: Sequence[str], tokens: mx.array, work: Work, progress: Progress
+    model: StreamingModel,
+    names: Sequence[str],
+    tokens: mx.array,
+    work: WorkDirectory,
+    progress: Progress,
 ) -> dict[str, mx.array]:
     """(width, width) in float32 for the embeddings `names`, from `tokens` (sequences, length): one
     pass forward and one back, a layer at a time. A killed one goes on at the layer it had reached.
@@ -65,7 +69,7 @@ def embedding_hessians(
     return found
 
 
-def drop_gradients(model: StreamingModel, work: Work) -> None:
+def drop_gradients(model: StreamingModel, work: WorkDirectory) -> None:
     """Remove what `embedding_hessians` left to go on from."""
     for number in range(len(model.layers) + 1):
         work.drop(f"e-x-{number}.npy")
@@ -76,7 +80,7 @@ def drop_gradients(model: StreamingModel, work: Work) -> None:
 def _back(model: StreamingModel, number: int, call: Call, g: mx.array) -> mx.array:
     """The gradient at a layer's input."""
     found: list[mx.array] = []
-    with tapped(model.layers[number], []) as module:
+    with hooked(model.layers[number], []) as module:
         for part in call.parts():
             start = sum(one.shape[0] for one in found)
 

@@ -24,9 +24,9 @@ from quantkit.quantizers.embeddings import drop_gradients, embedding_hessians
 from quantkit.quantizers.hessians import Inputs, has_inputs, inputs_of, shared_inputs, stacked
 from quantkit.quantizers.rounding import Hessians, rounded_under, stored_float
 from quantkit.quantizers.scale_tuning import Tuner, Tuning
-from quantkit.storage.work_dir import Tensors, Work
+from quantkit.storage.work_dir import Tensors, WorkDirectory
 from quantkit.streaming.layer_runner import StreamingModel, has_gradients
-from quantkit.streaming.layer_trace import tapped
+from quantkit.streaming.layer_trace import hooked
 from quantkit.streaming.weight_loader import Call
 
 _EMBEDDING = "rounded-embedding"
@@ -62,7 +62,7 @@ class LayerRounder:
         self._model = model
         self._method = plan.rounding
         self._tokens = mx.array(text.tokens)
-        self._work = Work(folder)
+        self._work = WorkDirectory(folder)
         self._progress = progress
         changed = {
             choice.name: parse_tier(choice.storage)
@@ -76,12 +76,12 @@ class LayerRounder:
             and (model.weights[name].role != "embedding" or has_gradients(model.source))
         }
         self._tuner = None
-        if plan.tuned_steps:
+        if plan.tuning_steps:
             self._tuner = Tuner(
                 model,
                 changed,
                 lambda number: self._load(f"rounded-{number}"),
-                Tuning(plan.tuned_steps),
+                Tuning(plan.tuning_steps),
                 text.tuned,
                 text.validation,
                 self._work,
@@ -156,7 +156,7 @@ class LayerRounder:
             x = self._work.array(f"x-{number}.npy") if number else self._embedded()
             layer = layers[number]
             own = [w for n, w in self._model.weights.items() if n.startswith(f"{layer.path}.")]
-            with tapped(layer, [w.name for w in own]) as module:
+            with hooked(layer, [w.name for w in own]) as module:
                 call = Call(x, dry.args, dry.kwargs)
                 traces = [module.record(part) for part in call.parts()]
             y = mx.concatenate([trace.y for trace in traces])

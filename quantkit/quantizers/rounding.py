@@ -5,7 +5,7 @@ from quantkit.backend import mx
 from quantkit.errors import InputError
 from quantkit.formats.affine import Feedback, Rounded, feedback, gptq, objective, refit, search
 from quantkit.formats.codec import FLOAT_TYPES
-from quantkit.formats.tiers import ROUNDINGS, Tier
+from quantkit.formats.tiers import QUANTIZERS, Tier
 from quantkit.quantizers.hessians import Inputs, stacked
 
 _AT_ONCE = 32_000_000  # values rounded in one go
@@ -13,8 +13,8 @@ _AT_ONCE = 32_000_000  # values rounded in one go
 
 def require_method(method: str) -> None:
     """Raises InputError for a rounding that there is not."""
-    if method not in ROUNDINGS:
-        raise InputError(f"there is no rounding {method!r}. Roundings: {', '.join(ROUNDINGS)}.")
+    if method not in QUANTIZERS:
+        raise InputError(f"there is no rounding {method!r}. Roundings: {', '.join(QUANTIZERS)}.")
 
 
 class Hessians:

@@ -17,10 +17,10 @@ from quantkit.formats.codec import rounded, to_mx, to_numpy
 from quantkit.formats.tiers import Tier
 from quantkit.progress import Progress
 from quantkit.quantizers.rounding import stored_float
-from quantkit.storage.work_dir import Tensors, Work
+from quantkit.storage.work_dir import Tensors, WorkDirectory
 from quantkit.streaming.experts import switch_product
 from quantkit.streaming.layer_runner import StreamingModel
-from quantkit.streaming.layer_trace import Product, tapped
+from quantkit.streaming.layer_trace import Product, hooked
 from quantkit.streaming.lm_head import divergence_gradient
 from quantkit.streaming.weight_loader import Call
 
@@ -101,7 +101,7 @@ class Tuner:
         tuning: Tuning,
         tokens: np.ndarray,
         validation: np.ndarray,
-        work: Work,
+        work: WorkDirectory,
         progress: Progress,
     ) -> None:
         self._model = model
@@ -201,7 +201,7 @@ class Tuner:
             if inputs is not None:
                 inputs.append(x)
             products = self._products(number, self._parts(number, step))
-            with tapped(layer, self._changed[number]) as module:
+            with hooked(layer, self._changed[number]) as module:
                 outs = []
                 for part in replace(dry, x=x).parts():
                     outs.append(module.run_with(part, products))
@@ -213,7 +213,7 @@ class Tuner:
         """Move a layer's scales and biases by one step; gives the gradient at its input."""
         parts = self._parts(number, step)
         keys = [f"{name} {part}" for name in self._rounded(number) for part in "sb"]
-        with tapped(self._model.layers[number], self._changed[number]) as module:
+        with hooked(self._model.layers[number], self._changed[number]) as module:
 
             def run(x: mx.array, *changes: mx.array) -> mx.array:
                 tried = parts | {f"{k} change": c for k, c in zip(keys, changes, strict=True)}

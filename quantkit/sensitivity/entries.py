@@ -4,7 +4,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from quantkit.artifacts.inventory import Inventory, Weight
-from quantkit.artifacts.profile import UNMEASURED, Calibration, Loss, Profile, WeightLosses
+from quantkit.artifacts.profile import (
+    UNMEASURED,
+    CalibrationText,
+    SensitivityProfile,
+    TierCost,
+    WeightSensitivity,
+)
 from quantkit.errors import TierError
 from quantkit.formats.tiers import Tier, kept_name, parse_tier
 
@@ -28,7 +34,7 @@ Key = tuple[str, str]
 
 
 @dataclass(frozen=True)
-class Candidate:
+class Entry:
     """A weight in a tier: one entry to be measured."""
 
     weight: Weight
@@ -56,7 +62,7 @@ def parse_tiers(text: str | None) -> tuple[str, ...]:
     return tuple(dict.fromkeys(tier.name for tier in tiers))
 
 
-def candidates(weights: Iterable[Weight], tiers: Iterable[str]) -> list[Candidate]:
+def candidates(weights: Iterable[Weight], tiers: Iterable[str]) -> list[Entry]:
     """Every fitting tier that takes fewer bytes than the weight has now; others could only lose."""
     found = []
     for weight in weights:
@@ -64,27 +70,31 @@ def candidates(weights: Iterable[Weight], tiers: Iterable[str]) -> list[Candidat
             if tier.fits(weight.shape):
                 stored = tier.stored_bytes(weight.shape, weight.dtype)
                 if stored < weight.bytes:
-                    found.append(Candidate(weight, tier, stored))
+                    found.append(Entry(weight, tier, stored))
     return found
 
 
-def native_loss(weight: Weight) -> Loss:
+def native_cost(weight: Weight) -> TierCost:
     """The entry of a weight that is kept as it is."""
-    return Loss(kept_name(weight.storage), weight.bytes, 0.0, 0.0)
+    return TierCost(kept_name(weight.storage), weight.bytes, 0.0, 0.0)
 
 
-def unmeasured(inventory: Inventory, tiers: Iterable[str]) -> Profile:
+def unmeasured(inventory: Inventory, tiers: Iterable[str]) -> SensitivityProfile:
     """A profile of all the entries there could be, none of which loses anything: enough to tell
     which sizes are possible."""
-    rows: dict[str, list[Loss]] = {}
+    rows: dict[str, list[TierCost]] = {}
     for entry in candidates(inventory.weights, tiers):
-        rows.setdefault(entry.weight.name, []).append(Loss(entry.tier.name, entry.bytes, 0.0, 0.0))
+        rows.setdefault(entry.weight.name, []).append(
+            TierCost(entry.tier.name, entry.bytes, 0.0, 0.0)
+        )
     weights = []
     for w in inventory.weights:
-        losses = (native_loss(w), *rows.get(w.name, []))
-        weights.append(WeightLosses(w.name, w.role, w.layer, w.storage, w.parameters, 0, losses))
-    text = Calibration("", "", 0, 0, 0, "", "")
-    return Profile(
+        losses = (native_cost(w), *rows.get(w.name, []))
+        weights.append(
+            WeightSensitivity(w.name, w.role, w.layer, w.storage, w.parameters, 0, losses)
+        )
+    text = CalibrationText("", "", 0, 0, 0, "", "")
+    return SensitivityProfile(
         inventory.source,
         inventory.model_type,
         UNMEASURED,

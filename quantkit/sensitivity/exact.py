@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from quantkit.backend import mx
-from quantkit.sensitivity.entries import Candidate, Key
+from quantkit.sensitivity.entries import Entry, Key
 from quantkit.sensitivity.work import ProfileWork
 from quantkit.streaming import measure_kl as joint
 from quantkit.streaming.layer_runner import StreamingModel
@@ -15,7 +15,7 @@ from quantkit.streaming.layer_runner import StreamingModel
 def measured(
     model: StreamingModel,
     tokens: mx.array,
-    entries: Sequence[Candidate],
+    entries: Sequence[Entry],
     done: Callable[[str], None],
 ) -> dict[Key, np.ndarray]:
     """Mean KL divergence of each entry for every sequence of `tokens` (sequences, length)."""
@@ -33,13 +33,13 @@ def measured(
 def measured_in_steps(
     model: StreamingModel,
     tokens: mx.array,
-    entries: Sequence[Candidate],
+    entries: Sequence[Entry],
     work: ProfileWork,
     done: Callable[[str], None],
 ) -> tuple[dict[Key, np.ndarray], float]:
     """The same, one layer's entries after the other, each kept in `work` for an interrupted run to
     go on from; and the seconds that they took."""
-    parts: dict[int | None, list[Candidate]] = {}
+    parts: dict[int | None, list[Entry]] = {}
     for entry in entries:
         parts.setdefault(entry.weight.layer, []).append(entry)
     found: dict[Key, np.ndarray] = {}
@@ -50,11 +50,11 @@ def measured_in_steps(
             started = time.monotonic()
             losses = measured(model, tokens, part, done)
             rows = {key: values.tolist() for key, values in losses.items()}
-            work.save_losses(name, rows, time.monotonic() - started)
+            work.save_costs(name, rows, time.monotonic() - started)
         seconds += work.table(name)["seconds"]
         found |= work.losses(name)
     return found, seconds
 
 
-def _layer(entry: Candidate, order: dict[str, int]) -> int:
+def _layer(entry: Entry, order: dict[str, int]) -> int:
     return next((n for path, n in order.items() if entry.weight.name.startswith(f"{path}.")), -1)

@@ -12,11 +12,11 @@ import numpy as np
 
 from quantkit.backend import free_memory, mx
 from quantkit.progress import Progress
-from quantkit.sensitivity.entries import Candidate, Key
+from quantkit.sensitivity.entries import Entry, Key
 from quantkit.sensitivity.probe import Found, predicted, probe_layer
 from quantkit.sensitivity.work import ProfileWork
 from quantkit.streaming.layer_runner import StreamingModel
-from quantkit.streaming.lm_head import Changed, divergence, label_gradients
+from quantkit.streaming.lm_head import ChangedModel, divergence, label_gradients
 from quantkit.streaming.weight_loader import Call
 
 EMBEDDING = "embedding"
@@ -40,7 +40,7 @@ class Sweep:
         self,
         model: StreamingModel,
         tokens: np.ndarray,
-        entries: Sequence[Candidate],
+        entries: Sequence[Entry],
         draws: int,
         seed: int,
         work: ProfileWork,
@@ -83,7 +83,7 @@ class Sweep:
         tables = sorted(self.work.folder.glob("*.json"))
         return float(sum(self.work.table(path.name)["seconds"] for path in tables))
 
-    def _of(self, name: str) -> list[Candidate]:
+    def _of(self, name: str) -> list[Entry]:
         """The entries that a step measures."""
         if name == EMBEDDING:
             return [e for e in self.entries if e.weight.name in self._embeddings]
@@ -117,7 +117,7 @@ class Sweep:
         g = mx.stack(label_gradients(self.model, h, self.levels))
         found = Found(g=g)
         for entry in self._of(HEAD):
-            (kl,) = divergence(self.model, h, [Changed(h, entry.tier)])
+            (kl,) = divergence(self.model, h, [ChangedModel(h, entry.tier)])
             found.losses[entry.key] = np.array(kl.mean(axis=1), np.float32)
             progress(1, entry.weight.name)
         return found
@@ -160,7 +160,7 @@ class Sweep:
                 whole[: len(values)] = values
                 arrays[f"{kind}.{weight}"] = np.array(self._summed(mx.array(whole)))
         self.work.save_arrays(f"{name}.npz", arrays)
-        self.work.save_losses(f"{name}.json", losses, seconds)
+        self.work.save_costs(f"{name}.json", losses, seconds)
 
     def _table(self, name: str) -> Table:
         sums: dict[str, dict[str, np.ndarray]] = {"importance": {}, "seen": {}}

@@ -11,24 +11,24 @@ from quantkit.artifacts.inventory import with_hashes
 from quantkit.artifacts.profile import (
     IMPORTANCE_FILE,
     PROFILE_FILE,
-    Loss,
-    Profile,
-    WeightLosses,
+    SensitivityProfile,
+    TierCost,
+    WeightSensitivity,
 )
 from quantkit.backend import mx, on_cpu
-from quantkit.calibration.text import Request, Text, read_text
+from quantkit.calibration.text import CalibrationSpec, Text, read_text
 from quantkit.checkpoint.source import Source, file_hashes
 from quantkit.errors import CalibrationError, InputError, SourceError
 from quantkit.formats.files import write_file
-from quantkit.formats.tiers import ROUNDINGS, TensorSpec
+from quantkit.formats.tiers import QUANTIZERS, TensorSpec
 from quantkit.progress import Progress
-from quantkit.sensitivity.entries import DEFAULT_TIERS, Candidate, candidates, native_loss
+from quantkit.sensitivity.entries import DEFAULT_TIERS, Entry, candidates, native_cost
 from quantkit.sensitivity.exact import measured_in_steps
 from quantkit.sensitivity.fisher import Sweep, Table
 from quantkit.sensitivity.store import load_profile
 from quantkit.sensitivity.validation import Check, check
 from quantkit.sensitivity.work import ProfileWork
-from quantkit.staging import Staging, require_apart, require_free, source_marks, versions
+from quantkit.staging import OutputDirectory, require_apart, require_free, source_marks, versions
 from quantkit.storage.json_files import digest, load_json
 from quantkit.storage.paths import plain_path
 from quantkit.streaming.attention import require_same_attention
@@ -44,7 +44,7 @@ class Settings:
     `draws` labels are drawn per token and averaged.
     """
 
-    text: Request = field(default_factory=Request)
+    text: CalibrationSpec = field(default_factory=CalibrationSpec)
     tiers: tuple[str, ...] = DEFAULT_TIERS
     method: str = "fisher"
     rounding: str = "rtn"
@@ -60,8 +60,8 @@ class Profiling:
     settings: Settings
     force: bool
     text: Text
-    known: Profile | None
-    entries: tuple[Candidate, ...]
+    known: SensitivityProfile | None
+    entries: tuple[Entry, ...]
 
     @property
     def steps(self) -> int:
@@ -106,7 +106,7 @@ def prepare(source: Source, out: Path, settings: Settings, force: bool = False) 
     return Profiling(source, out, settings, force or known is not None, text, known, tuple(missing))
 
 
-def make(profiling: Profiling, progress: Progress) -> Profile:
+def make(profiling: Profiling, progress: Progress) -> SensitivityProfile:
     """Measure, and write the folder. Raises InputError; what was measured is then kept for the next
     run. Where several processes take part, only the first one writes."""
     if profiling.known is not None and not profiling.entries:
@@ -121,7 +121,9 @@ def make(profiling: Profiling, progress: Progress) -> Profile:
     first, out = is_first(), profiling.out
     if not first:
         out = out.with_name(f"{out.name}.process-{group.rank()}")
-    with Staging(out, _depends(profiling, group.size()), profiling.force, "profile") as staging:
+    with OutputDirectory(
+        out, _depends(profiling, group.size()), profiling.force, "profile"
+    ) as staging:
         try:
             model = StreamingModel(profiling.source)
             staging.require_space(_work_bytes(model, profiling))
@@ -140,7 +142,9 @@ def make(profiling: Profiling, progress: Progress) -> Profile:
     return profile
 
 
-def make_check(profiling: Profiling, profile: Profile, count: int, progress: Progress) -> Check:
+def make_check(
+    profiling: Profiling, profile: SensitivityProfile, count: int, progress: Progress
+) -> Check:
     """Measure `count` entries of a finished profile on text that it has not seen."""
     if not len(profiling.text.held_out):
         raise CalibrationError(
@@ -164,8 +168,8 @@ def make_check(profiling: Profiling, profile: Profile, count: int, progress: Pro
 def _require_settings(settings: Settings) -> None:
     if settings.method not in METHODS:
         raise InputError(f"there is no method {settings.method!r}. Methods: {', '.join(METHODS)}.")
-    if settings.rounding not in ROUNDINGS:
-        known = ", ".join(ROUNDINGS)
+    if settings.rounding not in QUANTIZERS:
+        known = ", ".join(QUANTIZERS)
         raise InputError(f"there is no rounding {settings.rounding!r}. Roundings: {known}.")
     if settings.rounding != "rtn" and settings.method != "fisher":
         raise InputError("--method kl rounds to nearest. Leave --rounding out.")
@@ -175,9 +179,9 @@ def _require_settings(settings: Settings) -> None:
         raise InputError("--draws is 1 or more.")
 
 
-def _described(source: Source, settings: Settings, text: Text) -> Profile:
+def _described(source: Source, settings: Settings, text: Text) -> SensitivityProfile:
     """The profile to be, without its table."""
-    return Profile(
+    return SensitivityProfile(
         source=source.inventory.source,
         model_type=source.inventory.model_type,
         method=settings.method,
@@ -190,7 +194,7 @@ def _described(source: Source, settings: Settings, text: Text) -> Profile:
     )
 
 
-def _identity(profile: Profile) -> dict[str, object]:
+def _identity(profile: SensitivityProfile) -> dict[str, object]:
     """What two profiles must have in common to share a table, under names a person understands."""
     return {
         "method": profile.method,
@@ -201,7 +205,7 @@ def _identity(profile: Profile) -> dict[str, object]:
     }
 
 
-def _require_same(known: Profile, wanted: Profile, out: Path) -> None:
+def _require_same(known: SensitivityProfile, wanted: SensitivityProfile, out: Path) -> None:
     before, now = _identity(known), _identity(wanted)
     for what, value in now.items():
         if before[what] != value:
@@ -252,8 +256,8 @@ def _tables(
     return [Table(losses, {}, {})], seconds
 
 
-def _assembled(profiling: Profiling, tables: Sequence[Table]) -> Profile:
-    losses: dict[str, dict[str, Loss]] = {}
+def _assembled(profiling: Profiling, tables: Sequence[Table]) -> SensitivityProfile:
+    losses: dict[str, dict[str, TierCost]] = {}
     known = profiling.known
     if known is not None:
         losses = {weight.name: dict(weight.by_tier) for weight in known.weights}
@@ -269,12 +273,12 @@ def _assembled(profiling: Profiling, tables: Sequence[Table]) -> Profile:
     old = {w.name: w.unseen_experts for w in known.weights} if known else {}
     weights = []
     for weight in profiling.source.inventory.weights:
-        native = native_loss(weight)
+        native = native_cost(weight)
         rows = {native.tier: native, **losses.get(weight.name, {})}
         ordered = sorted(rows.values(), key=lambda loss: (-loss.bytes, loss.tier))
         unseen = _unseen(seen.get(weight.name))[0] if weight.name in seen else old.get(weight.name)
         weights.append(
-            WeightLosses(
+            WeightSensitivity(
                 weight.name,
                 weight.role,
                 weight.layer,
@@ -303,7 +307,7 @@ def _unseen(seen: np.ndarray | None) -> tuple[int, int]:
     return int((seen == 0).sum()), int(seen.sum())
 
 
-def _loss(entry: Candidate, values: np.ndarray, unseen: tuple[int, int]) -> Loss:
+def _loss(entry: Entry, values: np.ndarray, unseen: tuple[int, int]) -> TierCost:
     """Mean and standard error over sequences. Each unseen expert counts as if it had been given one
     input, at the loss that an input to this stack has on average."""
     if not np.isfinite(values).all():
@@ -311,7 +315,7 @@ def _loss(entry: Candidate, values: np.ndarray, unseen: tuple[int, int]) -> Loss
     more = 1 + unseen[0] / max(1, unseen[1])
     kl = float(values.mean(dtype=np.float64)) * more
     spread = values.std(ddof=1, dtype=np.float64) if len(values) > 1 else abs(kl)
-    return Loss(entry.tier.name, entry.bytes, max(0.0, kl), float(spread) / len(values) ** 0.5)
+    return TierCost(entry.tier.name, entry.bytes, max(0.0, kl), float(spread) / len(values) ** 0.5)
 
 
 def _importance(profiling: Profiling, tables: Sequence[Table]) -> dict[str, np.ndarray]:

@@ -18,9 +18,9 @@ from quantkit.backend import free_memory, mx
 from quantkit.errors import SourceError
 from quantkit.quantizers.hessians import has_inputs, inputs_of
 from quantkit.quantizers.rounding import rounded_whole
-from quantkit.sensitivity.entries import Candidate, Key
-from quantkit.streaming.layer_trace import TappedLayer, Trace, tapped
-from quantkit.streaming.weight_loader import Call, Streamed
+from quantkit.sensitivity.entries import Entry, Key
+from quantkit.streaming.layer_trace import HookedLayer, Trace, hooked
+from quantkit.streaming.weight_loader import Call, StreamedModule
 
 
 @dataclass
@@ -39,11 +39,11 @@ class Found:
 
 
 def probe_layer(
-    layer: Streamed,
+    layer: StreamedModule,
     call: Call,
     g: mx.array,
     weights: Sequence[Weight],
-    entries: Sequence[Candidate],
+    entries: Sequence[Entry],
     values: Callable[[str], mx.array],
     done: Callable[[str], None],
     rounding: str = "rtn",
@@ -53,7 +53,7 @@ def probe_layer(
     `values` gives a weight's own values by name; affine tiers are rounded by `rounding`.
     """
     found = Found()
-    with tapped(layer, [weight.name for weight in weights]) as module:
+    with hooked(layer, [weight.name for weight in weights]) as module:
         traces = [module.record(part, _listener(found)) for part in call.parts()]
         sinks = _sinks(weights, traces[0])
         at_sinks, found.g = _gradients(module, traces, g, sorted(set(sinks.values())))
@@ -122,7 +122,7 @@ def _sinks(weights: Sequence[Weight], trace: Trace) -> dict[str, str]:
 
 
 def _gradients(
-    module: TappedLayer, traces: Sequence[Trace], g: mx.array, names: Sequence[str]
+    module: HookedLayer, traces: Sequence[Trace], g: mx.array, names: Sequence[str]
 ) -> tuple[dict[str, mx.array], mx.array]:
     """Gradients (draws, batch, ...) at the outputs of `names` and at the layer's input."""
     at_input: list[mx.array] = []

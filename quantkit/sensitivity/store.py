@@ -4,16 +4,16 @@ from dataclasses import replace
 from pathlib import Path
 
 from quantkit.artifacts.inventory import Inventory
-from quantkit.artifacts.profile import PROFILE_FILE, Profile
+from quantkit.artifacts.profile import PROFILE_FILE, SensitivityProfile
 from quantkit.checkpoint import hub
 from quantkit.errors import ProfileError
 from quantkit.formats.tiers import kept_name, parse_tier
-from quantkit.sensitivity.entries import native_loss
+from quantkit.sensitivity.entries import native_cost
 from quantkit.storage.json_files import load_json
 from quantkit.storage.paths import user_path
 
 
-def load_profile(name: str, inventory: Inventory) -> Profile:
+def load_profile(name: str, inventory: Inventory) -> SensitivityProfile:
     """The profile in a folder, or the one published as `user/name`, for this very checkpoint.
 
     Raises ProfileError for another checkpoint's profile or one that lacks a weight, HubError.
@@ -26,10 +26,10 @@ def load_profile(name: str, inventory: Inventory) -> Profile:
     return read_profile(folder, inventory)
 
 
-def _in_types_of(inventory: Inventory, profile: Profile) -> Profile:
+def _in_types_of(inventory: Inventory, profile: SensitivityProfile) -> SensitivityProfile:
     """`profile` with unquantized weights in the float type that `inventory` gives them: the same
     values, rounded to another type, count as kept."""
-    native = {weight.name: native_loss(weight) for weight in inventory.weights}
+    native = {weight.name: native_cost(weight) for weight in inventory.weights}
     weights = []
     for known in profile.weights:
         kept, wanted = kept_name(known.storage), native.get(known.name)
@@ -40,10 +40,10 @@ def _in_types_of(inventory: Inventory, profile: Profile) -> Profile:
     return replace(profile, weights=tuple(weights))
 
 
-def read_profile(folder: Path, inventory: Inventory) -> Profile:
+def read_profile(folder: Path, inventory: Inventory) -> SensitivityProfile:
     """Raises ProfileError."""
     path = folder if folder.is_file() else folder / PROFILE_FILE
-    profile = Profile.from_json(load_json(path, ProfileError), str(folder))
+    profile = SensitivityProfile.from_json(load_json(path, ProfileError), str(folder))
     if profile.source.structure != inventory.source.structure:
         raise ProfileError(
             f"{folder}: a profile of another checkpoint ({profile.source.name}), not of "

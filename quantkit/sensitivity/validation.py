@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from quantkit.artifacts.profile import Profile
+from quantkit.artifacts.profile import SensitivityProfile
 from quantkit.backend import mx
-from quantkit.sensitivity.entries import Candidate
+from quantkit.sensitivity.entries import Entry
 from quantkit.sensitivity.exact import measured
 from quantkit.streaming.layer_runner import StreamingModel
 
@@ -31,8 +31,8 @@ class Check:
 
 def check(
     model: StreamingModel,
-    profile: Profile,
-    entries: Sequence[Candidate],
+    profile: SensitivityProfile,
+    entries: Sequence[Entry],
     held_out: np.ndarray,
     count: int,
     seconds: float,

@@ -5,19 +5,19 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from quantkit.sensitivity.entries import Key
-from quantkit.storage.work_dir import Work
+from quantkit.storage.work_dir import WorkDirectory
 
 
-class ProfileWork(Work):
+class ProfileWork(WorkDirectory):
     """A folder of named parts, losses among them."""
 
-    def save_losses(self, name: str, losses: Mapping[Key, Sequence[float]], seconds: float) -> None:
+    def save_costs(self, name: str, losses: Mapping[Key, Sequence[float]], seconds: float) -> None:
         """Losses per entry and sequence, and the seconds they took. Raises OutputError."""
         rows = {"\t".join(key): list(values) for key, values in losses.items()}
         self.save_table(name, {"seconds": seconds, "losses": rows})
 
     def losses(self, name: str) -> dict[Key, np.ndarray]:
-        """What `save_losses` saved."""
+        """What `save_costs` saved."""
         found = {}
         for key, values in self.table(name)["losses"].items():
             weight, tier = key.split("\t")

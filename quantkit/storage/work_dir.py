@@ -19,7 +19,7 @@ Tensors = tuple[np.ndarray, ...]
 
 
 @dataclass(frozen=True)
-class Work:
+class WorkDirectory:
     """A folder of named parts."""
 
     folder: Path

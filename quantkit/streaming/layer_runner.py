@@ -25,7 +25,7 @@ from quantkit.formats.codec import decode, decode_mxfp4, to_mx
 from quantkit.formats.dtypes import FLOATS
 from quantkit.formats.tiers import MXFP4, Tier, parse_tier
 from quantkit.streaming.experts import plain_switch_linear
-from quantkit.streaming.weight_loader import BLOCK_VALUES, Call, Streamed, Table
+from quantkit.streaming.weight_loader import BLOCK_VALUES, Call, StreamedModule, Table
 
 
 class _EnoughError(Exception):
@@ -45,7 +45,7 @@ class StreamingModel:
         self.model.eval()
         paths = {id(module): path for path, module in self.model.named_modules()}
         held = _list_of_layers(self.model)
-        self.layers = [Streamed(m, paths[id(m)], self.fetch) for m in held]
+        self.layers = [StreamedModule(m, paths[id(m)], self.fetch) for m in held]
         self.tables: dict[str, Table] = {}
         self._wrap_around()
         held[:] = self.layers
@@ -63,7 +63,7 @@ class StreamingModel:
         """
         last: list[mx.array] = []
 
-        def through(number: int, layer: Streamed) -> Callable[[Call], mx.array]:
+        def through(number: int, layer: StreamedModule) -> Callable[[Call], mx.array]:
             def run(call: Call) -> mx.array:
                 self._require_passed_on(number, last, call)
                 y = layer.run(call)
@@ -240,12 +240,12 @@ class StreamingModel:
                 parent, _, name = path.rpartition(".")
                 setattr(submodule(self.model, parent), name, self._wrapped(path, module))
 
-    def _wrapped(self, path: str, module: Any) -> Streamed:
+    def _wrapped(self, path: str, module: Any) -> StreamedModule:
         weight = self.weights.get(path)
         if weight is not None and weight.role in ("embedding", "lm_head"):
             self.tables[path] = Table(module, weight, partial(self._rows, path))
             return self.tables[path]
-        return Streamed(module, path, self.fetch)
+        return StreamedModule(module, path, self.fetch)
 
 
 def has_gradients(source: Source) -> bool:

@@ -15,7 +15,7 @@ from quantkit.formats.affine import Rounded
 from quantkit.formats.codec import encode, rounded
 from quantkit.formats.tiers import Tier
 from quantkit.streaming.layer_runner import submodule
-from quantkit.streaming.weight_loader import Call, Streamed
+from quantkit.streaming.weight_loader import Call, StreamedModule
 
 Listener = Callable[[str, mx.array, "mx.array | None"], None]
 """Told the name of a weight, its input, and which experts see it (None for a plain matrix)."""
@@ -85,7 +85,7 @@ class _Tap:
         return getattr(self.module, name)
 
 
-class TappedLayer:
+class HookedLayer:
     """A layer with its weights in memory, and an ear at every one of them."""
 
     def __init__(self, module: Any, taps: Mapping[str, _Tap]) -> None:
@@ -218,7 +218,7 @@ def _pack(module: Any, tensors: tuple[mx.array, ...], tier: Tier) -> None:
 
 
 @contextmanager
-def tapped(layer: Streamed, names: Sequence[str]) -> Iterator[TappedLayer]:
+def hooked(layer: StreamedModule, names: Sequence[str]) -> Iterator[HookedLayer]:
     """`layer` with its weights in memory; `names` are those of the weights to tap."""
     with layer.loaded() as module:
         taps = {}
@@ -228,7 +228,7 @@ def tapped(layer: Streamed, names: Sequence[str]) -> Iterator[TappedLayer]:
             taps[name] = _Tap(name, owner[last])
             setattr(owner, last, taps[name])
         try:
-            yield TappedLayer(module, taps)
+            yield HookedLayer(module, taps)
         finally:
             for name, tap in taps.items():
                 parent, _, last = name.removeprefix(f"{layer.path}.").rpartition(".")

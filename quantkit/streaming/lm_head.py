@@ -54,7 +54,7 @@ def _normalizer(model: StreamingModel, h: mx.array) -> tuple[mx.array, mx.array]
 
 
 @dataclass(frozen=True)
-class Changed:
+class ChangedModel:
     """A changed model from its last layer on: that layer's output (batch, tokens, hidden), the tier
     that the head is rounded to if any, and whose head it is if not the native one's."""
 
@@ -64,28 +64,30 @@ class Changed:
 
 
 @dataclass(frozen=True)
-class Compared:
+class TokenComparison:
     """A changed model beside the native one, every array (batch, tokens).
 
     `kl` is KL(native || changed) in nats, `same_top` whether both hold the same token for the most
-    likely, `native_loss` and `loss` are -log p of the target token.
+    likely, `native_nll` and `loss` are -log p of the target token.
     """
 
     kl: mx.array
     same_top: mx.array
-    native_loss: mx.array
+    native_nll: mx.array
     loss: mx.array
 
 
-def divergence(model: StreamingModel, h: mx.array, others: Sequence[Changed]) -> list[mx.array]:
+def divergence(
+    model: StreamingModel, h: mx.array, others: Sequence[ChangedModel]
+) -> list[mx.array]:
     """KL(native || changed) in nats for every token (batch, tokens), for each of `others`."""
     targets = mx.zeros(h.shape[:2], mx.int32)
     return [found.kl for found in compared(model, h, others, targets)]
 
 
 def compared(
-    model: StreamingModel, h: mx.array, others: Sequence[Changed], targets: mx.array
-) -> list[Compared]:
+    model: StreamingModel, h: mx.array, others: Sequence[ChangedModel], targets: mx.array
+) -> list[TokenComparison]:
     """Each of `others` beside the native model, whose last layer gave `h`.
 
     With d = changed - native logits, KL is log(1 + sum p (e^d - 1)) - sum p d, which stays exact
@@ -117,10 +119,10 @@ def compared(
         far_off = peak.normalizer - native.normalizer
         change = mx.where(mx.abs(growth) < _SMALL, mx.log1p(mx.maximum(growth, -_SMALL)), far_off)
         found.append(
-            Compared(
+            TokenComparison(
                 kl=change - b / native.total,
                 same_top=peak.token == native.token,
-                native_loss=native.normalizer - native.at_target,
+                native_nll=native.normalizer - native.at_target,
                 loss=native.normalizer + change - peak.at_target,
             )
         )

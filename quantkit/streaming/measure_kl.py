@@ -11,8 +11,8 @@ import numpy as np
 from quantkit.backend import mx
 from quantkit.formats.tiers import Tier
 from quantkit.streaming.layer_runner import StreamingModel
-from quantkit.streaming.layer_trace import TappedLayer, tapped
-from quantkit.streaming.lm_head import Changed, divergence
+from quantkit.streaming.layer_trace import HookedLayer, hooked
+from quantkit.streaming.lm_head import ChangedModel, divergence
 from quantkit.streaming.weight_loader import Call
 
 Tiers = Mapping[str, Tier]
@@ -50,7 +50,7 @@ def _wave(
     for layer, dry in zip(model.layers, start, strict=True):
         inside = f"{layer.path}."
         own = [[name for name in tiers if name.startswith(inside)] for tiers in changes]
-        with tapped(layer, list(dict.fromkeys(name for names in own for name in names))) as module:
+        with hooked(layer, list(dict.fromkeys(name for names in own for name in names))) as module:
             for number, (tiers, names) in enumerate(zip(changes, own, strict=True)):
                 if names or number in streams:
                     call = Call(streams.get(number, x), dry.args, dry.kwargs)
@@ -62,14 +62,14 @@ def _wave(
             x = _through(module, Call(x, dry.args, dry.kwargs))
     found = []
     for number, tiers in enumerate(changes):
-        changed = Changed(streams.get(number, x), tiers.get(model.head_weight.name))
+        changed = ChangedModel(streams.get(number, x), tiers.get(model.head_weight.name))
         (kl,) = divergence(model, x, [changed])
         found.append(np.array(kl.mean(axis=1), np.float32))
         done(number)
     return found
 
 
-def _through(module: TappedLayer, call: Call) -> mx.array:
+def _through(module: HookedLayer, call: Call) -> mx.array:
     return mx.concatenate([module.run(part) for part in call.parts()])
 
 

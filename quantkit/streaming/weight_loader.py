@@ -34,7 +34,7 @@ class Call:
             yield replace(self, x=self.x[start : start + sequences])
 
 
-class Streamed:
+class StreamedModule:
     """A module whose weights are there only while it is called.
 
     Whatever else is asked of it is answered by the module.
@@ -79,7 +79,7 @@ class Streamed:
                 free_memory()
 
 
-class Table(Streamed):
+class Table(StreamedModule):
     """An embedding or a head: a row for every token of the vocabulary, read as they are needed.
 
     `rows` are those of which a head gives logits; `tier` is one to round its values to; `moved` is

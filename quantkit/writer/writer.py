@@ -16,7 +16,7 @@ from quantkit.checkpoint.checkpoint import INDEX_FILE, hash_file
 from quantkit.checkpoint.source import Source, file_hashes
 from quantkit.errors import DamagedError, InputError, OutputError, SourceError, TierError
 from quantkit.progress import Progress
-from quantkit.staging import Staging, require_apart, require_free, source_marks, versions
+from quantkit.staging import OutputDirectory, require_apart, require_free, source_marks, versions
 from quantkit.storage.json_files import load_json, write_atomically
 from quantkit.storage.paths import plain_path
 from quantkit.storage.work_dir import Tensors
@@ -89,7 +89,7 @@ def rewrite(
     beside = companions(folder, source.inventory)
     shards = lay_out(source.inventory, plan, shard_bytes)
     depends = _depends(source, plan, shard_bytes) | dict(rounding.depends if rounding else {})
-    staging = Staging(out, depends, force)
+    staging = OutputDirectory(out, depends, force)
     if not force and is_current(out, source, plan, shards, beside):
         progress(plan.total_bytes, out.name)
         staging.tidy()
@@ -130,7 +130,7 @@ def is_current(
     held, planned = ((p.choices, p.kept) for p in (report.plan, plan))
     if not same_shards or held != planned or report.versions != versions():
         return False
-    made, wanted = ((p.rounding, p.tuned_steps, p.calibrations) for p in (report.plan, plan))
+    made, wanted = ((p.rounding, p.tuning_steps, p.calibration_texts) for p in (report.plan, plan))
     if made != wanted:
         return False
     if report.plan.source.structure != plan.source.structure:
@@ -152,7 +152,7 @@ def _write_shards(
     source: Source,
     plan: Plan,
     shards: tuple[Shard, ...],
-    staging: Staging,
+    staging: OutputDirectory,
     rounding: Rounding | None,
     progress: Progress,
 ) -> tuple[SourceId, tuple[ShardRecord, ...]]:
@@ -198,7 +198,11 @@ def _hashing(source: Source) -> Iterator["Future[dict[str, str]]"]:
 
 
 def _write_shard(
-    source: Source, shard: Shard, rounder: Rounder | None, staging: Staging, progress: Progress
+    source: Source,
+    shard: Shard,
+    rounder: Rounder | None,
+    staging: OutputDirectory,
+    progress: Progress,
 ) -> ShardRecord:
     with ShardWriter(staging.repo, shard) as writer:
         for unit in shard.units:

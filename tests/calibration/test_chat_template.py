@@ -11,7 +11,7 @@ import pytest
 from mlx_lm.utils import load_tokenizer
 
 from quantkit.calibration.chat_template import NoTextError, normalize_messages, render_chat
-from quantkit.calibration.text import Request, read_text
+from quantkit.calibration.text import CalibrationSpec, read_text
 from quantkit.checkpoint.source import open_source
 from quantkit.errors import InputError
 from tests import tiny
@@ -198,7 +198,7 @@ def test_rows_without_text_are_skipped_and_counted(tmp_path, checkpoint):
     text = tmp_path / "text.jsonl"
     text.write_text("".join(json.dumps(row) + "\n" for row in [*ROWS.values(), *rows]))
     source = open_source(str(checkpoint))
-    found = read_text(source.checkpoint, Request(str(text), 100_000, 8))
+    found = read_text(source.checkpoint, CalibrationSpec(str(text), 100_000, 8))
     assert found.about.skipped_rows == len(ROWS)
     assert len(found.tokens) > 10
 
@@ -209,7 +209,7 @@ def test_null_text_is_never_the_word_none(tmp_path, checkpoint, text, cli):
     path = tmp_path / "text.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     source = open_source(str(checkpoint))
-    found = read_text(source.checkpoint, Request(str(path), 100_000, 8))
+    found = read_text(source.checkpoint, CalibrationSpec(str(path), 100_000, 8))
     assert found.about.skipped_rows == 1
     assert set(found.tokens.ravel().tolist()) <= {5, 6, 7, 8, 9}
     done = cli("profile", checkpoint, "-o", tmp_path / "out", "--calibration", path, "--tokens", 64,
@@ -293,7 +293,7 @@ def chats(tmp_path_factory):
     def read(folder, rows):
         path = folder / "rows.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return read_text(source.checkpoint, Request(str(path), 100_000, 32))
+        return read_text(source.checkpoint, CalibrationSpec(str(path), 100_000, 32))
 
     return read
 

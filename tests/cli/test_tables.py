@@ -6,12 +6,17 @@ from dataclasses import replace
 import pytest
 
 from quantkit.artifacts.fidelity import Fidelity, Interval
-from quantkit.artifacts.profile import Calibration, Loss, Profile, WeightLosses
+from quantkit.artifacts.profile import (
+    CalibrationText,
+    SensitivityProfile,
+    TierCost,
+    WeightSensitivity,
+)
 from quantkit.artifacts.speed import Run, Speed
 from quantkit.checkpoint.source import open_source
 from quantkit.cli import tables
 from quantkit.planning.recipe import load_recipe, plan_by_recipe
-from quantkit.sensitivity.entries import DEFAULT_TIERS, native_loss
+from quantkit.sensitivity.entries import DEFAULT_TIERS, native_cost
 
 WIDTHS = (40, 60, 72, 80, 100, 200)
 NUMBER = re.compile(r"\d[\d.,]*(?:e[-+]\d+)?%?")
@@ -27,13 +32,15 @@ def profile(inventory):
     """Losses of every size: those of the first tiers need the most characters."""
     weights = []
     for number, w in enumerate(inventory.weights):
-        losses = [Loss(t, 1, 1.2345e-11 * 7.3**i, 0.0) for i, t in enumerate(DEFAULT_TIERS, number)]
-        losses.append(native_loss(w))
+        losses = [
+            TierCost(t, 1, 1.2345e-11 * 7.3**i, 0.0) for i, t in enumerate(DEFAULT_TIERS, number)
+        ]
+        losses.append(native_cost(w))
         weights.append(
-            WeightLosses(w.name, w.role, w.layer, w.storage, w.parameters, 0, tuple(losses))
+            WeightSensitivity(w.name, w.role, w.layer, w.storage, w.parameters, 0, tuple(losses))
         )
-    text = Calibration("default", "", 16, 256, 0, "", "")
-    return Profile(
+    text = CalibrationText("default", "", 16, 256, 0, "", "")
+    return SensitivityProfile(
         inventory.source, "gpt_oss", "fisher", "rtn", 2, DEFAULT_TIERS, text, tuple(weights)
     )
 

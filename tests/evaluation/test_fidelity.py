@@ -9,7 +9,7 @@ import pytest
 
 from quantkit.artifacts.report import REPORT_FILE
 from quantkit.backend import mx, on_cpu
-from quantkit.calibration.text import Request, is_known, read_text, sketch
+from quantkit.calibration.text import CalibrationSpec, overlaps, read_text, sketch
 from quantkit.checkpoint.source import open_source
 from quantkit.evaluation.fidelity import prepare
 from tests import tiny
@@ -70,7 +70,7 @@ def stock(folder):
 def test_two_quants_against_a_plain_computation(cli, checkpoint, quants, text):
     found = compared(cli, checkpoint, *quants, *options(text))
     source = open_source(str(checkpoint))
-    tokens = mx.array(prepare(source, [], Request(str(text), 192, LENGTH)).text.tokens)
+    tokens = mx.array(prepare(source, [], CalibrationSpec(str(text), 192, LENGTH)).text.tokens)
     native = plainly_loaded(checkpoint)(tokens)
     p = native - mx.logsumexp(native, axis=-1, keepdims=True)
     for result, folder in zip(found, quants, strict=True):
@@ -152,9 +152,9 @@ def test_text_that_the_quant_was_made_with(cli, checkpoint, quants, text, tmp_pa
     shutil.copytree(quants[0], made)
     report = json.loads((made / REPORT_FILE).read_text())
     source = open_source(str(checkpoint))
-    request = Request(str(text), 2400, LENGTH, seed=5)
+    request = CalibrationSpec(str(text), 2400, LENGTH, seed=5)
     about = read_text(source.checkpoint, request).about
-    report["plan"]["calibrations"] = [about.to_json()]
+    report["plan"]["calibration_texts"] = [about.to_json()]
     (made / REPORT_FILE).write_text(json.dumps(report))
     assert "was made with this text" in refusal(cli, checkpoint, made, *options(text))
     # With the same seed every fifth sequence has been left out, and may be judged on.
@@ -183,17 +183,17 @@ def test_a_sketch_knows_its_text(sequences, length):
     about = sketch(known)
     assert len(about) < 17000
     for start in range(0, sequences, max(16, sequences // 8)):
-        assert is_known(known[start : start + 16], about)
-    assert not is_known(other[:16], about)
+        assert overlaps(known[start : start + 16], about)
+    assert not overlaps(other[:16], about)
 
 
 def test_one_known_sequence_among_others_and_a_common_opening():
     rng = np.random.default_rng(0)
     known, other = rng.integers(0, 50000, (2, 50, 256), np.int32)
     about = sketch(known)
-    assert is_known(np.concatenate([other[:20], known[7:8]]), about)
+    assert overlaps(np.concatenate([other[:20], known[7:8]]), about)
     opening = np.concatenate([np.repeat(known[:1, :100], 10, axis=0), other[:10, :156]], axis=1)
-    assert not is_known(opening, about)
+    assert not overlaps(opening, about)
 
 
 def test_intervals_hold_what_they_say():

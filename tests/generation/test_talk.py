@@ -14,7 +14,7 @@ import mlx_lm
 import pytest
 from mlx_lm.utils import load_tokenizer
 
-from quantkit.generation.harmony import Channels, Piece
+from quantkit.generation.harmony import Channels, Delta
 from tests.support import standin
 
 WORDS = ["analysis", "final", "commentary", "assistant", "Paris", "of", "course", "hm"]
@@ -35,8 +35,8 @@ def ids(tokenizer, *parts):
 
 def said(tokenizer, *parts):
     found = {}
-    for piece in Channels(tokenizer).pieces(ids(tokenizer, *parts)):
-        found[piece.channel] = found.get(piece.channel, "") + piece.text
+    for delta in Channels(tokenizer).deltas(ids(tokenizer, *parts)):
+        found[delta.channel] = found.get(delta.channel, "") + delta.text
     return found
 
 
@@ -71,8 +71,8 @@ def test_channels(tokenizer, case):
 
 def test_pieces_come_as_they_are_said(tokenizer):
     parts = ("<|channel|>", "final", "<|message|>", "Paris", "of", "course")
-    pieces = Channels(tokenizer).pieces(ids(tokenizer, *parts))
-    assert next(pieces) == Piece("final", "Paris")
+    deltas = Channels(tokenizer).deltas(ids(tokenizer, *parts))
+    assert next(deltas) == Delta("final", "Paris")
 
 
 @pytest.fixture(scope="module")
@@ -98,12 +98,12 @@ def test_generate_prints_the_answer_alone(cli, out, monkeypatch):
     """In a pipe, what was thought is left out."""
     from quantkit.generation import chat_model as answer
 
-    pieces = [Piece("analysis", "hm"), Piece("final", "Paris")]
-    monkeypatch.setattr(answer.Speaker, "answer", lambda *_: iter(pieces))
+    deltas = [Delta("analysis", "hm"), Delta("final", "Paris")]
+    monkeypatch.setattr(answer.ChatModel, "answer", lambda *_: iter(deltas))
     assert cli("generate", out, "-p", "?").stdout == "Paris\n"
     value = json.loads(cli("generate", out, "-p", "?", "--json").stdout)
     assert value["channels"] == {"analysis": "hm", "final": "Paris"}
-    monkeypatch.setattr(answer.Speaker, "answer", lambda *_: iter(pieces[:1]))
+    monkeypatch.setattr(answer.ChatModel, "answer", lambda *_: iter(deltas[:1]))
     assert "never reached its final channel" in cli("generate", out, "-p", "?").stderr
 
 
@@ -115,11 +115,11 @@ def test_chat_keeps_what_was_said(cli, out, monkeypatch):
 
     heard = []
 
-    def reply(self, messages, manner):
+    def reply(self, messages, sampling):
         heard.append(list(messages))
-        return iter([Piece("analysis", "hm"), Piece("final", f"answer {len(messages)}")])
+        return iter([Delta("analysis", "hm"), Delta("final", f"answer {len(messages)}")])
 
-    monkeypatch.setattr(answer.Speaker, "answer", reply)
+    monkeypatch.setattr(answer.ChatModel, "answer", reply)
     done = CliRunner().invoke(
         app, ["chat", str(out), "--system", "Be kind."], input="a\nb\n/new\nc\n\n"
     )
@@ -139,7 +139,7 @@ def test_serve_answers(out):
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     try:
         asked = {"messages": [{"role": "user", "content": "The"}], "max_tokens": 3}
-        request = urllib.request.Request(
+        request = urllib.request.CalibrationSpec(
             f"http://127.0.0.1:{port}/v1/chat/completions",
             json.dumps(asked).encode(),
             {"Content-Type": "application/json"},

@@ -30,7 +30,7 @@ def source(checkpoint):
 @pytest.fixture(scope="module")
 def profiled(source, tmp_path_factory):
     folder = tmp_path_factory.mktemp("profile")
-    out, request = folder / "p", quantkit.Request(words(folder / "text.txt", 1), tokens=512)
+    out, request = folder / "p", quantkit.CalibrationSpec(words(folder / "text.txt", 1), tokens=512)
     settings = quantkit.Settings(request, ("q8g64", "q4g64", "q3g64", "q2g64"))
     return out, quantkit.make_profile(source, out, settings)
 
@@ -83,11 +83,11 @@ def test_plans_measured_together_are_what_the_judge_finds(source, profiled, cli,
     """KL of whole plans, embedding and head included, against the written repo's."""
     _, profile = profiled
     limits = quantkit.Limits(source.inventory.parameters * 35 // 80)
-    plan = quantkit.plan_by_budget(source.inventory, profile, limits, quantkit.Wishes())
+    plan = quantkit.plan_by_budget(source.inventory, profile, limits, quantkit.Constraints())
     out = tmp_path / "out"
     quantkit.quantize(source, plan, out)
     text = words(tmp_path / "text.txt", 2)
-    request = quantkit.Request(text, tokens=512, sequence_length=64)
+    request = quantkit.CalibrationSpec(text, tokens=512, sequence_length=64)
     tokens = mx.array(prepare(source, [], request).text.tokens)
     wanted = [changes(source, plan), {}, changes(source, plan, "embedding")]
     whole, nothing, embedding = joint.measured(StreamingModel(source), tokens, wanted, lambda _: None)  # fmt: skip
@@ -100,13 +100,15 @@ def test_plans_measured_together_are_what_the_judge_finds(source, profiled, cli,
 def test_refined_plans_are_measured_and_the_best_wins(cli, source, profiled, checkpoint, tmp_path):
     folder, profile = profiled
     limits = quantkit.Limits(source.inventory.parameters * 4 // 8, about="4bpw")
-    trials = quantkit.refine(source, profile, limits, quantkit.Wishes(), rounds=2, tokens=512)
-    plan = trials[0].plan
-    assert len(trials) >= 2
-    assert [text.name for text in plan.calibrations] == ["text.txt", "default"]
-    assert plan.measured_kl == min(trial.kl for trial in trials)
-    assert all(trial.plan.total_bytes <= limits.bytes for trial in trials)
-    text = mx.array(read_text(source.checkpoint, quantkit.Request(tokens=512)).tokens)
+    measured_plans = quantkit.refine(
+        source, profile, limits, quantkit.Constraints(), rounds=2, tokens=512
+    )
+    plan = measured_plans[0].plan
+    assert len(measured_plans) >= 2
+    assert [text.name for text in plan.calibration_texts] == ["text.txt", "default"]
+    assert plan.measured_kl == min(measured_plan.kl for measured_plan in measured_plans)
+    assert all(measured_plan.plan.total_bytes <= limits.bytes for measured_plan in measured_plans)
+    text = mx.array(read_text(source.checkpoint, quantkit.CalibrationSpec(tokens=512)).tokens)
     (again,) = joint.measured(StreamingModel(source), text, [changes(source, plan)], lambda _: None)
     assert plan.measured_kl == pytest.approx(float(again.mean()), rel=1e-5)
     path = tmp_path / "plan.json"

@@ -7,21 +7,26 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from quantkit.artifacts.profile import Calibration, Loss, Profile, WeightLosses
+from quantkit.artifacts.profile import (
+    CalibrationText,
+    SensitivityProfile,
+    TierCost,
+    WeightSensitivity,
+)
 from quantkit.checkpoint.source import open_source
 from quantkit.errors import InputError, PlanError
 from quantkit.formats.tiers import canonical, parse_tier
-from quantkit.macs import Room, cache_bytes
+from quantkit.macs import MemoryTarget, cache_bytes
 from quantkit.planning.allocator import (
+    Constraints,
     Limits,
-    Wishes,
     corrected_by,
     frontier,
     plan_by_budget,
-    rivals,
+    recipe_baselines,
 )
 from quantkit.planning.budget import parse_budget, parse_speed
-from quantkit.planning.plan import with_losses
+from quantkit.planning.plan import with_predictions
 from quantkit.planning.recipe import load_recipe, plan_by_recipe
 from tests import tiny
 from tests.support.families import LLAMA, write
@@ -35,15 +40,15 @@ def made_up(inventory, tiers=TIERS, seed=0, dominated=False):
     weights = []
     for weight in inventory.weights:
         storage = parse_tier(weight.storage)
-        rows = [Loss(canonical(storage, storage).name, weight.bytes, 0.0, 0.0)]
+        rows = [TierCost(canonical(storage, storage).name, weight.bytes, 0.0, 0.0)]
         scale = weight.parameters / inventory.parameters * np.exp(rng.normal())
         for tier in map(parse_tier, tiers):
             if tier.fits(weight.shape):
                 size = tier.stored_bytes(weight.shape, weight.dtype)
                 if size < weight.bytes or dominated:
-                    rows.append(Loss(tier.name, size, float(scale * 4.0**-(tier.bits)), 0.0))
+                    rows.append(TierCost(tier.name, size, float(scale * 4.0**-(tier.bits)), 0.0))
         weights.append(
-            WeightLosses(
+            WeightSensitivity(
                 weight.name,
                 weight.role,
                 weight.layer,
@@ -53,8 +58,8 @@ def made_up(inventory, tiers=TIERS, seed=0, dominated=False):
                 tuple(rows),
             )
         )
-    text = Calibration("default", "", 4, 256, 0, "", "")
-    return Profile(
+    text = CalibrationText("default", "", 4, 256, 0, "", "")
+    return SensitivityProfile(
         inventory.source,
         inventory.model_type,
         "fisher",
@@ -97,16 +102,16 @@ def tiers(plan):
 def test_within_budget_and_proven(cli, checkpoint, saved, profile, bits):
     plan = planned(cli, checkpoint, saved, "--budget", f"{bits}bpw")
     assert plan["total_bytes"] <= bits * plan["parameters"] / 8
-    assert plan["proof"]["gap"] < 1e-9
-    assert plan["proof"]["bound"] == pytest.approx(plan["predicted_kl"])
+    assert plan["optimality"]["gap"] < 1e-9
+    assert plan["optimality"]["bound"] == pytest.approx(plan["predicted_kl"])
     losses = {w.name: w.by_tier for w in profile.weights}
     expected = sum(losses[name][tier].kl for name, tier in tiers(plan).items())
     assert plan["predicted_kl"] == pytest.approx(expected)
-    assert plan["calibrations"][0]["name"] == "default"
+    assert plan["calibration_texts"][0]["name"] == "default"
 
 
 def test_more_bytes_never_lose_more(inventory, profile):
-    plans = frontier(inventory, profile, Wishes(), points=10)
+    plans = frontier(inventory, profile, Constraints(), points=10)
     sizes = [plan.total_bytes for plan in plans]
     losses = [plan.predicted_kl for plan in plans]
     assert sizes == sorted(sizes)
@@ -122,7 +127,7 @@ def test_lossless_is_the_smallest_that_loses_nothing(cli, checkpoint, saved, inv
 
 @pytest.mark.parametrize("recipe", ["mxfp4-q8", "moringlabs-3.6bit", "uniform-3"])
 def test_at_a_recipes_bytes_no_plan_is_worse(cli, checkpoint, saved, inventory, profile, recipe):
-    theirs = with_losses(plan_by_recipe(inventory, load_recipe(recipe)), profile)
+    theirs = with_predictions(plan_by_recipe(inventory, load_recipe(recipe)), profile)
     plan = planned(cli, checkpoint, saved, "--budget", f"like:{recipe}", "--routers")
     assert plan["total_bytes"] <= theirs.total_bytes
     assert plan["predicted_kl"] <= theirs.predicted_kl * (1 + 1e-9)
@@ -135,7 +140,7 @@ def test_experts_never_take_a_tier_that_is_larger_and_lossier(published, model):
     profile = made_up(
         inventory, ("q8g64", "mxfp8", "q6g64", "q5g64", "q4g64", "nvfp4", "q3g64", "q2g64")
     )
-    plans = frontier(inventory, profile, Wishes(), points=6)
+    plans = frontier(inventory, profile, Constraints(), points=6)
     for plan in plans:
         for choice in plan.choices:
             if choice.role.startswith("expert"):
@@ -197,9 +202,9 @@ def test_a_saved_plan_is_whole_again_and_an_edited_one_forgets_its_proof(
     edited["weights"][0]["tier"] = "q2g64"
     path.write_text(json.dumps(edited))
     after = json.loads(cli("plan", checkpoint, "--plan", path, "--json").stdout)
-    assert after["proof"] is None
+    assert after["optimality"] is None
     assert after["predicted_kl"] is None
-    assert after["calibrations"] == first["calibrations"]
+    assert after["calibration_texts"] == first["calibration_texts"]
 
 
 def test_why_a_weight_got_its_tier(cli, checkpoint, saved):
@@ -264,13 +269,18 @@ def test_the_frontier_with_the_recipes_on_it(cli, checkpoint, saved, tmp_path):
 
 def test_recipes_of_the_same_bytes_stand_for_election(inventory, profile):
     theirs = plan_by_recipe(inventory, load_recipe("moringlabs-3.6bit"))
-    names = [p.origin for p in rivals(inventory, profile, Limits(theirs.total_bytes), Wishes())]
+    names = [
+        p.origin
+        for p in recipe_baselines(inventory, profile, Limits(theirs.total_bytes), Constraints())
+    ]
     assert names == ["recipe moringlabs-3.6bit"]
-    assert not rivals(inventory, profile, Limits(theirs.total_bytes - 1), Wishes())
+    assert not recipe_baselines(inventory, profile, Limits(theirs.total_bytes - 1), Constraints())
 
 
 def test_corrections_by_role(inventory, profile):
-    plan = plan_by_budget(inventory, profile, Limits(int(4 * inventory.parameters / 8)), Wishes())
+    plan = plan_by_budget(
+        inventory, profile, Limits(int(4 * inventory.parameters / 8)), Constraints()
+    )
     before = sum(c.kl for c in plan.choices if c.role == "q")
     assert before > 0
     after = corrected_by(profile, plan, {"q": 3 * before})
@@ -284,7 +294,7 @@ def test_budgets_as_people_write_them(inventory):
     bits = inventory.parameters
 
     def stored(text):
-        return parse_budget(text, inventory, config, Room(0, 10**9)).bytes
+        return parse_budget(text, inventory, config, MemoryTarget(0, 10**9)).bytes
 
     assert stored("4.25bpw") == int(4.25 * bits / 8)
     assert stored("12GB") == 12 * 10**9
@@ -376,7 +386,7 @@ def test_a_budget_wants_a_profile(cli, checkpoint, tmp_path, saved):
 def test_a_profile_that_lacks_a_weight(inventory, profile):
     short = replace(profile, weights=profile.weights[1:])
     with pytest.raises(PlanError, match="lacks model.embed_tokens"):
-        plan_by_budget(inventory, short, Limits(10**6), Wishes())
+        plan_by_budget(inventory, short, Limits(10**6), Constraints())
 
 
 def test_a_cache_of_unknown_size():
@@ -392,7 +402,7 @@ def test_a_profiles_own_sizes_are_not_believed(inventory, profile):
 
     lying = replace(profile, weights=tuple(map(smaller, profile.weights)))
     limits = Limits(inventory.parameters // 2)
-    plan, honest = (plan_by_budget(inventory, p, limits, Wishes()) for p in (lying, profile))
+    plan, honest = (plan_by_budget(inventory, p, limits, Constraints()) for p in (lying, profile))
     assert plan.choices == honest.choices
     assert plan.total_bytes <= limits.bytes
 
@@ -416,13 +426,13 @@ def test_another_profile_does_not_take_over_a_plans_proof(
     shown = cli("plan", checkpoint, "--plan", path, "--profile", tmp_path, "--json")
     assert json.loads(shown.stdout) == first
     by_recipe = cli("plan", checkpoint, "-r", "mxfp4-q8", "--profile", saved, "--json")
-    assert json.loads(by_recipe.stdout)["calibrations"] == []
+    assert json.loads(by_recipe.stdout)["calibration_texts"] == []
 
 
 def test_a_frontier_under_a_speed(inventory, profile):
-    free = frontier(inventory, profile, Wishes(), points=6)
+    free = frontier(inventory, profile, Constraints(), points=6)
     active = free[len(free) // 2].active_bytes
-    plans = frontier(inventory, profile, Wishes(), active, points=6)
+    plans = frontier(inventory, profile, Constraints(), active, points=6)
     assert all(plan.active_bytes <= active for plan in plans)
     assert plans[-1].predicted_kl > 0
 
@@ -466,11 +476,11 @@ def test_profiles_that_lie(cli, checkpoint, saved, tmp_path, change):
     [
         put("x", "measured_kl"),
         put(10**400, "weights", 0, "kl"),
-        put([], "proof", "prices"),
-        put([10**400], "proof", "prices"),
-        put(float("nan"), "proof", "bound"),
-        put("zz", "calibrations", 0, "sketch"),
-        put(3, "calibrations"),
+        put([], "optimality", "prices"),
+        put([10**400], "optimality", "prices"),
+        put(float("nan"), "optimality", "bound"),
+        put("zz", "calibration_texts", 0, "sketch"),
+        put(3, "calibration_texts"),
     ],
 )
 def test_plans_that_lie(cli, checkpoint, saved, tmp_path, change):

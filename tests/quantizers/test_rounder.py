@@ -18,9 +18,14 @@ from quantkit.calibration.text import read_text
 from quantkit.formats.affine import objective
 from quantkit.quantizers.embeddings import drop_gradients, embedding_hessians
 from quantkit.quantizers.hessians import Inputs
-from quantkit.storage.work_dir import Work
+from quantkit.storage.work_dir import WorkDirectory
 from quantkit.streaming.layer_runner import StreamingModel
-from quantkit.streaming.lm_head import Changed, divergence, divergence_gradient, label_gradients
+from quantkit.streaming.lm_head import (
+    ChangedModel,
+    divergence,
+    divergence_gradient,
+    label_gradients,
+)
 from tests import tiny
 from tests.streaming.test_streaming import plainly_loaded
 from tests.support.families import LLAMA, write
@@ -56,7 +61,7 @@ def test_stock_mlx_lm_loads_it(cli, rounded):
     assert result.exit_code == 0, result.output
     report = json.loads((rounded / "quantkit.json").read_text())
     assert report["plan"]["rounding"] == "gptq"
-    assert report["plan"]["calibrations"][0]["name"] == "text.txt"
+    assert report["plan"]["calibration_texts"][0]["name"] == "text.txt"
     assert "gptq" in (rounded / "README.md").read_text()
 
 
@@ -139,7 +144,9 @@ def test_an_embeddings_hessian_is_that_of_the_whole_model(tmp_path, case):
     model, whole = StreamingModel(quantkit.open_source(str(folder))), plainly_loaded(folder)
     tokens = mx.array(np.random.default_rng(0).integers(0, 64, (3, 16), np.int32))
     name = "model.embed_tokens"
-    found = embedding_hessians(model, [name], tokens, Work(tmp_path), lambda *_: None)[name]
+    found = embedding_hessians(model, [name], tokens, WorkDirectory(tmp_path), lambda *_: None)[
+        name
+    ]
     levels = np.random.default_rng(0).random((1, *tokens.shape), np.float32)
     (at_h,) = label_gradients(model, model.run(tokens, lambda *_: None), mx.array(levels))
 
@@ -155,7 +162,7 @@ def test_an_embeddings_hessian_is_that_of_the_whole_model(tmp_path, case):
         x = whole.model.norm(h).reshape(-1, h.shape[-1]) / config.get("logits_scaling", 1.0)
         expected = expected + x.T @ x / tokens.size
     assert mx.allclose(found, expected, rtol=1e-3, atol=1e-4 * expected.max().item()).item()
-    drop_gradients(model, Work(tmp_path))
+    drop_gradients(model, WorkDirectory(tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == ["src"]
 
 
@@ -164,8 +171,8 @@ def test_an_embedding_is_rounded_under_its_gradients(cli, checkpoint, text, roun
     assert cli("quantize", checkpoint, "-o", tmp_path / "rtn", *options).exit_code == 0
     source = quantkit.open_source(str(checkpoint))
     model, name = StreamingModel(source), "model.embed_tokens"
-    tokens = mx.array(read_text(source.checkpoint, quantkit.Request(str(text), 512)).tokens)
-    found = embedding_hessians(model, [name], tokens, Work(tmp_path), lambda *_: None)
+    tokens = mx.array(read_text(source.checkpoint, quantkit.CalibrationSpec(str(text), 512)).tokens)
+    found = embedding_hessians(model, [name], tokens, WorkDirectory(tmp_path), lambda *_: None)
     losses = []
     for out in (tmp_path / "rtn", rounded):
         made = mx.load(str(out / "model.safetensors"))
@@ -239,7 +246,7 @@ def test_a_dense_model_and_its_outputs(cli, tmp_path, text, method):
     assert cli("verify", outs[method]).exit_code == 0
     opened = quantkit.open_source(str(source))
     native = StreamingModel(opened)
-    tokens = mx.array(read_text(opened.checkpoint, quantkit.Request(text, 512)).tokens)
+    tokens = mx.array(read_text(opened.checkpoint, quantkit.CalibrationSpec(text, 512)).tokens)
     plain = plainly_loaded(source)
     x = plain.model.layers[0].input_layernorm(plain.model.embed_tokens(tokens))
     x = x.reshape(-1, x.shape[-1])
@@ -272,7 +279,7 @@ def test_tuning_brings_it_nearer_to_native(cli, checkpoint, text, rounded, tmp_p
     assert moved
     assert all(name.endswith((".scales", ".biases")) for name in moved)
     other = words(tmp_path / "judged.txt", 5)
-    request = quantkit.Request(other, 1024, 64)
+    request = quantkit.CalibrationSpec(other, 1024, 64)
     first, second = quantkit.compare(quantkit.open_source(str(checkpoint)), [str(rounded), str(out)], request)  # fmt: skip
     assert second.kl_mean.value < first.kl_mean.value
 
@@ -361,10 +368,10 @@ def test_the_divergences_gradient(checkpoint):
     model = StreamingModel(quantkit.open_source(str(checkpoint)))
     h, other, direction = (mx.random.normal((1, 3, 128), key=mx.random.key(i)) for i in range(3))
     kl, gradient = divergence_gradient(model, h, other)
-    (expected,) = divergence(model, h, [Changed(other)])
+    (expected,) = divergence(model, h, [ChangedModel(other)])
     assert mx.allclose(kl, expected, rtol=1e-3).item()
     step = 1e-2
-    up, down = divergence(model, h, [Changed(other + s * direction) for s in (step, -step)])
+    up, down = divergence(model, h, [ChangedModel(other + s * direction) for s in (step, -step)])
     slope = (gradient * direction).sum(axis=-1)
     assert mx.allclose(slope, (up - down) / (2 * step), rtol=0.02, atol=1e-3).item()
 

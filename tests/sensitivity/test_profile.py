@@ -23,8 +23,8 @@ from quantkit.sensitivity.exact import measured
 from quantkit.sensitivity.validation import spearman
 from quantkit.storage.json_files import FORMAT_VERSION
 from quantkit.streaming.layer_runner import StreamingModel
-from quantkit.streaming.layer_trace import tapped
-from quantkit.streaming.lm_head import Changed, divergence, label_gradients
+from quantkit.streaming.layer_trace import hooked
+from quantkit.streaming.lm_head import ChangedModel, divergence, label_gradients
 from tests import hub, tiny
 from tests.streaming.test_streaming import plainly_loaded
 from tests.support.families import LLAMA, MOE, write
@@ -91,7 +91,7 @@ def test_a_replay_is_a_run_with_the_weight_changed(checkpoint):
     )
     weights = [w for w in source.inventory.weights if w.layer == 1]
     tier = parse_tier("q3g64")
-    with tapped(model.layers[1], [w.name for w in weights]) as layer:
+    with hooked(model.layers[1], [w.name for w in weights]) as layer:
         trace = layer.record(calls[1])
         for weight in weights:
             if not tier.fits(weight.shape):
@@ -124,7 +124,7 @@ def test_label_gradients_have_the_scores_variance(checkpoint):
 def test_divergence_of_nothing_and_of_little(checkpoint):
     model = StreamingModel(open_source(str(checkpoint)))
     h = mx.random.normal((1, 3, 128), key=mx.random.key(0))
-    same, little = divergence(model, h, [Changed(h), Changed(h * (1 + 1e-4))])
+    same, little = divergence(model, h, [ChangedModel(h), ChangedModel(h * (1 + 1e-4))])
     assert mx.abs(same).max().item() == 0
     assert 0 < little.mean().item() < 1e-6
 
@@ -135,10 +135,10 @@ def test_divergence_of_logits_that_are_shifted(checkpoint):
     h = mx.random.normal((1, 3, 128), key=mx.random.key(0))
     other = mx.random.normal((1, 3, 128), key=mx.random.key(1))
     block = model.head_block
-    (plain,) = divergence(model, h, [Changed(other)])
+    (plain,) = divergence(model, h, [ChangedModel(other)])
     for shift in (-60.0, 60.0):
         moved = SimpleNamespace(head_block=lambda h, rows, tier, s=shift: block(h, rows, tier) + s)
-        (shifted,) = divergence(model, h, [Changed(other, model=moved)])
+        (shifted,) = divergence(model, h, [ChangedModel(other, model=moved)])
         assert mx.allclose(shifted, plain, rtol=1e-3).item()
 
 
@@ -180,10 +180,10 @@ def test_what_a_profile_says(checkpoint, profiled):
 
 
 def test_importance_is_the_mean_squared_input(checkpoint, text, profiled):
-    from quantkit.calibration.text import Request, read_text
+    from quantkit.calibration.text import CalibrationSpec, read_text
 
     source = open_source(str(checkpoint))
-    tokens = read_text(source.checkpoint, Request(str(text), 96, 24)).tokens
+    tokens = read_text(source.checkpoint, CalibrationSpec(str(text), 96, 24)).tokens
     model = plainly_loaded(checkpoint)
     x = model.model.layers[0].input_layernorm(model.model.embed_tokens(mx.array(tokens)))
     found = mx.load(str(profiled / "importance.safetensors"))["model.layers.0.self_attn.k_proj"]
@@ -492,7 +492,9 @@ def test_calibrated_rounding_is_probed(cli, checkpoint, text, profiled, tmp_path
 def test_from_python(checkpoint, text, profiled, tmp_path):
     import quantkit
 
-    settings = quantkit.Settings(quantkit.Request(str(text), 96, 24), ("q8g32", "q3g64", "q2g64"))
+    settings = quantkit.Settings(
+        quantkit.CalibrationSpec(str(text), 96, 24), ("q8g32", "q3g64", "q2g64")
+    )
     source = quantkit.open_source(str(checkpoint))
     made = quantkit.make_profile(source, tmp_path / "p", settings)
     assert made == quantkit.load_profile(str(profiled), source.inventory)
