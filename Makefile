@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.quantkit-env
 
-.PHONY: help env demo test test-slow test-versions lint bench bench-profile bench-allocation bench-rounding bench-peers clean
+.PHONY: help env demo test test-slow test-versions lint bench bench-profile bench-allocation bench-quantizers bench-peers clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -31,10 +31,11 @@ test-slow: env ## the slow tests
 test-versions: env ## chat templates under the oldest and the newest transformers
 	$(BIN)/python -m pytest -m versions
 
-lint: env ## ruff and mypy
+lint: env ## ruff, mypy, and the counts of .ci/english.py
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python .ci/english.py
 
 bench: env ## time and memory of a full-shape 20b rewrite; needs 45 GB of disk
 	$(BIN)/python evals/bench/rewrite.py
@@ -45,8 +46,8 @@ bench-profile: env ## predictions checked, memory, and mlx_lm's own beside them
 bench-allocation: env ## plans by budget against the shipped recipes, really measured
 	$(BIN)/python evals/bench/allocation.py
 
-bench-rounding: env ## calibrated rounding against rounding to nearest, from written repos
-	$(BIN)/python evals/bench/rounding.py
+bench-quantizers: env ## calibrated rounding against rounding to nearest, from written repos
+	$(BIN)/python evals/bench/quantizers.py
 
 bench-peers: env ## mlx_lm.gptq, awq and dynamic_quant side by side with quantkit
 	$(BIN)/python evals/bench/peers.py

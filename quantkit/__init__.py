@@ -1,6 +1,6 @@
 """Mixed-precision MLX quants, chosen under a budget and checked.
 
-Names are imported when they are first used: `import quantkit` alone loads nothing.
+Names are imported on first use: `import quantkit` alone loads nothing.
 """
 
 from importlib import import_module
@@ -11,58 +11,69 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from quantkit.artifacts.fidelity import Fidelity
     from quantkit.artifacts.inventory import Inventory, Weight
+    from quantkit.artifacts.memory import MemoryTarget
     from quantkit.artifacts.plan import Plan
-    from quantkit.artifacts.profile import SensitivityProfile
     from quantkit.artifacts.report import Report
-    from quantkit.calibration.text import CalibrationSpec
+    from quantkit.artifacts.sensitivity import SensitivityProfile
+    from quantkit.backend import limited_memory
+    from quantkit.calibration.calibration_set import CalibrationSpec
     from quantkit.checkpoint.source import Source, open_source
     from quantkit.demo.build import demo_checkpoint
     from quantkit.errors import QuantkitError
     from quantkit.evaluation.verify import Check, verify
     from quantkit.formats.codec import decode, encode
     from quantkit.formats.tiers import TIERS, Tier, parse_tier
-    from quantkit.jobs.pipeline import compare, make_profile, quantize, refine
-    from quantkit.planning.allocator import (
-        Constraints,
-        Limits,
-        frontier,
-        plan_by_budget,
-        recipe_plans,
-    )
-    from quantkit.planning.budget import parse_budget
+    from quantkit.jobs.compare import compare
+    from quantkit.jobs.open_model import open_model
+    from quantkit.jobs.planning import PlanRequest, choose_plan
+    from quantkit.jobs.profile import profile
+    from quantkit.jobs.quantize import QuantizeOptions, QuantizeOutcome, quantize, write_plan
+    from quantkit.jobs.refine import refine
+    from quantkit.planning.allocator import plan_by_budget
+    from quantkit.planning.budget import Budget, parse_budget
+    from quantkit.planning.constraints import Constraints
+    from quantkit.planning.frontier import frontier, recipe_plans
     from quantkit.planning.plan import make_plan, read_plan
     from quantkit.planning.recipe import Recipe, load_recipe, plan_by_recipe, recipe_names
+    from quantkit.progress import Progress
     from quantkit.publish.plot import plot_fidelity, plot_frontier, plot_profile
     from quantkit.publish.report import read_report
-    from quantkit.sensitivity.measure import Settings
+    from quantkit.sensitivity.measure import ProfileSettings
     from quantkit.sensitivity.store import load_profile
 
 _HOME = {
+    "Budget": "planning.budget",
+    "CalibrationSpec": "calibration.calibration_set",
     "Check": "evaluation.verify",
+    "Constraints": "planning.constraints",
     "Fidelity": "artifacts.fidelity",
     "Inventory": "artifacts.inventory",
-    "Limits": "planning.allocator",
+    "MemoryTarget": "artifacts.memory",
     "Plan": "artifacts.plan",
-    "SensitivityProfile": "artifacts.profile",
+    "PlanRequest": "jobs.planning",
+    "ProfileSettings": "sensitivity.measure",
+    "Progress": "progress",
+    "QuantizeOptions": "jobs.quantize",
+    "QuantizeOutcome": "jobs.quantize",
     "QuantkitError": "errors",
     "Recipe": "planning.recipe",
     "Report": "artifacts.report",
-    "CalibrationSpec": "calibration.text",
-    "Settings": "sensitivity.measure",
+    "SensitivityProfile": "artifacts.sensitivity",
     "Source": "checkpoint.source",
     "TIERS": "formats.tiers",
     "Tier": "formats.tiers",
     "Weight": "artifacts.inventory",
-    "Constraints": "planning.allocator",
-    "compare": "jobs.pipeline",
+    "choose_plan": "jobs.planning",
+    "compare": "jobs.compare",
     "decode": "formats.codec",
     "demo_checkpoint": "demo.build",
     "encode": "formats.codec",
-    "frontier": "planning.allocator",
+    "frontier": "planning.frontier",
+    "limited_memory": "backend",
     "load_profile": "sensitivity.store",
     "load_recipe": "planning.recipe",
     "make_plan": "planning.plan",
-    "make_profile": "jobs.pipeline",
+    "open_model": "jobs.open_model",
     "open_source": "checkpoint.source",
     "parse_budget": "planning.budget",
     "parse_tier": "formats.tiers",
@@ -71,41 +82,50 @@ _HOME = {
     "plot_fidelity": "publish.plot",
     "plot_frontier": "publish.plot",
     "plot_profile": "publish.plot",
-    "quantize": "jobs.pipeline",
+    "profile": "jobs.profile",
+    "quantize": "jobs.quantize",
     "read_plan": "planning.plan",
     "read_report": "publish.report",
     "recipe_names": "planning.recipe",
-    "recipe_plans": "planning.allocator",
-    "refine": "jobs.pipeline",
+    "recipe_plans": "planning.frontier",
+    "refine": "jobs.refine",
     "verify": "evaluation.verify",
+    "write_plan": "jobs.quantize",
 }
 
 __all__ = [
     "TIERS",
+    "Budget",
     "CalibrationSpec",
     "Check",
     "Constraints",
     "Fidelity",
     "Inventory",
-    "Limits",
+    "MemoryTarget",
     "Plan",
+    "PlanRequest",
+    "ProfileSettings",
+    "Progress",
+    "QuantizeOptions",
+    "QuantizeOutcome",
     "QuantkitError",
     "Recipe",
     "Report",
     "SensitivityProfile",
-    "Settings",
     "Source",
     "Tier",
     "Weight",
+    "choose_plan",
     "compare",
     "decode",
     "demo_checkpoint",
     "encode",
     "frontier",
+    "limited_memory",
     "load_profile",
     "load_recipe",
     "make_plan",
-    "make_profile",
+    "open_model",
     "open_source",
     "parse_budget",
     "parse_tier",
@@ -114,6 +134,7 @@ __all__ = [
     "plot_fidelity",
     "plot_frontier",
     "plot_profile",
+    "profile",
     "quantize",
     "read_plan",
     "read_report",
@@ -121,6 +142,7 @@ __all__ = [
     "recipe_plans",
     "refine",
     "verify",
+    "write_plan",
 ]
 
 

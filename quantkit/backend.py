@@ -1,14 +1,18 @@
-"""The one door to mlx.
+"""The device that computes: mlx, its memory and its streams.
 
-MLX's Linux wheels link a reference BLAS that is about 50 times slower than OpenBLAS; whichever is
-in the process first serves the symbols. So OpenBLAS, where it is installed, is loaded before mlx:
-import `mx` from here, never from mlx itself.
+MLX's Linux wheels link a reference BLAS that is about 50 times slower than OpenBLAS. The library
+that is loaded first serves the symbols, so OpenBLAS is loaded before mlx. Import `mx` from this
+module, never from mlx itself.
 """
 
 import ctypes
 import os
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from itertools import cycle
 
@@ -18,7 +22,7 @@ _OPENBLAS = "libopenblas.so.0"
 
 
 def _load_openblas() -> bool:
-    """Put OpenBLAS before mlx. True where that is done, or not needed."""
+    """Load OpenBLAS before mlx. Return False if OpenBLAS is needed, but not installed."""
     if sys.platform != "linux":
         return True
     if "mlx.core" in sys.modules:
@@ -36,9 +40,9 @@ def _mapped_libraries() -> str:
 
 
 def _require_temporary_folder() -> None:
-    """Let TMPDIR name a folder that is there: mlx compiles in it, and fails without."""
+    """Point TMPDIR at an existing folder, without which mlx cannot compile kernels."""
     if (named := os.environ.get("TMPDIR")) and not os.path.isdir(named):  # noqa: PTH112
-        os.environ["TMPDIR"] = tempfile.gettempdir()  # the system's, if TMPDIR is of no use
+        os.environ["TMPDIR"] = tempfile.gettempdir()
 
 
 _FAST_BLAS = _load_openblas()
@@ -48,12 +52,58 @@ import mlx.core as mx  # noqa: E402
 
 
 def on_cpu() -> bool:
-    """Whether mlx computes on the CPU by default."""
+    """Return whether mlx computes on the CPU by default."""
     return bool(mx.default_device() == mx.cpu)
 
 
+@dataclass(frozen=True)
+class MemoryLimits:
+    """The sizes of the pieces in which work is done, beside the weights of a layer.
+
+    `hessian_bytes` are Hessians with the copies that factoring makes, `stream_bytes` the residual
+    streams of models that are measured together, `block_values` values of a weight, head or logits,
+    `decoded_values` values decoded at once, `tokens` the tokens that a layer takes at once.
+    """
+
+    hessian_bytes: int = 1_500_000_000
+    stream_bytes: int = 1_000_000_000
+    block_values: int = 32_000_000
+    decoded_values: int = 16_000_000
+    tokens: int = 4096
+
+    @classmethod
+    def within(cls, memory: int) -> "MemoryLimits":
+        """Scale all limits so that they take about `memory` bytes together."""
+        scale = max(memory, _LEAST_MEMORY) / DEFAULT_MEMORY
+        return cls(**{name: int(scale * value) for name, value in asdict(cls()).items()})
+
+
+DEFAULT_MEMORY = 4_000_000_000  # bytes that the default limits take together
+_LEAST_MEMORY = 250_000_000
+_LIMITS: ContextVar[MemoryLimits] = ContextVar("memory limits", default=MemoryLimits())  # noqa: B039
+
+
+def memory_limits() -> MemoryLimits:
+    """Return the limits in force."""
+    return _LIMITS.get()
+
+
+@contextmanager
+def limited_memory(memory: int | None) -> Iterator[None]:
+    """Work within about `memory` bytes beside the weights of a layer; None changes nothing.
+
+    Results agree up to the rounding of sums, so a run may be resumed with another limit.
+    """
+    token = None if memory is None else _LIMITS.set(MemoryLimits.within(memory))
+    try:
+        yield
+    finally:
+        if token is not None:
+            _LIMITS.reset(token)
+
+
 def free_memory() -> None:
-    """Give back what mlx and the C library keep of memory that is no longer used."""
+    """Return unused memory of mlx and of the C library to the system."""
     mx.clear_cache()
     if sys.platform == "linux":
         _libc().malloc_trim(0)  # glibc keeps gigabytes between the buffers of experts
@@ -65,15 +115,17 @@ def _libc() -> ctypes.CDLL:
 
 
 def wired_bytes() -> int:
-    """What macOS lets this machine's GPU wire. Raises InputError on a machine without Metal."""
+    """Return the bytes that macOS lets this machine's GPU wire. Raises InputError without Metal."""
     info = mx.device_info() if mx.metal.is_available() else {}
     if "max_recommended_working_set_size" not in info:
-        raise InputError("mac:this asks a Mac; this machine has no Metal. Say which: mac:64GB.")
+        raise InputError(
+            "mac:this needs a Mac, but this machine has no Metal. Name a size: mac:64GB."
+        )
     return int(info["max_recommended_working_set_size"])
 
 
 def speed_hint() -> str | None:
-    """What the user could install to make this machine faster; None where nothing is missing."""
+    """Return advice for a faster installation, None if it is complete."""
     if _FAST_BLAS or not on_cpu():
         return None
     return (
@@ -83,9 +135,9 @@ def speed_hint() -> str | None:
 
 
 def streams() -> "cycle[mx.Stream]":
-    """Streams to hand independent work to in turn: one per CPU core up to 4, or the GPU's own.
+    """Return streams for independent work: one per CPU core up to 4, or the GPU's default stream.
 
-    Each CPU stream is one thread of mlx's; a GPU keeps itself busy from a single stream.
+    A CPU stream is one thread of mlx; a single stream keeps a GPU busy.
     """
     return cycle(_cpu_streams() if on_cpu() else [mx.default_stream(mx.default_device())])
 
@@ -95,4 +147,15 @@ def _cpu_streams() -> list[mx.Stream]:
     return [mx.new_stream(mx.cpu) for _ in range(min(4, os.cpu_count() or 1))]
 
 
-__all__ = ["free_memory", "mx", "on_cpu", "speed_hint", "streams", "wired_bytes"]
+__all__ = [
+    "DEFAULT_MEMORY",
+    "MemoryLimits",
+    "free_memory",
+    "limited_memory",
+    "memory_limits",
+    "mx",
+    "on_cpu",
+    "speed_hint",
+    "streams",
+    "wired_bytes",
+]

@@ -1,55 +1,56 @@
 """Every error quantkit raises on purpose.
 
     QuantkitError
-    └── InputError          what was asked for cannot be done as asked     exit code 2
-        ├── SourceError     a checkpoint that is missing, damaged or not understood
-        │   └── DamagedError    its headers are fine, its values are not
-        ├── HubError        the Hub has no such repo, or none that may be read
+    └── InputError              the request cannot be fulfilled         exit code 2
+        ├── SourceError         a checkpoint is missing, damaged or not understood
+        │   └── DamagedError    a checkpoint with readable headers holds impossible values
+        ├── HubError            a Hub repo does not exist, or may not be read
         │   └── HubUnreachableError
-        ├── TierError       no such tier, or it does not fit a shape
-        ├── RecipeError     a recipe that cannot be read or does not cover a checkpoint
-        ├── PlanError       a plan that does not belong to a checkpoint
-        ├── ProfileError    a profile that does not, or cannot be read
-        ├── CalibrationError    text that cannot be calibrated on
-        ├── UntrustedCodeError  a tokenizer that wants to run code of its own
-        └── OutputError     an output folder, its disk, or a repo that quantkit did not write
+        ├── TierError           a tier does not exist, or does not fit a shape
+        ├── RecipeError         a recipe cannot be read, or does not cover a checkpoint
+        ├── PlanError           a plan cannot be read, or belongs to another checkpoint
+        ├── ProfileError        a sensitivity profile cannot be read, or belongs to another one
+        ├── CalibrationError    a calibration text cannot be used
+        ├── UntrustedCodeError  a tokenizer needs to run Python code of its repo
+        └── OutputError         an output directory, its disk, or a repo that cannot be used
 
-A message names the file or tensor, what was found, what was expected, and what to do.
+A message names the file, tensor or `field`, the expected and the actual value, and a way out.
+Fields of the library stand in backticks; the command line shows them as its own options.
 """
 
 
 def first_line(exc: BaseException) -> str:
-    """What a foreign error says, in one line: its first one, or its type where it says nothing."""
+    """Return the first line of a foreign error's message, or its type if the message is empty."""
     text = str(exc).strip()
     return text.splitlines()[0] if text else type(exc).__name__
 
 
 class QuantkitError(Exception):
-    """Base of all errors raised on purpose; `exit_code` is the process's."""
+    """Base of all errors raised on purpose; `exit_code` is the exit code of the process."""
 
     exit_code = 1
 
 
 class InputError(QuantkitError):
-    """Bad input: nothing was written, nothing of the user's was lost."""
+    """Bad input: no output was written, and no file of the user was lost."""
 
     exit_code = 2
 
 
 class SourceError(InputError):
-    """A checkpoint that is missing, damaged or not understood."""
+    """A checkpoint is missing, damaged or not understood."""
 
 
 class DamagedError(SourceError):
-    """Values that cannot be right: NaN, infinite, or not of the published hash."""
+    """A value is NaN or infinite, or a file does not have its published hash."""
 
 
 class CacheWarning(UserWarning):
-    """A cache that cannot be written: work will be done again, and nothing else is lost."""
+    """The cache cannot be written: the work is repeated next time."""
 
 
 class HubError(InputError):
-    """The Hugging Face Hub has no such repo, or none that may be read."""
+    """A repo on the Hugging Face Hub does not exist, or may not be read."""
 
 
 class HubUnreachableError(HubError):
@@ -57,28 +58,28 @@ class HubUnreachableError(HubError):
 
 
 class TierError(InputError):
-    """No such tier, or a tier that does not fit a shape."""
+    """A tier does not exist, or does not fit a shape."""
 
 
 class RecipeError(InputError):
-    """A recipe that cannot be read or does not cover a checkpoint."""
+    """A recipe cannot be read, or does not cover a checkpoint."""
 
 
 class PlanError(InputError):
-    """A plan that cannot be read or belongs to another checkpoint."""
+    """A plan cannot be read, or belongs to another checkpoint."""
 
 
 class ProfileError(InputError):
-    """A profile that cannot be read or belongs to another checkpoint."""
+    """A sensitivity profile cannot be read, or belongs to another checkpoint."""
 
 
 class CalibrationError(InputError):
-    """Calibration text that is missing, empty, or not understood."""
+    """A calibration text is missing, empty, or not understood."""
 
 
 class UntrustedCodeError(InputError):
-    """A tokenizer comes with Python code of its own, which nobody has allowed to run."""
+    """A tokenizer needs to run Python code of its repo, and the user has not allowed it."""
 
 
 class OutputError(InputError):
-    """An output folder that cannot be used, or a repo that quantkit did not write."""
+    """An output directory cannot be used, or quantkit did not write the repo in it."""

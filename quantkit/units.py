@@ -1,4 +1,4 @@
-"""Bytes and bits per weight, as people write and read them."""
+"""Parse and format sizes, token counts and bits per weight."""
 
 import re
 from fractions import Fraction
@@ -20,7 +20,7 @@ _SIZE = re.compile(r"\s*([0-9]{1,18}(?:\.[0-9]{1,9})?)\s*([A-Za-z]*)\s*", re.ASC
 
 
 def parse_bytes(text: str) -> int:
-    """A size such as `5GB` (10^9), `48GiB` (2^30), `300 MB` or `1024B`; 0 needs no unit.
+    """Return the bytes of a size such as `5GB` (10^9), `48GiB` (2^30) or `1024B`; 0 needs no unit.
 
     Raises InputError for a negative or unreadable size, or a missing or unknown unit.
     """
@@ -38,7 +38,7 @@ def parse_bytes(text: str) -> int:
 
 
 def parse_count(text: str) -> int:
-    """A number of tokens such as `4096` or `32k` (1024 each). Raises InputError."""
+    """Return a number of tokens from `4096` or `32k` (1024 each). Raises InputError."""
     match = re.fullmatch(r"\s*([0-9]{1,12})\s*([kK]?)\s*", text)
     if match is None:
         raise InputError(f"{text!r} is not a number of tokens. Write it like 4096 or 32k.")
@@ -46,22 +46,22 @@ def parse_count(text: str) -> int:
 
 
 def bits_per_weight(stored_bytes: int, parameters: int) -> float:
-    """All stored bits over the parameters of the source."""
+    """Return all stored bits divided by the parameters of the source."""
     return 8 * stored_bytes / parameters if parameters else 0.0
 
 
 def gb(stored_bytes: int) -> str:
-    """Decimal gigabytes, the unit of published cards."""
+    """Format bytes in decimal gigabytes, the unit of published cards."""
     return f"{stored_bytes / 10**9:.2f} GB"
 
 
 def gib(stored_bytes: int) -> str:
-    """Binary gigabytes, the unit in which memory is sold."""
+    """Format bytes in binary gigabytes, the unit in which memory is sold."""
     return f"{stored_bytes / 2**30:.2f} GiB"
 
 
 def size(stored_bytes: int) -> str:
-    """The size in the decimal unit that suits it, for tables and progress."""
+    """Format bytes in the largest decimal unit that is not above them."""
     for unit in ("GB", "MB", "kB"):
         scale = {"GB": 10**9, "MB": 10**6, "kB": 10**3}[unit]
         if stored_bytes >= scale:
@@ -70,7 +70,7 @@ def size(stored_bytes: int) -> str:
 
 
 def count(parameters: int) -> str:
-    """A parameter count as `20.91B`, `134.5M` or `12.3k`."""
+    """Format a parameter count as `20.91B`, `134.5M` or `12.3k`."""
     for scale, unit in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
         if parameters >= scale:
             return f"{parameters / scale:.2f}{unit}"

@@ -11,7 +11,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported; no tes
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 
 from quantkit.backend import mx  # noqa: F401  (before mlx-lm, which tests import)
-from tests import tiny
+from tests.support import tiny
 
 Cli = Callable[..., Result]
 
@@ -33,12 +33,12 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def quant(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Path:
     """`checkpoint` by the recipe mxfp4-q8. Not to be changed: copy it."""
     from quantkit.checkpoint.source import open_source
-    from quantkit.jobs.pipeline import quantize
     from quantkit.planning.recipe import load_recipe, plan_by_recipe
+    from tests.support.repo import write_repo
 
     source = open_source(str(checkpoint))
     out = tmp_path_factory.mktemp("repo") / "out"
-    quantize(source, plan_by_recipe(source.inventory, load_recipe("mxfp4-q8")), out)
+    write_repo(source, plan_by_recipe(source.inventory, load_recipe("mxfp4-q8")), out)
     return out
 
 

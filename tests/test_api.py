@@ -9,8 +9,7 @@ def test_every_public_name_is_there():
 
 
 def test_the_main_job_in_five_lines(tmp_path, checkpoint):
-    source = quantkit.open_source(str(checkpoint))
-    plan = quantkit.plan_by_recipe(source.inventory, quantkit.load_recipe("mxfp4-q8"))
-    report = quantkit.quantize(source, plan, tmp_path / "out")
+    request = quantkit.PlanRequest(recipe="mxfp4-q8")
+    report = quantkit.quantize(str(checkpoint), tmp_path / "out", request).report
     assert report == quantkit.read_report(tmp_path / "out")
     assert all(check.ok for check in quantkit.verify(tmp_path / "out", report))

@@ -11,7 +11,7 @@ ROOT = Path(quantkit.__file__).parent
 # In the order the data walks through them; a line may import the lines above it.
 ROOMS = [
     {"errors"}, {"units"}, {"progress"}, {"backend"}, {"storage"}, {"artifacts"}, {"formats"}, {"checkpoint"},
-    {"macs"}, {"staging"}, {"demo"}, {"calibration"}, {"streaming"}, {"quantizers"},
+    {"demo"}, {"calibration"}, {"streaming"}, {"quantizers"},
     {"sensitivity", "planning", "writer", "evaluation", "publish", "generation"}, {"jobs"}, {"cli"},
 ]  # fmt: skip
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}

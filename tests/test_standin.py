@@ -60,12 +60,12 @@ def is_large(source):
 
 
 def test_inspect(run, source):
-    assert "gpt_oss, 2 layers, 8 experts of which 4 per token" in run("inspect", source).stdout
+    assert "gpt_oss, 2 layers, 8 experts, 4 per token" in run("inspect", source).stdout
 
 
 def test_profile(run, source, profile):
     value = json.loads((profile / "profile.json").read_text())
-    assert any(loss["kl"] > 0 for weight in value["weights"] for loss in weight["losses"].values())
+    assert any(loss["kl"] > 0 for weight in value["weights"] for loss in weight["costs"].values())
     assert value["calibration"]["name"] == "default"
     assert value["calibration"]["skipped_rows"] == 0
 
@@ -78,7 +78,7 @@ def test_plan(run, source, profile):
 def test_the_main_job(run, source, request):
     """A budget and nothing else: the profile is made, the rounding is gptq, the text ours."""
     out = source.with_name("main")
-    options = ("-b", "9bpw", "--tokens", 64, "--rounding-tokens", 256)
+    options = ("-b", "9bpw", "--tokens", 64, "--quantizer-tokens", 256)
     if is_large(source):
         profile = request.getfixturevalue("profile")
         options = ("-b", "15.89bpw", "--profile", profile, *AS_THEY_ARE, *options[2:])
@@ -89,7 +89,7 @@ def test_the_main_job(run, source, request):
 
 def test_tuning(run, source, profile):
     out = source.with_name("tuned")
-    options = ("--rounding-tokens", 256, "--tune", 1, *(AS_THEY_ARE if is_large(source) else ()))
+    options = ("--quantizer-tokens", 256, "--tune", 1, *(AS_THEY_ARE if is_large(source) else ()))
     budget = "15.89bpw" if is_large(source) else "9bpw"
     run("quantize", source, "-b", budget, "--profile", profile, "-o", out, *options)
     assert json.loads((out / "quantkit.json").read_text())["plan"]["tuning_steps"] == 1
@@ -109,7 +109,7 @@ def test_compare(run, source, quant):
 def test_generate(run, quant):
     done = run("generate", quant, "-p", "Hi", "--reasoning", "low", "--max-tokens", 3, "--json")
     assert json.loads(done.stdout)["truncated"] in (True, False)
-    assert "does not ask for a reasoning effort" not in done.stderr
+    assert "does not read a reasoning effort" not in done.stderr
 
 
 def test_chat(run, quant):
@@ -142,7 +142,7 @@ def test_serve(quant):
 
 
 def ask(url, value):
-    request = urllib.request.CalibrationSpec(
+    request = urllib.request.Request(
         url, json.dumps(value).encode(), {"Content-Type": "application/json"}
     )
     for _ in range(300):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from quantkit.storage.paths import cache_folder, home_folder
-from tests import tiny
+from tests.support import tiny
 from tests.support.text import rows
 
 FEW = ("--tokens", "64", "--sequence-length", "16")
@@ -26,11 +26,13 @@ def text(tmp_path_factory):
 @pytest.fixture
 def run(tmp_path):
     def run(*arguments, **env):
-        kept = {k: v for k, v in os.environ.items() if k not in ("QUANTKIT_CACHE", "HF_HOME")}
+        unquantized = {
+            k: v for k, v in os.environ.items() if k not in ("QUANTKIT_CACHE", "HF_HOME")
+        }
         done = subprocess.run(
             [sys.executable, "-m", "quantkit", *map(str, arguments)],
             cwd=tmp_path,
-            env={k: v for k, v in {**kept, **env}.items() if v is not None},
+            env={k: v for k, v in {**unquantized, **env}.items() if v is not None},
             capture_output=True,
             text=True,
             check=False,
@@ -47,10 +49,10 @@ def test_a_home_that_cannot_be_written(run, checkpoint, quant, text):
     done = run("compare", *options, HOME=NOT_WRITABLE)
     assert done.returncode == 0, done.stderr
     assert "top-1 agreement" in done.stdout
-    notes = [line for line in done.stderr.splitlines() if "is not kept" in line]
+    notes = [line for line in done.stderr.splitlines() if "is not cached" in line]
     assert len(notes) == 1
-    assert notes[0].startswith("note: the native model's output is not kept")
-    assert "Set HF_HOME to a folder that can" in done.stderr
+    assert notes[0].startswith("note: the native model's output is not cached")
+    assert "Set HF_HOME to a writable folder" in done.stderr
 
 
 def test_a_folder_for_temporary_files_that_is_missing(run, quant):
@@ -165,7 +167,7 @@ def test_code_of_a_tokenizer_is_not_run_unasked(run, coded, text, tmp_path):
     env = {"HF_HOME": str(tmp_path / "hf")}
     refused = run(*command, **env)
     assert refused.returncode == 2
-    assert "which is not run unless you say so" in refused.stderr
+    assert "needs to run Python code of the repo" in refused.stderr
     assert "--trust-remote-code" in refused.stderr
     assert "ITS CODE RAN" not in refused.stdout + refused.stderr
     trusted = run(*command, "--trust-remote-code", **env)
@@ -176,4 +178,4 @@ def test_code_of_a_tokenizer_is_not_run_unasked(run, coded, text, tmp_path):
 def test_every_command_that_reads_a_tokenizer_can_trust_it(cli):
     reading = ("profile", "quantize", "compare", "verify", "bench", "upload", "generate", "chat")
     for command in (*reading, "serve"):
-        assert "--trust-remote-code" in cli(command, "--help").output, command
+        assert "--trust-remote-code" in cli(command, "--help-all").output, command

@@ -2,20 +2,21 @@
 
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 LOOK = """
 import quantkit
 from quantkit.planning.recipe import load_recipe, recipe_names
-from quantkit.storage.paths import data_folder
+from quantkit.calibration.documents import open_documents
 print(quantkit.__file__)
 print(len([load_recipe(name) for name in recipe_names()]))
-print((data_folder("evals") / "bench" / "README.md").exists())
+print(len([next(documents) for documents in open_documents("default", 0)]))
 """
 
 
-def test_recipes_and_evals_travel(tmp_path):
+def test_recipes_and_text_travel(tmp_path):
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
     build = ["wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", tmp_path, ROOT]
     subprocess.run([*pip, *build], check=True, capture_output=True)
@@ -28,7 +29,10 @@ def test_recipes_and_evals_travel(tmp_path):
         f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r})\n{LOOK}",
     ]
     done = subprocess.run(look, cwd=tmp_path, capture_output=True, text=True, check=True)
-    where, recipes, evals = done.stdout.split()
+    where, recipes, texts = done.stdout.split()
     assert where.startswith(str(tmp_path))
     assert recipes == "6"
-    assert evals == "True"
+    assert texts == "4"
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+    assert not [name for name in names if "/bench/" in name or "evals" in name]

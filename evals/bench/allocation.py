@@ -1,4 +1,4 @@
-"""The allocator against the shipped recipes: the same bytes, the same rounding, KL really measured.
+"""The allocator against the shipped recipes: the same bytes, the same quantizer, measured KL.
 
     python evals/bench/allocation.py [PROFILE]
     python evals/bench/allocation.py solver       how long the knapsack takes
@@ -13,24 +13,28 @@ import time
 from pathlib import Path
 
 import numpy as np
-from rewrite import machine, save
+from _common import machine, save
 
 from quantkit.artifacts.inventory import Inventory
 from quantkit.artifacts.plan import Plan
-from quantkit.artifacts.profile import SensitivityProfile
 from quantkit.artifacts.roles import EXPERT_ROLES
+from quantkit.artifacts.sensitivity import SensitivityProfile
 from quantkit.backend import mx
-from quantkit.calibration.text import CalibrationSpec, read_text
+from quantkit.calibration.calibration_set import CalibrationSpec, read_calibration_set
 from quantkit.checkpoint.source import Source, open_source
 from quantkit.demo.build import demo_checkpoint
 from quantkit.formats.tiers import parse_tier
-from quantkit.jobs.pipeline import changes, make_profile
-from quantkit.planning.allocator import Constraints, Limits, plan_by_budget, recipe_plans
+from quantkit.jobs.profile import profile as make_profile
+from quantkit.jobs.refine import changes
+from quantkit.planning.allocator import plan_by_budget
+from quantkit.planning.budget import Budget
+from quantkit.planning.constraints import Constraints
+from quantkit.planning.frontier import recipe_plans
 from quantkit.planning.knapsack import solve
 from quantkit.planning.options import Option
 from quantkit.sensitivity.store import load_profile
-from quantkit.streaming import measure_kl as joint
 from quantkit.streaming.layer_runner import StreamingModel
+from quantkit.streaming.measure_kl import measure_kl
 
 BIG = "moringlabs-3.6bit"
 
@@ -46,9 +50,9 @@ def demo_and_profile(name: str | None) -> tuple[Source, SensitivityProfile]:
 
 def experts_alone(inventory: Inventory, profile: SensitivityProfile, recipe: Plan) -> Plan:
     """The 120B's situation: all but the experts pinned to the recipe's tiers, the same bytes."""
-    rest = [c for c in recipe.choices if c.role not in EXPERT_ROLES]
-    pins = tuple((choice.name, parse_tier(choice.tier)) for choice in rest)
-    return plan_by_budget(inventory, profile, Limits(recipe.total_bytes), Constraints(pins=pins))
+    rest = [c for c in recipe.assignments if c.role not in EXPERT_ROLES]
+    pins = tuple((assignment.name, parse_tier(assignment.tier)) for assignment in rest)
+    return plan_by_budget(inventory, profile, Budget(recipe.total_bytes), Constraints(pins=pins))
 
 
 def table(source: Source, profile: SensitivityProfile) -> str:
@@ -57,20 +61,20 @@ def table(source: Source, profile: SensitivityProfile) -> str:
     for recipe in recipe_plans(inventory, profile):
         name = recipe.origin.removeprefix("recipe ")
         constraints = Constraints(
-            routers=any(c.role == "router" and c.tier != "bf16" for c in recipe.choices)
+            routers=any(c.role == "router" and c.tier != "bf16" for c in recipe.assignments)
         )
         ours = plan_by_budget(
-            inventory, profile, Limits(recipe.total_bytes, about=name), constraints
+            inventory, profile, Budget(recipe.total_bytes, label=name), constraints
         )
         pairs.append((f"`{name}`", recipe, ours))
         if name == BIG:
             pinned = experts_alone(inventory, profile, recipe)
-            pairs.append((f"`{name}`, all but experts pinned to it", recipe, pinned))
+            pairs.append((f"`{name}`, other weights pinned to it", recipe, pinned))
     plans = [plan for _, recipe, ours in pairs for plan in (recipe, ours)]
-    tokens = mx.array(read_text(source.checkpoint, CalibrationSpec()).held_out)
+    tokens = mx.array(read_calibration_set(source.checkpoint, CalibrationSpec()).held_out)
     wanted = [changes(source, plan) for plan in plans]
-    losses = joint.measured(StreamingModel(source), tokens, wanted, lambda _: None)
-    found = [float(loss.mean(dtype=np.float64)) for loss in losses]
+    costs = measure_kl(StreamingModel(source), tokens, wanted, lambda _: None)
+    found = [float(loss.mean(dtype=np.float64)) for loss in costs]
     rows = []
     for i, (name, recipe, ours) in enumerate(pairs):
         theirs_kl, ours_kl = found[2 * i : 2 * i + 2]
@@ -101,9 +105,9 @@ def solver() -> str:
         items = []
         for _ in range(weights):
             size, share = 64 * int(rng.integers(10**5, 5 * 10**6)), rng.random()
-            losses = np.exp(2 * rng.normal() - 1.3 * bits + 0.2 * rng.normal(size=12))
+            costs = np.exp(2 * rng.normal() - 1.3 * bits + 0.2 * rng.normal(size=12))
             costs = [(int(c), int(c * share))[:limits] for c in size * bits / 8]
-            items.append([Option(c, float(x)) for c, x in zip(costs, losses, strict=True)])
+            items.append([Option(c, float(x)) for c, x in zip(costs, costs, strict=True)])
         whole = [sum(item[0].costs[k] for item in items) for k in range(limits)]
         started = time.perf_counter()
         found = solve(items, [whole[0] * 27 // 100, *(w // 4 for w in whole[1:])])

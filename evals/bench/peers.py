@@ -13,13 +13,13 @@ import sys
 import tempfile
 from pathlib import Path
 
-from rewrite import machine, run, save
+from _common import machine, run, save
 
 from quantkit.backend import mx
-from quantkit.calibration.text import CalibrationSpec, read_text
+from quantkit.calibration.calibration_set import CalibrationSpec, read_calibration_set
 from quantkit.checkpoint.source import open_source
 from quantkit.demo.build import plain_checkpoint
-from quantkit.jobs.pipeline import compare
+from quantkit.jobs.compare import compare
 
 PROFILED, ROUNDED = 4096, 16384  # tokens: quantkit's defaults
 FOUR_BITS = ["--bits", "4", "--group-size", "64"]
@@ -50,7 +50,7 @@ def prepared(name: str):
     load, store = module.load, module.save
     count = ROUNDED if name == "mlx_lm.gptq" else PROFILED
     checkpoint = open_source(str(plain_checkpoint())).checkpoint
-    tokens = read_text(checkpoint, CalibrationSpec(tokens=count)).tokens
+    tokens = read_calibration_set(checkpoint, CalibrationSpec(tokens=count)).tokens
 
     def load_float32(*args, **kwargs):
         model, *rest = load(*args, **kwargs)
@@ -104,7 +104,7 @@ def table() -> str:
     return "\n".join(
         [
             f"{machine()}; SmolLM2-135M; {ROUNDED} tokens for gptq, theirs and ours, {PROFILED} "
-            f"for awq, dynamic_quant and our profile; judged on {found[0].tokens} held out.",
+            f"for awq, dynamic_quant and our profile; evaluated on {found[0].tokens} held out.",
             "",
             "| | bpw | KL mean | ratio | top-1 | time | peak memory |",
             "|---|---|---|---|---|---|---|",

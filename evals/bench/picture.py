@@ -35,7 +35,7 @@ def points() -> dict[str, list[tuple[float, float, str]]]:
         if (name := re.fullmatch(r"`([\w.-]+)`", cells[0])) and len(cells) == 8:
             recipes.append((float(cells[1]), float(cells[3]), name[1]))
             nearest.append((float(cells[4]), float(cells[6]), ""))
-    for cells in table("rounding-recipes"):
+    for cells in table("quantizer-recipes"):
         if cells[0] == "ours, gptq":
             gptq.append((float(cells[1]), float(cells[2].split()[0]), ""))
     return found

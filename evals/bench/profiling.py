@@ -1,6 +1,6 @@
 """The profiler: does it predict, what does it cost, what memory does it need, and mlx_lm's own.
 
-    python evals/bench/profiling.py check     48 entries of the demo model, really measured
+    python evals/bench/profiling.py check     48 entries of the demo model, measured
     python evals/bench/profiling.py memory    some full-shape layers of the 20b, random values
     python evals/bench/profiling.py peer      beside mlx_lm.dynamic_quant's sensitivity pass
 
@@ -19,15 +19,15 @@ import time
 from pathlib import Path
 
 import numpy as np
+from _common import machine, run, save
 from full_shape import CONFIG_20B, write_checkpoint
-from rewrite import machine, run, save
 
 from quantkit.backend import mx
-from quantkit.calibration.text import CalibrationSpec, read_text
+from quantkit.calibration.calibration_set import CalibrationSpec, read_calibration_set
 from quantkit.checkpoint.source import open_source
 from quantkit.demo.build import demo_checkpoint, plain_checkpoint
-from quantkit.sensitivity.entries import candidates
-from quantkit.sensitivity.exact import measured
+from quantkit.sensitivity.entries import candidate_entries
+from quantkit.sensitivity.exact import measure_entries
 from quantkit.sensitivity.fisher import Sweep
 from quantkit.sensitivity.validation import spearman
 from quantkit.sensitivity.work import ProfileWork
@@ -50,7 +50,7 @@ def check() -> str:
 def check_table(made: dict) -> str:
     """The table of what `quantkit profile --check --json` printed."""
     found = made["check"]
-    entries = sum(len(weight["losses"]) - 1 for weight in made["weights"])
+    entries = sum(len(weight["costs"]) - 1 for weight in made["weights"])
     share = found["seconds_measured"] / found["seconds_predicted"]
     return "\n".join(
         [
@@ -99,7 +99,7 @@ def sweep(name: str) -> None:
     """What `memory` runs in a process of its own."""
     source = open_source(str(Path(name) / "source"))
     tokens = np.random.default_rng(0).integers(0, 201088, (TOKENS // 256, 256), np.int32)
-    entries = candidates(source.inventory.weights, ["q3g64"])
+    entries = candidate_entries(source.inventory.weights, ["q3g64"])
     Sweep(StreamingModel(source), tokens, entries, 1, 0, ProfileWork(Path(name) / "work")).run(
         lambda *_: None
     )
@@ -109,11 +109,11 @@ def peer() -> str:
     """Rank correlation, time and memory of both, for SmolLM2's weights at 4 bits."""
     folder = plain_checkpoint()
     source = open_source(str(folder))
-    entries = candidates(source.inventory.weights, ["q4g64"])
+    entries = candidate_entries(source.inventory.weights, ["q4g64"])
     entries = [e for e in entries if e.weight.layer is not None]
     chosen = [entries[i] for i in np.random.default_rng(0).permutation(len(entries))[:48]]
-    text = read_text(source.checkpoint, PEER_TEXT)
-    truth = measured(StreamingModel(source), mx.array(text.held_out), chosen, lambda _: None)
+    text = read_calibration_set(source.checkpoint, PEER_TEXT)
+    truth = measure_entries(StreamingModel(source), mx.array(text.held_out), chosen, lambda _: None)
     real = np.array([truth[e.key].mean() for e in chosen])
     rows = []
     for name in ("quantkit", "mlx_lm.dynamic_quant"):
@@ -129,7 +129,7 @@ def peer() -> str:
     return "\n".join(
         [
             f"{machine()}; SmolLM2-135M, {PEER_TEXT.tokens} tokens, all weights of the layers at "
-            "q4g64, 48 of them really measured on held-out text.",
+            "q4g64, 48 of them measured on held-out text.",
             "",
             "| | time | peak memory | Spearman |",
             "|---|---|---|---|",
@@ -141,15 +141,15 @@ def peer() -> str:
 def scores(name: str) -> None:
     """What `peer` runs in a process of its own: weight -> predicted loss, as JSON."""
     source = open_source(str(plain_checkpoint()))
-    tokens = read_text(source.checkpoint, PEER_TEXT).tokens
+    tokens = read_calibration_set(source.checkpoint, PEER_TEXT).tokens
     started = time.perf_counter()
     if name == "quantkit":
-        entries = candidates(source.inventory.weights, ["q4g64"])
+        entries = candidate_entries(source.inventory.weights, ["q4g64"])
         with tempfile.TemporaryDirectory() as folder:
             tables = Sweep(
                 StreamingModel(source), tokens, entries, 2, 0, ProfileWork(Path(folder))
             ).run(lambda *_: None)
-        found = {key[0]: float(v.mean()) for table in tables for key, v in table.losses.items()}
+        found = {key[0]: float(v.mean()) for table in tables for key, v in table.costs.items()}
     else:
         from mlx_lm import load
         from mlx_lm.quant.dynamic_quant import estimate_sensitivities

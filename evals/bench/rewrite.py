@@ -8,22 +8,17 @@ replaced by what was measured.
 """
 
 import argparse
-import contextlib
-import os
-import platform
 import shutil
 import statistics
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
+from _common import drop_page_cache, machine, run, save
 from full_shape import CONFIG_20B, write_checkpoint
 
 from quantkit.demo.build import demo_checkpoint
 
-HERE = Path(__file__).parent
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
@@ -53,7 +48,7 @@ def main() -> None:
     shutil.rmtree(args.work / "out", ignore_errors=True)
     text = table(measured)
     print(text)
-    save(text)
+    save(text, "rewrite")
 
 
 def jobs(source: Path, out: Path) -> dict[str, list[str]]:
@@ -67,28 +62,6 @@ def jobs(source: Path, out: Path) -> dict[str, list[str]]:
         "`quantkit quantize -r mxfp4-q8`": [*quantize, "mxfp4-q8"],
         "`quantkit quantize -r moringlabs-3.6bit`": [*quantize, "moringlabs-3.6bit"],
     }
-
-
-def drop_page_cache() -> bool:
-    """Make the next command read from the disk; False where the machine does not let us."""
-    os.sync()
-    with contextlib.suppress(OSError):
-        return Path("/proc/sys/vm/drop_caches").write_text("3") > 0
-    return False
-
-
-def run(command: list[str]) -> tuple[float, float]:
-    """(wall seconds until the bytes are on disk, peak resident GB) of a command."""
-    drop_page_cache()
-    start = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    os.sync()
-    wall = time.perf_counter() - start
-    if status:
-        raise SystemExit(f"failed: {' '.join(command)}")
-    unit = 1 if platform.system() == "Darwin" else 1024  # bytes there, kB here
-    return wall, usage.ru_maxrss * unit / 1e9
 
 
 def table(measured: dict[str, list[tuple[float, float]]]) -> str:
@@ -107,25 +80,6 @@ def table(measured: dict[str, list[tuple[float, float]]]) -> str:
         wall, peak = median(r[0] for r in runs), median(r[1] for r in runs)
         lines.append(f"| {name} | {wall:.0f} s | {ratio:.2f} | {peak:.2f} GB |")
     return "\n".join(lines)
-
-
-def machine() -> str:
-    """The machine in a few words."""
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [x for x in cpuinfo.read_text().splitlines() if x.startswith("model name")]
-        model = names[0].partition(": ")[2] if names else model
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return f"{platform.system()}, {model}, {os.cpu_count()} cores, {memory:.0f} GiB"
-
-
-def save(text: str, what: str = "rewrite") -> None:
-    """Put a table between its markers in README.md."""
-    path = HERE / "README.md"
-    before, _, rest = path.read_text().partition(f"<!-- {what} -->\n")
-    after = rest.partition(f"<!-- /{what} -->")[2]
-    path.write_text(f"{before}<!-- {what} -->\n{text}\n<!-- /{what} -->{after}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Write prose.jsonl, code.jsonl, chat.jsonl and maths.jsonl again; README.md says from what.
+"""Write prose.jsonl, code.jsonl, chat.jsonl and maths.jsonl; their README.md lists the sources.
 
     python evals/calibration/build.py --datasets PATH --austen PATH --chitchat PATH \\
         --python PATH --d3-array PATH --jinja PATH
@@ -20,7 +20,7 @@ import dialogues
 import maths
 import passages
 
-HERE = Path(__file__).parent
+DATA = Path(__file__).parents[2] / "quantkit" / "calibration" / "data"
 SEED, SIZE = 20, 132_000
 PYTHON = "Python 3.11.7"
 
@@ -124,7 +124,7 @@ def filled(found: Iterable[dict[str, Any]], limit: int) -> Iterator[dict[str, An
 def write(name: str, found: list[dict[str, Any]]) -> None:
     """The documents in random order as a file, and a word about it."""
     shuffled = Random(SEED).sample(found, len(found))
-    path = HERE / f"{name}.jsonl"
+    path = DATA / f"{name}.jsonl"
     path.write_text("".join(map(line, shuffled)), "utf-8", newline="\n")
     print(f"{path.name}: {len(found)} documents, {path.stat().st_size:,} bytes")
 

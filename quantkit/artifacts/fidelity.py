@@ -1,4 +1,4 @@
-"""How close a quant is to the native model."""
+"""Fidelity: how close a quant is to the native model."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,31 +16,32 @@ _MEASURED = (
 
 @dataclass(frozen=True)
 class Interval:
-    """A measured value with its 95% confidence interval, None where one sequence gives none."""
+    """A measured value with its 95% confidence interval, whose ends are None for one sequence."""
 
     value: float
     low: float | None
     high: float | None
 
     def to_json(self, name: str) -> dict[str, Any]:
+        """Return the entries `name` and `name`_interval."""
         return {name: self.value, f"{name}_interval": [self.low, self.high]}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any], name: str) -> "Interval":
-        """Read back what `to_json` gave. Raises KeyError, TypeError or ValueError."""
+        """Read the object that `to_json` returns. Raises KeyError, TypeError or ValueError."""
         low, high = (None if end is None else float(end) for end in data[f"{name}_interval"])
         return cls(float(data[name]), low, high)
 
 
 @dataclass(frozen=True)
 class Fidelity:
-    """One repo beside the `native` model, over tokens of `sequences` of `text`, drawn by `seed`,
-    that it was not made with.
+    """The measured fidelity of one repo to the `native` model, on held-out text.
 
-    KL divergences are in nats per token; `top1_agreement` is the share of tokens for which both
-    models hold the same token for the most likely; `perplexity_ratio` is the repo's perplexity over
-    the native one's. `kl_by_text` has the mean for every kind of text. `quantiles` are the KL
-    divergences of 0%, 1%, ... 100% of the tokens.
+    `tokens` tokens in `sequences` sequences of `text` were drawn by `seed`. KL divergences are in
+    nats per token. `top1_agreement` is the share of tokens for which both models predict the same
+    token, `perplexity_ratio` the repo's perplexity divided by the native one. `kl_by_text` holds
+    the mean for every kind of text, `quantiles` the KL divergences at 0%, 1%, ... 100% of the
+    tokens.
     """
 
     repo: str
@@ -61,7 +62,8 @@ class Fidelity:
     quantiles: tuple[float, ...]
 
     def to_json(self) -> dict[str, Any]:
-        found: dict[str, Any] = {
+        """Return the fidelity as a JSON object."""
+        values: dict[str, Any] = {
             "repo": self.repo,
             "native": self.native,
             "text": self.text,
@@ -72,13 +74,13 @@ class Fidelity:
             "sequences": self.sequences,
         }
         for name in _MEASURED:
-            found |= getattr(self, name).to_json(name)
+            values |= getattr(self, name).to_json(name)
         texts = {kind: kl.to_json("kl_mean") for kind, kl in self.kl_by_text.items()}
-        return {**found, "texts": texts, "kl_quantiles": list(self.quantiles)}
+        return {**values, "texts": texts, "kl_quantiles": list(self.quantiles)}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Fidelity":
-        """Read back what `to_json` gave. Raises KeyError, TypeError or ValueError."""
+        """Read the object that `to_json` returns. Raises KeyError, TypeError or ValueError."""
         texts = {str(kind): Interval.from_json(kl, "kl_mean") for kind, kl in data["texts"].items()}
         return cls(
             repo=str(data["repo"]),

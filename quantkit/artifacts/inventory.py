@@ -1,7 +1,4 @@
-"""What a checkpoint holds, and which checkpoint it is.
-
-Tiers appear by name, so that nothing here needs to know what a tier is.
-"""
+"""The inventory of a checkpoint, and its identity. Tiers appear by name only."""
 
 import math
 from collections.abc import Mapping
@@ -15,7 +12,7 @@ from quantkit.units import bits_per_weight
 
 @dataclass(frozen=True)
 class SourceFile:
-    """One shard of a source; `sha256` is None until it is known (the Hub publishes it)."""
+    """One file of a source; `sha256` is None until it is computed or published by the Hub."""
 
     name: str
     size: int
@@ -24,10 +21,10 @@ class SourceFile:
 
 @dataclass(frozen=True)
 class SourceId:
-    """Which checkpoint something was made from.
+    """The identity of a checkpoint.
 
-    `structure` hashes config and headers (names, types, shapes), so that the Hub's metadata and a
-    downloaded copy agree; the files' own hashes identify the values.
+    `structure` hashes config and headers (names, types, shapes): the Hub's metadata and a
+    downloaded copy agree on it. The hashes of the files identify the values.
     """
 
     name: str
@@ -40,8 +37,8 @@ class SourceId:
 class Weight:
     """A quantizable matrix, or a stack of experts, under its mlx-lm module path.
 
-    `shape` is (..., out, in). `storage` names the tier in which the source holds it, `bytes` what
-    it takes there. `dtype` is the float type (BF16, F16 or F32) of its affine scales and biases.
+    `shape` is (..., out, in). `storage` is the tier in which the source stores it, `bytes` its size
+    in that tier. `dtype` is the float type (BF16, F16 or F32) of affine scales and biases.
     """
 
     name: str
@@ -60,7 +57,7 @@ class Weight:
 
 @dataclass(frozen=True)
 class UnquantizedTensor:
-    """A tensor that no tier applies to (norm, bias, sink): stored as it is."""
+    """A norm, bias or sink, which is never quantized."""
 
     name: str
     role: str
@@ -76,9 +73,9 @@ class UnquantizedTensor:
 
 @dataclass(frozen=True)
 class Inventory:
-    """Everything a checkpoint holds, in mlx-lm's names and in the order of the model.
+    """All tensors of a checkpoint, under mlx-lm's names and in the order of the model.
 
-    `experts` and `experts_per_token` are None for a model without experts.
+    `experts` and `experts_per_token` are None for a dense model.
     """
 
     source: SourceId
@@ -87,26 +84,26 @@ class Inventory:
     experts: int | None
     experts_per_token: int | None
     weights: tuple[Weight, ...]
-    kept: tuple[UnquantizedTensor, ...]
+    unquantized: tuple[UnquantizedTensor, ...]
 
     @property
     def parameters(self) -> int:
-        return sum(w.parameters for w in self.weights) + sum(t.parameters for t in self.kept)
+        return sum(w.parameters for w in self.weights) + sum(t.parameters for t in self.unquantized)
 
     @property
     def total_bytes(self) -> int:
-        return sum(w.bytes for w in self.weights) + sum(t.bytes for t in self.kept)
+        return sum(w.bytes for w in self.weights) + sum(t.bytes for t in self.unquantized)
 
     @property
     def tied(self) -> bool:
-        """Whether the embedding is the output head too."""
+        """Whether the embedding is also the output head."""
         return not any(weight.role == "lm_head" for weight in self.weights)
 
     def active_share(self, role: str, rows: int) -> tuple[int, int] | None:
-        """The fraction of a tensor of `rows` rows that one generated token reads.
+        """Return the fraction of a tensor of `rows` rows that one generated token reads.
 
-        An untied embedding gives one row, experts those the router picks, all else is read whole.
-        None where the config does not say how many experts a token uses.
+        A token reads one row of an untied embedding, the experts that the router picks, and every
+        other tensor whole. None if the config does not say how many experts a token uses.
         """
         if role in EXPERT_ROLES:
             if self.experts is None or self.experts_per_token is None:
@@ -117,6 +114,7 @@ class Inventory:
         return 1, 1
 
     def to_json(self) -> dict[str, Any]:
+        """Return the inventory as a JSON object."""
         weights = [
             {**asdict(weight), "tier": weight.storage, "parameters": weight.parameters}
             for weight in self.weights
@@ -131,33 +129,33 @@ class Inventory:
             "total_bytes": self.total_bytes,
             "bits_per_weight": bits_per_weight(self.total_bytes, self.parameters),
             "weights": weights,
-            "kept": [asdict(tensor) for tensor in self.kept],
+            "unquantized": [asdict(tensor) for tensor in self.unquantized],
         }
 
 
 def with_hashes(source: SourceId, hashes: Mapping[str, str]) -> SourceId:
-    """`source` with the sha256 of its files filled in."""
+    """Return `source` with the sha256 of its files filled in."""
     files = tuple(replace(file, sha256=hashes.get(file.name, file.sha256)) for file in source.files)
     return replace(source, files=files)
 
 
 def source_file(data: Mapping[str, Any]) -> SourceFile:
-    """A file of a source read back. Raises TypeError for what cannot be one."""
+    """Read `asdict` of a source file. Raises TypeError for anything else."""
     file = SourceFile(**data)
-    known = file.sha256 is None or isinstance(file.sha256, str)
+    hashed = file.sha256 is None or isinstance(file.sha256, str)
     path = PurePosixPath(file.name)
     plain = str(path) == file.name and not path.is_absolute() and ".." not in path.parts
-    if not known or not is_count(file.size) or not plain or not path.name:
-        raise TypeError(f"file {file.name!r} is not described rightly")
+    if not hashed or not is_count(file.size) or not plain or not path.name:
+        raise TypeError(f"file {file.name!r}: malformed name, size or hash")
     return file
 
 
 def source_id(data: Mapping[str, Any]) -> SourceId:
-    """Which source it was, read back. Raises KeyError or TypeError for what cannot be one."""
+    """Read `asdict` of a source's identity. Raises KeyError or TypeError for anything else."""
     files = tuple(source_file(file) for file in data["files"])
     return SourceId(data["name"], data["revision"], data["structure"], files)
 
 
 def is_count(value: Any) -> bool:
-    """Whether a value read from JSON can be a number of bytes or of things."""
+    """Return whether a value read from JSON is a count: a whole number from 0 to 2^63 - 1."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63

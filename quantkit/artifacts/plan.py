@@ -1,25 +1,27 @@
-"""A tier for every weight of one checkpoint, with exact bytes."""
+"""The plan: a tier for every weight of one checkpoint, with exact bytes."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from quantkit.artifacts.calibration import CalibrationText
 from quantkit.artifacts.inventory import SourceId, is_count, source_id
-from quantkit.artifacts.profile import CalibrationText
+from quantkit.artifacts.memory import MemoryTarget
 from quantkit.artifacts.roles import ROLES
 from quantkit.errors import PlanError
-from quantkit.storage.json_files import FORMAT_VERSION, digest, require_kind
+from quantkit.storage.hashing import digest
+from quantkit.storage.json_files import FORMAT_VERSION, require_kind
 from quantkit.units import bits_per_weight
 
 
 @dataclass(frozen=True)
 class Assignment:
-    """The tier chosen for one weight, with what that costs.
+    """The tier of one weight, and its costs.
 
-    `active_bytes` are those read per generated token, None where the config does not say.
-    `storage` names the physical tier, which `tier` is too unless it is `native`. `kl` is the loss
-    that a profile predicts for it, in nats per token; None without a profile.
+    `active_bytes` are the bytes read per generated token, None if the config does not say.
+    `storage` is the physical tier, equal to `tier` unless that is `native`. `kl` is the predicted
+    KL increase in nats per token, None without a profile.
     """
 
     name: str
@@ -34,13 +36,13 @@ class Assignment:
 
     @property
     def label(self) -> str:
-        """The tier as tables show it: `native (mxfp4)`."""
+        """The tier as tables show it, such as `native (mxfp4)`."""
         return f"{self.tier} ({self.storage})" if self.tier == "native" else self.tier
 
 
 @dataclass(frozen=True)
 class TierRow:
-    """One line of the published table: what is stored in one tier."""
+    """One row of the published table: all weights of one tier."""
 
     tier: str
     roles: tuple[str, ...]
@@ -53,54 +55,55 @@ class TierRow:
 
 @dataclass(frozen=True)
 class Optimality:
-    """How good a plan is known to be.
+    """The result of the solver.
 
-    No plan within the limits loses less than `bound`; `gap` is what this one may lose more, over
-    its own loss. `price` is what the last bytes were worth: nats per token and byte, for every
-    limit in turn. `limits` are what it had to stay within, as text.
+    `limits` describe the budget as text. No plan within it has a predicted KL divergence below
+    `bound`; `gap` is the relative distance of this plan to the bound. `shadow_prices` are the KL
+    decrease per additional byte, in nats per token, one for each limit.
     """
 
     limits: tuple[str, ...]
     bound: float
     gap: float
-    prices: tuple[float, ...]
+    shadow_prices: tuple[float, ...]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Weight -> tier for one checkpoint, with exact bytes.
+    """The assignment of a tier to every weight of one checkpoint.
 
-    `origin` says where the tiers came from. The kept tensors (norms, biases, sinks) count in every
-    total. `calibration_texts` are the texts it was made with: that of the profile, that of the rounding;
-    `rounding` is how numbers are chosen inside a tier, `tuning_steps` how long scales and biases
-    were tuned after that; `measured_kl` the divergence of the whole
-    plan where it was measured, rounded to nearest.
+    `origin` names the recipe, budget or file that the tiers come from. Unquantized tensors (norms,
+    biases, sinks) count in every total. `calibration_texts` are the texts of the profile and of the
+    quantizer, `tuning_steps` the steps of scale tuning after it. `measured_kl` is the measured KL
+    divergence of the whole plan, rounded to nearest. `memory_target` is the memory that the plan
+    was made for, None if its bytes were given otherwise.
     """
 
     source: SourceId
     model_type: str
     origin: str
-    choices: tuple[Assignment, ...]
-    kept: Assignment
+    assignments: tuple[Assignment, ...]
+    unquantized: Assignment
     optimality: Optimality | None = None
     calibration_texts: tuple[CalibrationText, ...] = ()
-    rounding: str = "rtn"
+    quantizer: str = "rtn"
     tuning_steps: int = 0
     measured_kl: float | None = None
+    memory_target: MemoryTarget | None = None
 
     @property
     def predicted_kl(self) -> float | None:
-        """The sum of the predicted losses, in nats per token; None without a profile."""
-        losses = [choice.kl for choice in self.choices]
-        return None if None in losses else sum(kl for kl in losses if kl is not None)
+        """The sum of the predicted KL costs, in nats per token; None without a profile."""
+        costs = [assignment.kl for assignment in self.assignments]
+        return None if None in costs else sum(kl for kl in costs if kl is not None)
 
     @property
     def parameters(self) -> int:
-        return sum(choice.parameters for choice in self._all)
+        return sum(assignment.parameters for assignment in self._all)
 
     @property
     def total_bytes(self) -> int:
-        return sum(choice.bytes for choice in self._all)
+        return sum(assignment.bytes for assignment in self._all)
 
     @property
     def bits_per_weight(self) -> float:
@@ -109,37 +112,37 @@ class Plan:
     @property
     def active_bytes(self) -> int | None:
         """Bytes read per generated token, the KV cache aside."""
-        active = [choice.active_bytes for choice in self._all]
+        active = [assignment.active_bytes for assignment in self._all]
         return None if None in active else sum(b for b in active if b is not None)
 
     @property
     def tiers_sha256(self) -> str:
-        """What tells an edited plan from the one that was made."""
-        return tiers_sha256((choice.name, choice.tier) for choice in self.choices)
+        """A hash of the assignments, which detects edited plans."""
+        return tiers_sha256((assignment.name, assignment.tier) for assignment in self.assignments)
 
     @property
     def _all(self) -> tuple[Assignment, ...]:
-        return (*self.choices, self.kept)
+        return (*self.assignments, self.unquantized)
 
     def tiers(self) -> tuple[TierRow, ...]:
-        """The tier table, largest first, the kept tensors last."""
+        """Return the tier table, largest tier first, unquantized tensors last."""
         groups: dict[str, list[Assignment]] = {}
-        for choice in self.choices:
-            groups.setdefault(choice.label, []).append(choice)
-        rows = [self._row(label, choices) for label, choices in groups.items()]
+        for assignment in self.assignments:
+            groups.setdefault(assignment.label, []).append(assignment)
+        rows = [self._row(label, assignments) for label, assignments in groups.items()]
         rows.sort(key=lambda row: (-row.bytes, row.tier))
-        if self.kept.parameters:
-            rows.append(self._row(self.kept.tier, [self.kept]))
+        if self.unquantized.parameters:
+            rows.append(self._row(self.unquantized.tier, [self.unquantized]))
         return tuple(rows)
 
-    def _row(self, label: str, choices: list[Assignment]) -> TierRow:
-        parameters = sum(choice.parameters for choice in choices)
-        stored = sum(choice.bytes for choice in choices)
-        present = {choice.role for choice in choices}
+    def _row(self, label: str, assignments: list[Assignment]) -> TierRow:
+        parameters = sum(assignment.parameters for assignment in assignments)
+        stored = sum(assignment.bytes for assignment in assignments)
+        present = {assignment.role for assignment in assignments}
         return TierRow(
             tier=label,
-            roles=tuple(role for role in (*ROLES, self.kept.role) if role in present),
-            weights=len(choices),
+            roles=tuple(role for role in (*ROLES, self.unquantized.role) if role in present),
+            weights=len(assignments),
             parameters=parameters,
             parameters_percent=100 * parameters / max(1, self.parameters),
             bytes=stored,
@@ -147,6 +150,7 @@ class Plan:
         )
 
     def to_json(self) -> dict[str, Any]:
+        """Return the plan as a JSON object."""
         return {
             "kind": "plan",
             "version": FORMAT_VERSION,
@@ -160,75 +164,81 @@ class Plan:
             "active_bytes_per_token": self.active_bytes,
             "predicted_kl": self.predicted_kl,
             "measured_kl": self.measured_kl,
+            "memory_target": None if self.memory_target is None else asdict(self.memory_target),
             "optimality": None if self.optimality is None else asdict(self.optimality),
-            "rounding": self.rounding,
+            "quantizer": self.quantizer,
             "tuning_steps": self.tuning_steps,
             "calibration_texts": [text.to_json() for text in self.calibration_texts],
             "tiers": [asdict(row) for row in self.tiers()],
-            "weights": [asdict(choice) for choice in self.choices],
-            "kept": asdict(self.kept),
+            "weights": [asdict(assignment) for assignment in self.assignments],
+            "unquantized": asdict(self.unquantized),
         }
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any], where: str) -> "Plan":
-        """Read back what `to_json` gave. Raises PlanError naming `where`."""
+        """Read the object that `to_json` returns. Raises PlanError naming `where`."""
         require_kind(data, "plan", where)
         try:
             return cls(
                 source=source_id(data["source"]),
                 model_type=data["model_type"],
                 origin=data["origin"],
-                choices=_choices(data["weights"]),
-                kept=_choice(data["kept"]),
-                optimality=_proof(data.get("optimality")),
+                assignments=_assignments(data["weights"]),
+                unquantized=_assignment(data["unquantized"]),
+                optimality=_optimality(data.get("optimality")),
                 calibration_texts=tuple(
                     map(CalibrationText.from_json, data.get("calibration_texts", []))
                 ),
-                rounding=str(data.get("rounding", "rtn")),
+                quantizer=str(data.get("quantizer", "rtn")),
                 tuning_steps=int(data.get("tuning_steps", 0)),
-                measured_kl=_loss(data.get("measured_kl")),
+                measured_kl=_kl(data.get("measured_kl")),
+                memory_target=_memory_target(data.get("memory_target")),
             )
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as exc:
-            raise PlanError(f"{where}: not a complete plan ({exc}). Make it anew.") from exc
+            raise PlanError(f"{where}: not a complete plan ({exc}). Make it again.") from exc
 
 
 def tiers_sha256(tiers: Iterable[tuple[str, str]]) -> str:
-    """A hash of (weight, tier) pairs in their order."""
+    """Return a hash of (weight, tier) pairs in their order."""
     return digest(list(tiers))
 
 
-def _proof(data: Mapping[str, Any] | None) -> Optimality | None:
+def _optimality(data: Mapping[str, Any] | None) -> Optimality | None:
     if data is None:
         return None
-    limits, prices = tuple(map(str, data["limits"])), tuple(map(float, data["prices"]))
+    limits, prices = tuple(map(str, data["limits"])), tuple(map(float, data["shadow_prices"]))
     bound, gap = float(data["bound"]), float(data["gap"])
     if not prices or not all(0 <= number < math.inf for number in (bound, gap, *prices)):
-        raise ValueError("its proof is none")
+        raise ValueError("its optimality holds impossible numbers")
     return Optimality(limits, bound, gap, prices)
 
 
-def _loss(value: Any) -> float | None:
-    """A loss read back. Raises TypeError for what cannot be one."""
+def _memory_target(data: Mapping[str, Any] | None) -> MemoryTarget | None:
+    return None if data is None else MemoryTarget.from_json(data)
+
+
+def _kl(value: Any) -> float | None:
+    """Return a KL divergence read from JSON. Raises TypeError for an impossible one."""
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e9:
-        raise TypeError("a loss is no such number")
+        raise TypeError(f"{value!r:.20} is not a KL divergence")
     return float(value)
 
 
-def _choices(data: Sequence[Mapping[str, Any]]) -> tuple[Assignment, ...]:
-    choices = tuple(_choice(choice) for choice in data)
-    if len({choice.name for choice in choices}) != len(choices):
+def _assignments(data: Sequence[Mapping[str, Any]]) -> tuple[Assignment, ...]:
+    assignments = tuple(_assignment(assignment) for assignment in data)
+    if len({assignment.name for assignment in assignments}) != len(assignments):
         raise ValueError("a weight is listed twice")
-    return choices
+    return assignments
 
 
-def _choice(data: Mapping[str, Any]) -> Assignment:
-    choice = Assignment(**data)
-    texts = (choice.name, choice.role, choice.tier, choice.storage)
-    optional = [n for n in (choice.active_bytes, choice.layer) if n is not None]
+def _assignment(data: Mapping[str, Any]) -> Assignment:
+    assignment = Assignment(**data)
+    texts = (assignment.name, assignment.role, assignment.tier, assignment.storage)
+    optional = [n for n in (assignment.active_bytes, assignment.layer) if n is not None]
     if not all(isinstance(text, str) for text in texts):
-        raise TypeError(f"weight {choice.name!r}: a name, role or tier is no text")
-    if not all(is_count(number) for number in (choice.parameters, choice.bytes, *optional)):
-        raise TypeError(f"weight {choice.name!r}: a count is no whole number")
-    return replace(choice, kl=_loss(choice.kl))
+        raise TypeError(f"weight {assignment.name!r}: a name, role or tier is not text")
+    if not all(is_count(number) for number in (assignment.parameters, assignment.bytes, *optional)):
+        raise TypeError(f"weight {assignment.name!r}: a count is not a whole number")
+    return replace(assignment, kl=_kl(assignment.kl))

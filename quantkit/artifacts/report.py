@@ -1,4 +1,4 @@
-"""What a written repo holds, and how it came to be."""
+"""The report of a written repo: its contents, its origin, and its measurements."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -7,13 +7,13 @@ from typing import Any, TypeVar
 
 from quantkit.artifacts.fidelity import Fidelity
 from quantkit.artifacts.inventory import SourceFile, is_count, source_file
+from quantkit.artifacts.memory import Memory
 from quantkit.artifacts.plan import Plan
 from quantkit.artifacts.speed import Speed
 from quantkit.errors import PlanError
 from quantkit.storage.json_files import FORMAT_VERSION, require_kind
 from quantkit.units import bits_per_weight
 
-REPORT_FILE = "quantkit.json"
 _T = TypeVar("_T")
 _TEXTS = ("base_model", "repo", "command")
 
@@ -29,24 +29,8 @@ class ShardRecord:
 
 
 @dataclass(frozen=True)
-class Memory:
-    """What running a repo takes, computed: the weights, the KV cache of `context` tokens, and a
-    reserve for activations and all else.
-
-    `smallest_mac_gib` is the memory of the smallest Mac whose GPU may hold as much, None if none.
-    """
-
-    context: int
-    cache_bytes: int
-    reserve_bytes: int
-    needed_bytes: int
-    smallest_mac_gib: int | None
-
-
-@dataclass(frozen=True)
 class License:
-    """What the source's card states: the Hub's id of its licence, and for one that has none of its
-    own (`other`) a name and a link."""
+    """The licence in the source's card: its Hub id, and name and link if that is `other`."""
 
     id: str
     name: str | None = None
@@ -55,15 +39,13 @@ class License:
 
 @dataclass(frozen=True)
 class Report:
-    """What a repo holds and how it came to be; `quantkit.json` inside the repo.
+    """The report of a repo, which is `quantkit.json` inside the repo.
 
-    `files` are those beside the shards that mlx-lm reads: config, index, tokenizer and the like.
-    `source_config` are the settings of the source's config.json that decide on its attention, as
-    they stand there. `base_model` is the source's Hub id, `license` what its card states,
-    `command` what was typed, `repo` the Hub id that it was uploaded as; `fidelity` and `speed` are
-    what was measured of it.
-    All of them are None where they are not known. `cards` are the sha256 of the cards drawn from
-    it, by which one that a person has edited is told.
+    `files` are the files beside the shards that mlx-lm reads, such as config, index and tokenizer.
+    `source_config` holds the attention settings of the source's config.json, verbatim. `base_model`
+    is the source's Hub id, `command` the command line, `repo` the Hub id of the upload; like
+    `license`, `memory`, `fidelity` and `speed` they are None if unknown. `cards` are the sha256 of
+    the generated cards, which detect a card edited by hand.
     """
 
     plan: Plan
@@ -82,16 +64,17 @@ class Report:
 
     @property
     def total_bytes(self) -> int:
-        """Tensor bytes on disk: what was written, headers aside."""
+        """Tensor bytes on disk, headers aside."""
         return sum(shard.tensor_bytes for shard in self.shards)
 
     @property
     def sha256s(self) -> dict[str, str | None]:
-        """Name -> sha256 of every file that mlx-lm reads."""
+        """The sha256 of every file that mlx-lm reads, by name."""
         files: dict[str, str | None] = {file.name: file.sha256 for file in self.files}
         return files | {shard.name: shard.sha256 for shard in self.shards}
 
     def to_json(self) -> dict[str, Any]:
+        """Return the report as a JSON object."""
         plan = self.plan.to_json()
         return {
             "kind": "report",
@@ -122,18 +105,18 @@ class Report:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any], where: str) -> "Report":
-        """Read back what `to_json` gave. Raises PlanError naming `where`."""
+        """Read the object that `to_json` returns. Raises PlanError naming `where`."""
         require_kind(data, "report", where)
         try:
             plan = {**data["plan"], "weights": data["weights"], "source": data["source"]}
             shards = tuple(shard_record(shard) for shard in data["shards"])
             files = tuple(source_file(file) for file in data["files"])
             versions = {str(name): str(number) for name, number in data["versions"].items()}
-            known = {name: _optional_text(data, name) for name in _TEXTS}
+            texts = {name: _optional_text(data, name) for name in _TEXTS}
             versions["quantkit"]  # every report has it
             source_config = dict(data["source_config"])
             license_ = _optional(data, "license", _license)
-            memory = _optional(data, "memory", _memory)
+            memory = _optional(data, "memory", Memory.from_json)
             fidelity = _optional(data, "fidelity", Fidelity.from_json)
             speed = _optional(data, "speed", Speed.from_json)
             cards = tuple(str(sha256) for sha256 in data.get("cards", ()))
@@ -145,7 +128,7 @@ class Report:
             files,
             versions,
             source_config,
-            **known,
+            **texts,
             license=license_,
             memory=memory,
             fidelity=fidelity,
@@ -161,28 +144,21 @@ def _optional(data: Mapping[str, Any], name: str, read: Callable[[Any], _T]) -> 
 def _optional_text(data: Mapping[str, Any], name: str) -> str | None:
     value = data.get(name)
     if value is not None and not isinstance(value, str):
-        raise TypeError(f"{name} is no text")
+        raise TypeError(f"{name} is not text")
     return value
 
 
 def _license(data: Mapping[str, Any]) -> License:
-    found = License(**data)
-    if not all(value is None or isinstance(value, str) for value in asdict(found).values()):
-        raise TypeError("the licence is no text")
-    return found
-
-
-def _memory(data: Mapping[str, Any]) -> Memory:
-    found = Memory(**data)
-    if not all(value is None or is_count(value) for value in asdict(found).values()):
-        raise TypeError("memory holds no whole numbers")
-    return found
+    license_ = License(**data)
+    if not all(value is None or isinstance(value, str) for value in asdict(license_).values()):
+        raise TypeError("the licence is not text")
+    return license_
 
 
 def shard_record(data: Mapping[str, Any]) -> ShardRecord:
-    """A shard's record read back. Raises TypeError for what cannot be one."""
+    """Read `asdict` of a shard record. Raises TypeError for anything else."""
     shard = ShardRecord(**data)
     counts = is_count(shard.size) and is_count(shard.tensor_bytes)
     if not counts or not isinstance(shard.sha256, str) or Path(shard.name).name != shard.name:
-        raise TypeError(f"shard {shard.name!r} is not described rightly")
+        raise TypeError(f"shard {shard.name!r}: malformed name, size or hash")
     return shard

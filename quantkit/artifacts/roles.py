@@ -1,4 +1,4 @@
-"""Roles: what a weight is for, in the terms that recipes and tables use."""
+"""Roles: the function of a weight in the model, as recipes and tables name it."""
 
 EXPERT_ROLES = ("expert_gate", "expert_up", "expert_down")
 ATTENTION_ROLES = ("q", "k", "v", "o")
@@ -13,7 +13,7 @@ ROLE_GROUPS: dict[str, tuple[str, ...]] = {
 
 
 def group_roles(roles: tuple[str, ...]) -> list[str]:
-    """`roles` for a person, a group's name in place of all of its members: expert, attention."""
+    """Return `roles` with complete groups replaced by their names, such as expert or attention."""
     named = [name for name in ROLE_GROUPS if name != "*" and set(ROLE_GROUPS[name]) <= set(roles)]
     grouped = {role: name for name in named for role in ROLE_GROUPS[name]}
     return list(dict.fromkeys(grouped.get(role, role) for role in roles))

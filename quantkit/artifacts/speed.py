@@ -1,4 +1,4 @@
-"""How fast a repo generates on one machine, and in how much memory."""
+"""Measured generation speed and memory of a repo on one machine."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -7,10 +7,10 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Run:
-    """`generated` tokens after a prompt of `context`: tokens per second, and bytes.
+    """One run: `generated` tokens after a prompt of `context` tokens, in tokens per second.
 
     `peak_bytes` is the peak of MLX's memory; `predicted_bytes` are weights and KV cache alone, None
-    where the config does not say how large the cache is.
+    if the config does not determine the size of the cache.
     """
 
     context: int
@@ -23,13 +23,14 @@ class Run:
 
 @dataclass(frozen=True)
 class Speed:
-    """Measured runs; `machine` and `versions` say on what."""
+    """Measured runs on a machine, with the versions of the packages."""
 
     machine: str
     versions: Mapping[str, str]
     runs: tuple[Run, ...]
 
     def to_json(self) -> dict[str, Any]:
+        """Return the speed as a JSON object."""
         return {
             "machine": self.machine,
             "versions": dict(self.versions),
@@ -38,7 +39,7 @@ class Speed:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Speed":
-        """Read back what `to_json` gave. Raises KeyError, TypeError or ValueError."""
+        """Read the object that `to_json` returns. Raises KeyError, TypeError or ValueError."""
         runs = tuple(
             Run(
                 int(run["context"]),

@@ -1,1 +1,1 @@
-"""Calibration text: documents, chats and their tokens."""
+"""Calibration text: documents, chats, and the token sequences made from them."""

@@ -1,8 +1,8 @@
-"""Chat messages, and the text that a model's own chat template makes of them.
+"""Chat messages, and their text by the model's own chat template.
 
-Messages are passed to the template whole: `thinking`, `tool_calls`, tool results and names are the
-template's to read. Only the forms that templates do not share are unified: content as a list of
-text parts, arguments of tool calls as a JSON string, keys that are null, and ShareGPT's names.
+Messages are passed to the template whole: it reads `thinking`, `tool_calls`, tool results and names
+itself. Only forms that templates do not share are unified: content as a list of text parts,
+arguments of tool calls as a JSON string, null keys, and ShareGPT's names.
 """
 
 import json
@@ -20,11 +20,11 @@ _DIRECTIVES = "aAbBcdDeFGgHIjmMpSTuUVwWxXyYZz"
 
 
 class NoTextError(InputError):
-    """A message that holds no text: its content is null, or an image."""
+    """A message without text: its content is null, or an image."""
 
 
 def normalize_messages(messages: Sequence[Any]) -> list[Message]:
-    """Return chat messages in the form that chat templates expect, with every key they came with.
+    """Return chat messages in the form that chat templates expect, with all their keys.
 
     Accepts `role`/`content` and ShareGPT's `from`/`value`. Raises InputError for a message without
     a role, NoTextError for one without text, thinking or tool calls.
@@ -49,7 +49,7 @@ def _normalized(given: Any) -> Message:
     message |= {"role": role, "content": content or ""}
     if reasoning is not None:
         message |= dict.fromkeys(_REASONING[:2], reasoning)
-    if calls:  # templates ask whether the key is there
+    if calls:  # templates test whether the key exists
         if not isinstance(calls, list):
             raise InputError(f"expected a list of tool calls, found {calls!r:.40}")
         message["tool_calls"] = calls
@@ -59,12 +59,11 @@ def _normalized(given: Any) -> Message:
 
 
 def _joined(content: Any) -> str | None:
-    """Return content as one string; a list of text parts is joined. Raises NoTextError for images
-    and other parts that are no text."""
+    """Return content as one string, joining a list of text parts. Raises NoTextError for images."""
     if content is None or isinstance(content, str):
         return content
     parts = content if isinstance(content, list) else [content]
-    stated = [part.get("text") if isinstance(part, Mapping) else part for part in parts]
+    stated = [item.get("text") if isinstance(item, Mapping) else item for item in parts]
     texts = [text for text in stated if isinstance(text, str)]
     if not texts or len(texts) < len(stated):
         raise NoTextError("the content of a message is not text alone")
@@ -72,8 +71,10 @@ def _joined(content: Any) -> str | None:
 
 
 def parsed(value: Any) -> Any:
-    """Return the JSON value of a string, without nulls, as data sets keep tools and tool calls.
-    What is no JSON stays as it is."""
+    """Return the JSON value of a string, without nulls; other values stay as they are.
+
+    Data sets store tools and tool calls as JSON strings.
+    """
     try:
         return without_nulls(json.loads(value)) if isinstance(value, str) else value
     except ValueError:
@@ -81,8 +82,10 @@ def parsed(value: Any) -> Any:
 
 
 def _parse_arguments(call: Any) -> None:
-    """Turn the arguments of a tool call into an object in place: OpenAI's protocol has them as a
-    JSON string, which templates would quote once more."""
+    """Parse the arguments of a tool call in place.
+
+    OpenAI's protocol has them as a JSON string, which templates would quote again.
+    """
     if not isinstance(call, dict):
         raise InputError(f"expected a tool call with a name and arguments, found {call!r:.40}")
     function = call["function"] if isinstance(call.get("function"), dict) else call
@@ -90,9 +93,9 @@ def _parse_arguments(call: Any) -> None:
 
 
 def without_nulls(value: Any) -> Any:
-    """Return a copy of a JSON value without the keys that are null.
+    """Return a copy of a JSON value without null keys.
 
-    Data sets fill in the keys that only other rows have, and templates ask whether a key is there.
+    Data sets fill in keys of other rows with null, and templates test whether a key exists.
     """
     if isinstance(value, Mapping):
         return {key: without_nulls(item) for key, item in value.items() if item is not None}
@@ -115,9 +118,9 @@ def render_chat(
 ) -> str:
     """Return the text of a chat by the template of `tokenizer`, mlx-lm's.
 
-    `today` is the date that the template sees, by default the real one; `variables` are those that
-    the template reads beside messages and tools, such as `reasoning_effort`. Encode the text
-    without special tokens: the template has put them in. Raises InputError if the template fails.
+    `today` is the date that the template sees, by default the real one; `variables` are further
+    inputs of the template, such as `reasoning_effort`. Encode the text without special tokens: the
+    template has added them. Raises InputError if the template fails.
     """
     options: dict[str, Any] = dict(variables or {})
     if tools:
@@ -133,21 +136,21 @@ def render_chat(
                 **options,
             )
         )
-    except Exception as exc:  # templates are programs of others: they raise anything
+    except Exception as exc:  # templates are foreign programs: they raise anything
         raise InputError(f"the chat template cannot render it ({first_line(exc)})") from exc
 
 
 def _jinja_template(tokenizer: Any, tools: Any) -> str | None:
-    """The Jinja template that would be used; None where mlx-lm has a Python function instead."""
+    """Return the Jinja template in use, None if mlx-lm has a Python function instead."""
     if getattr(tokenizer, "_chat_template", None) is not None:
         return None
     return str(tokenizer.get_chat_template(None, tools))
 
 
 def _pinned(template: str, today: date) -> str:
-    """Return `template` with a `strftime_now` of its own, which always gives `today`.
+    """Return `template` with its own `strftime_now`, which always returns `today`.
 
-    A macro shadows the function that transformers provides. To pass another function does not do:
+    The macro shadows the function that transformers provides. Passing another function fails:
     transformers 5.24 turns callables among the arguments into strings.
     """
     steps = "".join(

@@ -1,1 +1,1 @@
-"""Reading checkpoints: headers first, values only when asked for, never a whole model."""
+"""Read checkpoints: headers first, values on demand, never a whole model."""

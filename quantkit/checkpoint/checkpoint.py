@@ -15,11 +15,11 @@ import numpy as np
 from quantkit.artifacts.inventory import SourceFile, SourceId
 from quantkit.checkpoint.foreign import recognize_files
 from quantkit.checkpoint.headers import StoredTensor, read_header
-from quantkit.checkpoint.model_config import with_rope_settings
+from quantkit.checkpoint.model_config import ModelConfig, with_rope_settings
 from quantkit.errors import SourceError
 from quantkit.formats.dtypes import numpy_dtype
-from quantkit.progress import Progress
-from quantkit.storage.json_files import digest, load_json
+from quantkit.storage.hashing import digest
+from quantkit.storage.json_files import load_json
 
 INDEX_FILE = "model.safetensors.index.json"
 CHAT_TEMPLATES = "additional_chat_templates/*.jinja"
@@ -32,10 +32,9 @@ _BLOB = re.compile(r"[0-9a-f]{64}")
 class Checkpoint:
     """A source repo, opened from its headers alone.
 
-    `folder` is None when only the Hub's metadata is at hand: it can be inspected and planned, but
-    not read. `stated_config` is config.json as it stands. `trust_remote_code` allows a tokenizer
-    that comes with Python code to run it. Shard file descriptors are opened on the first read and
-    kept.
+    `folder` is None if only the Hub's metadata is available: inventory and plans need no more.
+    `stated_config` is the verbatim config.json. `trust_remote_code` lets a tokenizer run Python
+    code of its repo. File descriptors of shards are opened on the first read, and stay open.
     """
 
     name: str
@@ -52,17 +51,25 @@ class Checkpoint:
         """The config with its settings in the forms that mlx-lm reads."""
         return with_rope_settings(self.stated_config)
 
+    @cached_property
+    def settings(self) -> ModelConfig:
+        """The parsed settings of the language model."""
+        return ModelConfig.parse(self.config)
+
     @property
     def id(self) -> SourceId:
-        """Name, revision, structure hash (config, and every tensor's name, type, shape), files."""
+        """The identity: name, revision, files, and a hash of config and tensor names, types,
+        shapes.
+        """
         shapes = {name: [t.dtype, *t.shape] for name, t in self.tensors.items()}
         structure = digest({"config": dict(self.stated_config), "tensors": shapes})
         return SourceId(self.name, self.revision, structure, self.files)
 
     def read(self, tensor: StoredTensor, start: int, stop: int) -> np.ndarray:
-        """Elements [start, stop) of `tensor` in row-major order, as a flat array.
+        """Read elements [start, stop) of `tensor` in row-major order, as a flat array (stop -
+        start,).
 
-        BF16 comes as its bits in uint16. Raises SourceError when the file has shrunk meanwhile.
+        BF16 comes as its bits in uint16. Raises SourceError if the file has shrunk meanwhile.
         """
         dtype = numpy_dtype(tensor.dtype)
         assert 0 <= start <= stop <= tensor.nbytes // dtype.itemsize, f"{tensor.name}: {stop}"
@@ -83,8 +90,10 @@ class Checkpoint:
         return values
 
     def fingerprint(self, file: SourceFile) -> str:
-        """A hash of a shard's size, layout, and 4 kB at both ends and in the middle of every
-        tensor: other weights of the same shape give another, at the cost of a few MB read."""
+        """Hash a shard's size, layout, and 4 kB at both ends and in the middle of every tensor.
+
+        Other weights of the same shapes give another hash, at the cost of a few MB of reading.
+        """
         sha = hashlib.sha256(str(file.size).encode())
         for tensor in self.tensors.values():
             if tensor.file == file.name:
@@ -108,22 +117,24 @@ class Checkpoint:
         return self._descriptors[file]
 
     def path(self, file: str) -> Path:
-        """The local path of one of the repo's files. Raises SourceError if not downloaded."""
+        """Return the local path of one of the repo's files. Raises SourceError if not
+        downloaded.
+        """
         if self.folder is None:
             raise SourceError(f"{self.name}: only its metadata was fetched; download it first.")
         return self.folder / file
 
     def close(self) -> None:
-        """Let go of the shards."""
+        """Close the file descriptors of the shards."""
         while self._descriptors:
             os.close(self._descriptors.popitem()[1])
 
 
 def open_folder(folder: Path, name: str | None = None, revision: str | None = None) -> Checkpoint:
-    """The checkpoint in a local folder. Raises SourceError, naming the file at fault.
+    """Open the checkpoint in a local folder. Raises SourceError naming the file at fault.
 
-    It goes by `name`, else by the folder's own: a path says where somebody's files lie, which is no
-    matter of whoever reads the report of a published repo.
+    Its name is `name`, else the name of the folder without its path, which would reveal a user's
+    directories in the report.
     """
     if not folder.is_dir():
         raise SourceError(f"{folder}: not a folder.")
@@ -140,7 +151,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not (folder / "config.json").is_file():
         there = recognize_files(path.name for path in folder.iterdir())
         raise SourceError(
-            f"{folder}: not a model folder: it has no config.json{f'; {there}' if there else '.'}"
+            f"{folder}: not a model folder: config.json is missing{f'; {there}' if there else '.'}"
         )
     return load_json(folder / "config.json", SourceError)
 
@@ -148,9 +159,9 @@ def read_config(folder: Path) -> dict[str, Any]:
 def merge_headers(
     headers: Mapping[str, Mapping[str, StoredTensor]], weight_map: Mapping[str, str] | None
 ) -> dict[str, StoredTensor]:
-    """One table of tensors from all shards, held against the index.
+    """Merge the tensors of all shards into one table, checked against the index.
 
-    Raises SourceError for a tensor in two shards, or where index and headers disagree.
+    Raises SourceError for a tensor in two shards, or a disagreement between index and headers.
     """
     tensors: dict[str, StoredTensor] = {}
     for file, header in headers.items():
@@ -170,8 +181,8 @@ def merge_headers(
     if weight_map is not None and (extra := tensors.keys() - weight_map.keys()):
         name = min(extra)
         raise SourceError(
-            f"{tensors[name].file}: tensor {name!r} is not in {INDEX_FILE} (one of {len(extra)} "
-            "such). If the shards are right, remove the index: they are read without it, too."
+            f"{tensors[name].file}: tensor {name!r} is not in {INDEX_FILE}, like {len(extra) - 1} "
+            "others. If the shards are right, remove the index: they can be read without it."
         )
     if not tensors:
         raise SourceError("the checkpoint holds no tensors.")
@@ -179,7 +190,7 @@ def merge_headers(
 
 
 def check_weight_map(index: Mapping[str, Any], where: str) -> dict[str, str]:
-    """The `weight_map` of an index, every entry a plain file name. Raises SourceError."""
+    """Return the `weight_map` of an index, checked to hold plain file names. Raises SourceError."""
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise SourceError(f"{where}: has no weight_map. Download it again.")
@@ -187,7 +198,7 @@ def check_weight_map(index: Mapping[str, Any], where: str) -> dict[str, str]:
         plain = isinstance(file, str) and file not in ("", ".", "..") and file.isprintable()
         if not plain or "\\" in file or "\0" in file or PurePosixPath(file).name != file:
             raise SourceError(
-                f"{where}: places tensor {name!r} in {file!r}, which is no plain file name in "
+                f"{where}: places tensor {name!r} in {file!r}, which is not a plain file name in "
                 "the model's folder. Do not trust this repo."
             )
     return weight_map
@@ -203,11 +214,11 @@ def _weight_files(folder: Path) -> tuple[dict[str, str] | None, list[str]]:
 def choose_files(
     present: Collection[str], weight_map: dict[str, str] | None, where: str
 ) -> tuple[dict[str, str] | None, list[str]]:
-    """Return the index to go by and the safetensors files that hold the checkpoint.
+    """Return the index to use, and the safetensors files of the checkpoint.
 
-    Those that the index names. Without an index, or beside one of which no file is there, those
-    that mlx-lm loads: every model*.safetensors, and the index is None. Raises SourceError where
-    there are none.
+    The files are those in the index. Without an index, or with one whose files are all absent, they
+    are the files that mlx-lm loads: every model*.safetensors, and the index is None. Raises
+    SourceError if there are no files.
     """
     loaded = sorted(name for name in present if fnmatchcase(name, "model*.safetensors"))
     if weight_map is not None:
@@ -217,7 +228,7 @@ def choose_files(
     if loaded:
         return None, loaded
     there = recognize_files(present) or "found no weights at all."
-    raise SourceError(f"{where}: neither {INDEX_FILE} nor model*.safetensors is there; {there}")
+    raise SourceError(f"{where}: neither {INDEX_FILE} nor model*.safetensors exists; {there}")
 
 
 def _source_file(path: Path) -> SourceFile:
@@ -231,19 +242,3 @@ def _source_file(path: Path) -> SourceFile:
     # In the Hub's cache a shard is a symbolic link to a blob named by its sha256.
     blob = path.resolve().name
     return SourceFile(path.name, size, blob if _BLOB.fullmatch(blob) else None)
-
-
-def hash_file(path: Path, name: str, progress: Progress | None = None) -> str:
-    """sha256 of a file, in blocks of 8 MB. Raises SourceError when it cannot be read."""
-    sha = hashlib.sha256()
-    if path.exists() and not path.is_file():
-        raise SourceError(f"{name}: not a plain file.")
-    try:
-        with open(path, "rb") as file:
-            while block := file.read(8_000_000):
-                sha.update(block)
-                if progress:
-                    progress(len(block), name)
-    except OSError as exc:
-        raise SourceError(f"{name}: cannot be read ({exc.strerror}).") from exc
-    return sha.hexdigest()

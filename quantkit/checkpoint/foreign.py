@@ -1,4 +1,4 @@
-"""Files and tensor names of other tools, and what an error can advise."""
+"""Files and tensor names of other tools, and advice on them."""
 
 import re
 from collections.abc import Callable, Iterable
@@ -25,7 +25,7 @@ _FILES = (
     ),
     (
         r"(?!model.*\.safetensors$).*\.safetensors",
-        "safetensors of other names than model*.safetensors, which is what mlx-lm loads. Rename "
+        "safetensors of other names than model*.safetensors, which mlx-lm does not load. Rename "
         "them, or add a model.safetensors.index.json that names them",
     ),
 )
@@ -78,12 +78,12 @@ _TENSORS = (
 
 
 def recognize_files(names: Iterable[str]) -> str | None:
-    """Return what the files of a folder without loadable weights are, and what to do with them."""
+    """Identify the files of a folder without loadable weights, and advise on them."""
     return _recognize(_FILES, names, re.fullmatch)
 
 
 def recognize_tensors(names: Iterable[str]) -> str | None:
-    """Return which tool gives tensors such names, and what to do with its checkpoint."""
+    """Identify the tool behind tensor names, and advise on its checkpoint."""
     return _recognize(_TENSORS, names, re.search)
 
 
@@ -92,7 +92,7 @@ def _recognize(
 ) -> str | None:
     names = sorted(names)
     for pattern, description in table:
-        found = next((name for name in names if match(pattern, name)), None)
-        if found is not None:
-            return f"found {found}; this looks like {description}."
+        example = next((name for name in names if match(pattern, name)), None)
+        if example is not None:
+            return f"found {example}; this looks like {description}."
     return None

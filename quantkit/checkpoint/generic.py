@@ -1,12 +1,11 @@
-"""Any architecture mlx-lm knows: names, shapes and values through the model class's own `sanitize`.
+"""Any architecture of mlx-lm: names, shapes and values come from the model class's `sanitize`.
 
 Shapes come from running `sanitize` on lazy placeholders that are never evaluated. A tensor that
-`sanitize` hands through untouched is read in rows straight from its shard; one that it computes
-(stacked experts, split or renamed parts) is evaluated whole, one at a time.
+`sanitize` returns unchanged is read in rows from its shard; a computed one (stacked experts, split
+or renamed tensors) is evaluated whole, one at a time.
 
-A repo that mlx-lm quantized is described here, too: its packed modules are those with scales.
-
-For gpt-oss as published nothing of this is needed; everything else imports mlx here.
+Repos quantized by mlx are supported, too: their packed modules have scales. gpt-oss as published
+needs none of this, so that only other models import mlx here.
 """
 
 import re
@@ -22,7 +21,7 @@ from quantkit.backend import mx
 from quantkit.checkpoint.checkpoint import Checkpoint
 from quantkit.checkpoint.foreign import recognize_tensors
 from quantkit.checkpoint.model_config import mlx_quantization
-from quantkit.checkpoint.tensor_map import Layout, Place, optional_int, text_scope
+from quantkit.checkpoint.tensor_map import Layout, Place
 from quantkit.checkpoint.views import ComputedView, View, plain_view
 from quantkit.errors import SourceError
 from quantkit.formats.codec import to_numpy
@@ -43,7 +42,7 @@ _DTYPES = {
     "U64": mx.uint64,
     "I64": mx.int64,
 }
-# What model code raises on a config or tensors that it did not expect.
+# Exceptions of model code on unexpected configs or tensors.
 _MODEL_ERRORS = (
     ArithmeticError,
     AssertionError,
@@ -59,13 +58,14 @@ _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 @dataclass
 class _Sanitized:
-    """Lazy values under mlx-lm's names, evaluated and let go one by one."""
+    """Lazy values under mlx-lm's names, evaluated and released one by one."""
 
     checkpoint: Checkpoint
     _lazy: dict[str, mx.array] = field(default_factory=dict)
     _last: tuple[str, np.ndarray] | None = None
 
     def compute(self, name: str) -> np.ndarray:
+        """Return a whole tensor, of the model's shape, as a numpy carrier."""
         if self._last is None or self._last[0] != name:
             self._last = None
             if name not in self._lazy:
@@ -84,10 +84,10 @@ class _Sanitized:
 
 
 def build_model(config: Mapping[str, Any]) -> Any:
-    """mlx-lm's model for a config, never evaluated. Raises SourceError."""
+    """Build mlx-lm's model for a config, without evaluating it. Raises SourceError."""
     from mlx_lm.utils import _get_classes
 
-    config = deepcopy(dict(config))  # args classes edit what they are given
+    config = deepcopy(dict(config))  # args classes edit their input
     try:
         model_class, args_class = _get_classes(config)
         return model_class(args_class.from_dict(config))
@@ -105,6 +105,7 @@ class _Model:
         self.model = build_model(checkpoint.config)
 
     def sanitize(self, arrays: dict[str, mx.array]) -> dict[str, mx.array]:
+        """Return arrays of any shape under mlx-lm's names. Raises SourceError."""
         if not hasattr(self.model, "sanitize"):
             return arrays
         try:
@@ -118,13 +119,13 @@ class _Model:
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Every parameter's shape, in the order of the model."""
+        """The shape of every parameter, in the order of the model."""
         from mlx.utils import tree_flatten
 
         return {name: tuple(array.shape) for name, array in tree_flatten(self.model.parameters())}
 
     def quantizable(self) -> Iterator[tuple[str, Any]]:
-        """(path, module) of every module that mlx-lm could quantize."""
+        """Yield (path, module) of every module that mlx-lm can quantize."""
         predicate = getattr(self.model, "quant_predicate", None)
         for path, module in self.model.named_modules():
             if not hasattr(module, "to_quantized") or "weight" not in module:
@@ -134,9 +135,9 @@ class _Model:
 
 
 def describe(checkpoint: Checkpoint) -> Layout:
-    """Every tensor of a checkpoint under its mlx-lm name.
+    """Return the layout of a checkpoint.
 
-    Raises SourceError for a model_type mlx-lm does not know, or a checkpoint it would not load.
+    Raises SourceError for a model_type unknown to mlx-lm, or a checkpoint that it would not load.
     """
     model = _Model(checkpoint)
     placeholders = {t.name: _placeholder(t.dtype, t.shape) for t in checkpoint.tensors.values()}
@@ -160,19 +161,19 @@ def describe(checkpoint: Checkpoint) -> Layout:
 
 
 def _packed(checkpoint: Checkpoint, arrays: dict[str, mx.array]) -> dict[str, Tier]:
-    """The tier of every packed module, by its path, as mlx-lm would take it to be."""
-    found = {}
+    """Return the tier of every packed module by its path, as mlx-lm would infer it."""
+    tiers = {}
     entries = mlx_quantization(checkpoint.config) or {}
     for path in (name.removesuffix(".scales") for name in arrays if name.endswith(".scales")):
-        entry = own if isinstance(own := entries.get(path), dict) else entries
+        entry = entries[path] if isinstance(entries.get(path), dict) else entries
         wanted = {"mode": "affine"} | {
             key: entry[key] for key in ("group_size", "bits", "mode") if key in entry
         }
-        tiers = [t for t in TIERS.values() if t.quantized and t.config_entry() == wanted]
-        if not tiers or f"{path}.weight" not in arrays:
-            raise SourceError(f"config.json: {path} has scales, but its tier {wanted} is none.")
-        found[path] = tiers[0]
-    return found
+        matching = [t for t in TIERS.values() if t.quantized and t.config_entry() == wanted]
+        if not matching or f"{path}.weight" not in arrays:
+            raise SourceError(f"config.json: {path} has scales, but {wanted} is not a tier.")
+        tiers[path] = matching[0]
+    return tiers
 
 
 def _layout(
@@ -182,7 +183,6 @@ def _layout(
     packed: dict[str, Tier],
     view: Callable[[str], View],
 ) -> Layout:
-    config = checkpoint.config
     modules = {
         path: module
         for path, module in model.quantizable()
@@ -191,13 +191,8 @@ def _layout(
     every = dict(model.model.named_modules())
     modules |= {path: every[path] for path in packed}
     numbered = [layer for path in modules if (layer := layer_of(path)) is not None]
-    layers = (
-        optional_int(config, "num_hidden_layers", "n_layers", "n_layer")
-        or max(numbered, default=-1) + 1
-    )
-    kinds = text_scope(config).get("layer_types")
-    kinds = kinds if isinstance(kinds, list) else []
-    layout = Layout(layers)
+    kinds = checkpoint.settings.layer_types
+    layout = Layout(checkpoint.settings.layers or max(numbered, default=-1) + 1)
     for name, shape in model.shapes.items():
         path = name.rpartition(".")[0]
         layer = layer_of(name)
@@ -225,10 +220,10 @@ def _add_packed(
     dtype = _NAMES[arrays[f"{at.name}.scales"].dtype] if tier.mode == "affine" else "BF16"
     specs = tier.tensors(at.name, shape, dtype)
     for spec in specs:
-        found = arrays.get(spec.name)
-        if found is None or tuple(found.shape) != spec.shape:
+        array = arrays.get(spec.name)
+        if array is None or tuple(array.shape) != spec.shape:
             raise SourceError(
-                f"tensor {spec.name!r} is {'missing' if found is None else list(found.shape)}; "
+                f"tensor {spec.name!r} is {'missing' if array is None else list(array.shape)}; "
                 f"tier {tier} needs {list(spec.shape)}."
             )
     layout.add_weight(at, shape, tier, *(view(spec.name) for spec in specs), dtype=dtype)
@@ -237,7 +232,7 @@ def _add_packed(
 def _placeholder(dtype: str, shape: tuple[int, ...]) -> mx.array:
     if dtype not in _DTYPES:
         raise SourceError(
-            f"tensors of type {dtype} are not read: start from a BF16 or F16 checkpoint."
+            f"tensors of type {dtype} cannot be read: start from a BF16 or F16 checkpoint."
         )
     return mx.zeros(shape, _DTYPES[dtype])
 
@@ -246,18 +241,18 @@ def _require_loadable(
     arrays: dict[str, mx.array], shapes: dict[str, tuple[int, ...]], packed: dict[str, Tier]
 ) -> None:
     paths = {path for path in packed if f"{path}.weight" in shapes}
-    parts = {f"{path}.{part}" for path in paths for part in ("weight", "scales", "biases")}
-    shapes = {name: shape for name, shape in shapes.items() if name not in parts}
-    arrays = {name: array for name, array in arrays.items() if name not in parts}
+    of_packed = {f"{path}.{end}" for path in paths for end in ("weight", "scales", "biases")}
+    shapes = {name: shape for name, shape in shapes.items() if name not in of_packed}
+    arrays = {name: array for name, array in arrays.items() if name not in of_packed}
     missing, unknown = shapes.keys() - arrays.keys(), arrays.keys() - shapes.keys()
-    for names, what in ((missing, "is missing"), (unknown, "is not part of the model")):
+    for names, fault in ((missing, "is missing"), (unknown, "is not part of the model")):
         if names:
-            there = recognize_tensors(unknown)
-            if there is None and missing and unknown:
-                there = f"found {min(unknown)}, which is not part of the model."
+            advice = recognize_tensors(unknown)
+            if advice is None and missing and unknown:
+                advice = f"found {min(unknown)}, which is not part of the model."
             raise SourceError(
-                f"tensor {min(names)!r} {what} (one of {len(names)} such): "
-                f"mlx-lm would not load this checkpoint{f'; {there}' if there else '.'}"
+                f"tensor {min(names)!r} {fault}, like {len(names) - 1} others: "
+                f"mlx-lm would not load this checkpoint{f'; {advice}' if advice else '.'}"
             )
     for name, shape in shapes.items():
         if tuple(arrays[name].shape) != shape:
@@ -281,13 +276,13 @@ _ROLE_OF_NAME = {name: role for role, names in _PROJECTIONS.items() for name in 
 
 
 def layer_of(path: str) -> int | None:
-    """The layer number in a module path, None outside the layers."""
+    """Return the layer number in a module path, None outside the layers."""
     match = _LAYER.search(path)
     return int(match.group(1)) if match else None
 
 
 def role_of(path: str, module: Any) -> str:
-    """The role of a quantizable module, from its class and the last part of its path."""
+    """Return the role of a quantizable module, from its class and the last name of its path."""
     from mlx.nn import Embedding
     from mlx_lm.models.switch_layers import SwitchLinear
 

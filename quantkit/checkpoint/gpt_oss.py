@@ -1,14 +1,13 @@
-"""gpt-oss checkpoints: as published (MXFP4 experts), as BF16 fine-tunes write them, and under
-mlx-lm's own names.
+"""gpt-oss checkpoints: as published (MXFP4 experts), as BF16 fine-tunes, and as mlx-lm writes them.
 
 Published experts are `gate_up_proj_blocks` [E, 2I, H/32, 16] with `_scales` [E, 2I, H/32] and
-`down_proj_blocks` [E, H, I/32, 16]: two FP4 values a byte, low nibble first, which read as
-little-endian uint32 is mlx's own packing. Fine-tunes hold plain `gate_up_proj` [E, H, 2I] and
-`down_proj` [E, I, H]. In both, gate and up alternate, gate first. mlx-lm writes `gate_proj`,
-`up_proj` and `down_proj` apart, [E, out, in] each, in floats (`mlx_lm.fuse --dequantize`) or as
-packed MXFP4 (`mlx_lm.convert` without -q).
+`down_proj_blocks` [E, H, I/32, 16]: two FP4 values a byte, low nibble first, which as little-endian
+uint32 is mlx's packing. Fine-tunes have plain `gate_up_proj` [E, H, 2I] and `down_proj` [E, I, H].
+In both, gate and up alternate, gate first. mlx-lm writes separate `gate_proj`, `up_proj` and
+`down_proj`, each [E, out, in], in floats (`mlx_lm.fuse --dequantize`) or as packed MXFP4
+(`mlx_lm.convert` without -q).
 
-This is the only place that spells gpt-oss names.
+Only this module spells gpt-oss names.
 """
 
 from collections.abc import Iterator, Mapping
@@ -18,8 +17,8 @@ from typing import Any, Literal
 from quantkit.checkpoint.checkpoint import Checkpoint
 from quantkit.checkpoint.foreign import recognize_tensors
 from quantkit.checkpoint.headers import StoredTensor
-from quantkit.checkpoint.model_config import mlx_quantization
-from quantkit.checkpoint.tensor_map import Layout, Place, config_int, float_storage
+from quantkit.checkpoint.model_config import ModelConfig, mlx_quantization
+from quantkit.checkpoint.tensor_map import Layout, Place, float_storage
 from quantkit.checkpoint.views import RowView, TransposedView, plain_view
 from quantkit.errors import SourceError
 from quantkit.formats.tiers import MXFP4, TensorSpec
@@ -30,7 +29,7 @@ _BLOCK = 32  # values that share an MXFP4 scale
 
 @dataclass(frozen=True)
 class _Shape:
-    """The dimensions that fix every tensor's shape."""
+    """The dimensions that determine the shape of every tensor."""
 
     layers: int
     experts: int
@@ -44,28 +43,28 @@ class _Shape:
 
     @property
     def projections(self) -> tuple[tuple[str, tuple[int, int]], ...]:
-        """Attention's roles, each with its (out, in)."""
+        """The roles of attention, each with its (out, in)."""
         kv = (self.keys, self.hidden)
         q, o = (self.queries, self.hidden), (self.hidden, self.queries)
         return ("q", q), ("k", kv), ("v", kv), ("o", o)
 
 
 @dataclass(frozen=True)
-class _Part:
-    """One part of the model, whichever way it is stored.
+class _Module:
+    """A tensor or stack of the model, in any of its layouts.
 
-    A `matrix` or `kept` tensor under its own name and `shape`; or `experts`, whose `projections`,
+    A `matrix` or `unquantized` tensor has its own name and `shape`. The `projections` of `experts`,
     each of `shape` [E, out, in], are stored as one interleaved stack.
     """
 
-    form: Literal["matrix", "kept", "experts"]
+    form: Literal["matrix", "unquantized", "experts"]
     at: Place
     shape: tuple[int, ...]
     projections: tuple[str, ...] = ()
 
     @property
     def places(self) -> list[Place]:
-        """Where mlx-lm's model has each projection of `experts`."""
+        """The places of the projections of `experts` in mlx-lm's model."""
         experts = self.at.name.rpartition(".")[0]
         return [
             replace(self.at, name=f"{experts}.{p}", role=f"expert_{p.removesuffix('_proj')}")
@@ -74,22 +73,26 @@ class _Part:
 
 
 def describe(checkpoint: Checkpoint) -> Layout:
-    """Every tensor of a gpt-oss checkpoint under its mlx-lm name.
+    """Return the layout of a gpt-oss checkpoint.
 
-    Raises SourceError for a tensor that is missing, unknown, or of another type or shape than the
-    config implies.
+    Raises SourceError for a missing or unknown tensor, or one whose type or shape contradicts the
+    config.
     """
     shape = _shape(checkpoint.config)
     reader = _Reader(checkpoint, shape)
-    for part in _parts(shape):
-        {"matrix": reader.matrix, "kept": reader.kept, "experts": reader.experts}[part.form](part)
+    for module in _modules(shape):
+        {"matrix": reader.matrix, "unquantized": reader.unquantized, "experts": reader.experts}[
+            module.form
+        ](module)
     reader.require_all_used()
     return reader.layout
 
 
 def is_native(checkpoint: Checkpoint) -> bool:
-    """Return whether a gpt-oss checkpoint that mlx-lm wrote holds what was published: MXFP4 in the
-    experts and floats elsewhere."""
+    """Return whether mlx-lm wrote a gpt-oss checkpoint without quantizing it further.
+
+    That is, with MXFP4 in the experts and floats elsewhere.
+    """
     names = checkpoint.tensors
     scales = [name.removesuffix(".scales") for name in names if name.endswith(".scales")]
     quantization = mlx_quantization(checkpoint.config) or {}
@@ -103,19 +106,19 @@ def is_native(checkpoint: Checkpoint) -> bool:
 
 
 def stored_tensors(config: Mapping[str, Any], packed: bool = True) -> Iterator[TensorSpec]:
-    """Every tensor of a checkpoint with this config, in stored names, types and shapes.
+    """Yield every tensor of a checkpoint with this config, in stored names, types and shapes.
 
-    `packed` as published (MXFP4 experts), else as BF16 fine-tunes write them.
+    `packed` yields the published layout (MXFP4 experts), otherwise the layout of BF16 fine-tunes.
     """
-    for part in _parts(_shape(config)):
-        name = part.at.name
-        if part.form == "matrix":
-            yield TensorSpec(f"{name}.weight", "BF16", part.shape)
-        elif part.form == "kept":
-            yield TensorSpec(name, "BF16", part.shape)
+    for module in _modules(_shape(config)):
+        name = module.at.name
+        if module.form == "matrix":
+            yield TensorSpec(f"{name}.weight", "BF16", module.shape)
+        elif module.form == "unquantized":
+            yield TensorSpec(name, "BF16", module.shape)
         else:
-            experts, n_out, n_in = part.shape
-            rows = len(part.projections) * n_out
+            experts, n_out, n_in = module.shape
+            rows = len(module.projections) * n_out
             if packed:
                 groups = (experts, rows, n_in // _BLOCK)
                 yield TensorSpec(f"{name}_blocks", "U8", (*groups, _BLOCK // 2))
@@ -125,79 +128,82 @@ def stored_tensors(config: Mapping[str, Any], packed: bool = True) -> Iterator[T
             yield TensorSpec(f"{name}_bias", "BF16", (experts, rows))
 
 
-def _parts(s: _Shape) -> Iterator[_Part]:
-    """The model, in its own order: the one table of gpt-oss's names and shapes."""
+def _modules(s: _Shape) -> Iterator[_Module]:
+    """Yield the model in its own order: the one table of gpt-oss's names and shapes."""
     vocabulary = (s.vocabulary, s.hidden)
-    yield _Part("matrix", Place("model.embed_tokens", "embedding"), vocabulary)
+    yield _Module("matrix", Place("model.embed_tokens", "embedding"), vocabulary)
     for layer, kind in enumerate(s.kinds):
         at = f"model.layers.{layer}"
 
         def place(name: str, role: str, at: str = at, kind: str = kind, n: int = layer) -> Place:
             return Place(f"{at}.{name}", role, n, kind)
 
-        yield _Part("kept", place("input_layernorm.weight", "other"), (s.hidden,))
-        yield _Part("kept", place("post_attention_layernorm.weight", "other"), (s.hidden,))
+        yield _Module("unquantized", place("input_layernorm.weight", "other"), (s.hidden,))
+        yield _Module("unquantized", place("post_attention_layernorm.weight", "other"), (s.hidden,))
         matrices = {f"self_attn.{role}_proj": (role, shape) for role, shape in s.projections}
         matrices["mlp.router"] = ("router", (s.experts, s.hidden))
         for name, (role, shape) in matrices.items():
-            yield _Part("matrix", place(name, role), shape)
-            yield _Part("kept", place(f"{name}.bias", role), shape[:1])
-        yield _Part("kept", place("self_attn.sinks", "other"), (s.heads,))
+            yield _Module("matrix", place(name, role), shape)
+            yield _Module("unquantized", place(f"{name}.bias", role), shape[:1])
+        yield _Module("unquantized", place("self_attn.sinks", "other"), (s.heads,))
         up, down = (s.intermediate, s.hidden), (s.hidden, s.intermediate)
         gate_up = ("gate_proj", "up_proj")
-        yield _Part("experts", place("mlp.experts.gate_up_proj", ""), (s.experts, *up), gate_up)
-        yield _Part(
+        yield _Module("experts", place("mlp.experts.gate_up_proj", ""), (s.experts, *up), gate_up)
+        yield _Module(
             "experts", place("mlp.experts.down_proj", ""), (s.experts, *down), ("down_proj",)
         )
-    yield _Part("kept", Place("model.norm.weight", "other"), (s.hidden,))
-    yield _Part("matrix", Place("lm_head", "lm_head"), vocabulary)
+    yield _Module("unquantized", Place("model.norm.weight", "other"), (s.hidden,))
+    yield _Module("matrix", Place("lm_head", "lm_head"), vocabulary)
 
 
 def _shape(config: Mapping[str, Any]) -> _Shape:
-    layers = config_int(config, "num_hidden_layers")
-    head = config_int(config, "head_dim")
+    settings = ModelConfig.parse(config)
+    layers, head = settings.require("layers"), settings.require("head_dim")
     kinds = config.get("layer_types") or ["sliding_attention", "full_attention"] * (layers // 2)
     if not isinstance(kinds, list) or not all(isinstance(kind, str) for kind in kinds):
-        raise SourceError("config.json: layer_types is no list of names.")
+        raise SourceError("config.json: layer_types is not a list of names.")
     if len(kinds) != layers:
         raise SourceError(f"config.json: {len(kinds)} layer_types for {layers} layers.")
-    heads = config_int(config, "num_attention_heads")
+    heads = settings.require("heads")
     return _Shape(
         layers=layers,
-        experts=config_int(config, "num_local_experts"),
-        hidden=config_int(config, "hidden_size"),
-        intermediate=config_int(config, "intermediate_size"),
-        vocabulary=config_int(config, "vocab_size"),
+        experts=settings.require("experts"),
+        hidden=settings.require("hidden_size"),
+        intermediate=settings.require("intermediate_size"),
+        vocabulary=settings.require("vocabulary"),
         queries=heads * head,
-        keys=config_int(config, "num_key_value_heads") * head,
+        keys=settings.require("key_value_heads") * head,
         heads=heads,
         kinds=tuple(kinds),
     )
 
 
 class _Reader:
-    """Takes tensors off the checkpoint's table, each checked, and adds them to the layout."""
+    """Takes tensors from the checkpoint's table, checks them, and adds them to the layout."""
 
     def __init__(self, checkpoint: Checkpoint, shape: _Shape) -> None:
         self.layout = Layout(shape.layers)
         self._left = dict(checkpoint.tensors)
         self._foreign = self._left.keys() - _every_name(shape)
 
-    def matrix(self, part: _Part) -> None:
-        tensor = self._take(f"{part.at.name}.weight", part.shape)
-        self.layout.add_weight(part.at, part.shape, float_storage(tensor), plain_view(tensor))
+    def matrix(self, module: _Module) -> None:
+        """Add a matrix."""
+        tensor = self._take(f"{module.at.name}.weight", module.shape)
+        self.layout.add_weight(module.at, module.shape, float_storage(tensor), plain_view(tensor))
 
-    def kept(self, part: _Part) -> None:
-        tensor = self._take(part.at.name, part.shape)
+    def unquantized(self, module: _Module) -> None:
+        """Add an unquantized tensor."""
+        tensor = self._take(module.at.name, module.shape)
         float_storage(tensor)
-        self.layout.add_unquantized(part.at, part.shape, plain_view(tensor))
+        self.layout.add_unquantized(module.at, module.shape, plain_view(tensor))
 
-    def experts(self, part: _Part) -> None:
-        stored, stride = part.at.name, len(part.projections)
-        experts, n_out, n_in = part.shape
-        if f"{part.places[0].name}.weight" in self._left:
-            for at in part.places:
-                self._separate_projection(at, part.shape)
+    def experts(self, module: _Module) -> None:
+        """Add the projections of a stack of experts."""
+        stored, stride = module.at.name, len(module.projections)
+        experts, n_out, n_in = module.shape
+        if f"{module.places[0].name}.weight" in self._left:
+            for at in module.places:
+                self._separate_projection(at, module.shape)
             return
         bias = self._take(f"{stored}_bias", (experts, stride * n_out))
         float_storage(bias)
@@ -206,24 +212,24 @@ class _Reader:
             blocks, scales = self._take_packed(stored, (experts, stride * n_out, n_in))
         else:
             plain = self._take(stored, (experts, n_in, stride * n_out))
-        for offset, at in enumerate(part.places):
+        for offset, at in enumerate(module.places):
             rows = experts * n_out
             if packed:
                 views = (
                     RowView(blocks, "U32", rows, n_in // 8, stride, offset),
                     RowView(scales, "U8", rows, n_in // _BLOCK, stride, offset),
                 )
-                self.layout.add_weight(at, part.shape, MXFP4, *views)
+                self.layout.add_weight(at, module.shape, MXFP4, *views)
             else:
                 view = TransposedView(plain, stride, offset)
-                self.layout.add_weight(at, part.shape, float_storage(plain), view)
+                self.layout.add_weight(at, module.shape, float_storage(plain), view)
             bias_view = RowView(bias, bias.dtype, rows, 1, stride, offset)
             self.layout.add_unquantized(
                 replace(at, name=f"{at.name}.bias"), (experts, n_out), bias_view
             )
 
     def _separate_projection(self, at: Place, shape: tuple[int, ...]) -> None:
-        """Add a stack under mlx-lm's own name, in floats or in MXFP4 as mlx packs it."""
+        """Add a stack under mlx-lm's name, in floats or in packed MXFP4."""
         *rows, n_in = shape
         if f"{at.name}.scales" in self._left:
             packed = self._take(f"{at.name}.weight", (*rows, n_in // 8), "U32")
@@ -232,20 +238,20 @@ class _Reader:
         else:
             plain = self._take(f"{at.name}.weight", shape)
             self.layout.add_weight(at, shape, float_storage(plain), plain_view(plain))
-        self.kept(_Part("kept", replace(at, name=f"{at.name}.bias"), tuple(rows)))
+        self.unquantized(_Module("unquantized", replace(at, name=f"{at.name}.bias"), tuple(rows)))
 
     def _take_packed(
         self, stored: str, shape: tuple[int, int, int]
     ) -> tuple[StoredTensor, StoredTensor]:
-        for part, other in (("_scales", "blocks"), ("_blocks", "scales")):
-            if f"{stored}{part}" not in self._left:
+        for module, other in (("_scales", "blocks"), ("_blocks", "scales")):
+            if f"{stored}{module}" not in self._left:
                 raise SourceError(
-                    f"tensor '{stored}{part}' is missing, but its {other} are present. "
+                    f"tensor '{stored}{module}' is missing, but its {other} are present. "
                     "Download the shards and the index again."
                 )
         experts, n_out, n_in = shape
         if n_in % _BLOCK:
-            raise SourceError(f"tensor '{stored}_blocks': {n_in} inputs are no multiple of 32.")
+            raise SourceError(f"tensor '{stored}_blocks': {n_in} inputs are not a multiple of 32.")
         groups = n_in // _BLOCK
         blocks = self._take(f"{stored}_blocks", (experts, n_out, groups, _BLOCK // 2), "U8")
         return blocks, self._take(f"{stored}_scales", (experts, n_out, groups), "U8")
@@ -269,35 +275,38 @@ class _Reader:
         return tensor
 
     def require_all_used(self) -> None:
+        """Check that no tensor is left. Raises SourceError."""
         if self._left:
             tensor = self._left[min(self._left)]
             raise SourceError(
-                f"{tensor.file}: tensor {tensor.name!r} is not part of a gpt_oss model "
-                f"(one of {len(self._left)} such); {self._explanation()}"
+                f"{tensor.file}: tensor {tensor.name!r} is not part of a gpt_oss model, "
+                f"like {len(self._left) - 1} others; {self._explanation()}"
             )
 
     def _explanation(self) -> str:
-        """What the tensors look like, and what to do: only a checkpoint that holds nothing else
-        can have lost some on its way."""
-        if known := recognize_tensors(self._foreign):
-            return known
+        """Explain missing or extra tensors.
+
+        A checkpoint without foreign names has lost tensors in transfer.
+        """
+        if explanation := recognize_tensors(self._foreign):
+            return explanation
         if not self._foreign:
             return "download the shards and the index again."
         return (
-            f"found {min(self._foreign)}, which no layout of gpt-oss has. quantkit reads the "
-            "published one, transformers' and mlx-lm's."
+            f"found {min(self._foreign)}, which belongs to no layout of gpt-oss. quantkit reads "
+            "the published layout, and the layouts of transformers and mlx-lm."
         )
 
 
 def _every_name(shape: _Shape) -> set[str]:
     """Return the name of every tensor in every layout of gpt-oss."""
-    found = set()
-    for part in _parts(shape):
-        name = part.at.name
-        if part.form != "experts":
-            found.add(f"{name}.weight" if part.form == "matrix" else name)
+    names = set()
+    for module in _modules(shape):
+        name = module.at.name
+        if module.form != "experts":
+            names.add(f"{name}.weight" if module.form == "matrix" else name)
             continue
-        found |= {name, *(f"{name}_{end}" for end in ("blocks", "scales", "bias"))}
-        for at in part.places:
-            found |= {f"{at.name}.{end}" for end in ("weight", "scales", "bias")}
-    return found
+        names |= {name, *(f"{name}_{end}" for end in ("blocks", "scales", "bias"))}
+        for at in module.places:
+            names |= {f"{at.name}.{end}" for end in ("weight", "scales", "bias")}
+    return names

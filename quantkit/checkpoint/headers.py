@@ -1,4 +1,4 @@
-"""safetensors headers: read, distrusted, and turned into a table of tensors.
+"""safetensors headers, read with distrust, as a table of tensors.
 
 Format: 8 bytes little-endian header length, that many bytes of JSON, then the tensors' bytes
 (https://huggingface.co/docs/safetensors/index#format).
@@ -19,7 +19,7 @@ _AGAIN = "Download the file again."
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor's bytes are: [start, stop) of `file`, counted from the file's beginning."""
+    """The place of a tensor: bytes [start, stop) of `file`, counted from the start of the file."""
 
     name: str
     dtype: str
@@ -34,10 +34,10 @@ class StoredTensor:
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of a safetensors file, from its header alone.
+    """Read the tensors of a safetensors file from its header.
 
-    Raises SourceError when the file is missing, truncated, or its header is not a faithful map of
-    its bytes (unknown types, sizes that do not match shapes, gaps, overlaps, duplicates).
+    Raises SourceError if the file is missing or truncated, or if its header is not a faithful map
+    of its bytes (unknown types, sizes that do not match shapes, gaps, overlaps, duplicates).
     """
     try:
         size = path.stat().st_size
@@ -49,7 +49,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             if len(prefix) < 8 or 8 + length > size or length > _MAX_HEADER:
                 raise SourceError(
                     f"{path.name}: header of {length} bytes in a file of {size}: the file is "
-                    f"truncated or no safetensors file. {_AGAIN}"
+                    f"truncated or not a safetensors file. {_AGAIN}"
                 )
             raw = file.read(length)
     except FileNotFoundError as exc:
@@ -64,9 +64,9 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
 def check_header(
     entries: Mapping[str, Any], file: str, data_start: int, file_size: int
 ) -> dict[str, StoredTensor]:
-    """The tensors that header `entries` describe, checked against the size of their file.
+    """Return the tensors of header `entries`, checked against the size of their file.
 
-    `data_start` is where the tensors' bytes begin. Raises SourceError.
+    `data_start` is the position of the first tensor's bytes. Raises SourceError.
     """
     tensors = {name: _tensor(name, entry, file, data_start) for name, entry in entries.items()}
     _check_offsets(tensors.values(), file, data_start, file_size)
@@ -87,7 +87,7 @@ def _parse(file: str, raw: bytes) -> dict[str, Any]:
     except (ValueError, RecursionError) as exc:
         raise SourceError(f"{file}: the header is not valid JSON ({exc}). {_AGAIN}") from exc
     if not isinstance(entries, dict):
-        raise SourceError(f"{file}: the header is no JSON object. {_AGAIN}")
+        raise SourceError(f"{file}: the header is not a JSON object. {_AGAIN}")
     entries.pop("__metadata__", None)
     return entries
 
@@ -131,7 +131,7 @@ def _check_offsets(
         if tensor.start > end:
             raise SourceError(
                 f"{file}: {tensor.start - end} bytes between {previous} and tensor "
-                f"{tensor.name!r} belong to none. {_AGAIN}"
+                f"{tensor.name!r} belong to no tensor. {_AGAIN}"
             )
         previous, end = f"tensor {tensor.name!r}", tensor.stop
     if end > file_size:

@@ -29,15 +29,15 @@ _READERS = 8  # headers fetched at a time
 
 
 def is_repo_id(name: str) -> bool:
-    """Whether `name` reads as user/name."""
+    """Return whether `name` has the form user/name."""
     return _REPO_ID.fullmatch(name) is not None
 
 
 def open_hub(repo: str, revision: str | None) -> Checkpoint:
-    """A Hub repo, from config and safetensors metadata alone (a few hundred kB).
+    """Open a Hub repo from its config and safetensors metadata (a few hundred kB).
 
-    Raises HubError when the Hub does not answer or has no such repo, SourceError when what it
-    answers is no sound checkpoint.
+    Raises HubError if the Hub does not answer or lacks the repo, SourceError for an unsound
+    checkpoint.
     """
     from huggingface_hub import HfApi, hf_hub_download
     from huggingface_hub.utils import disable_progress_bars
@@ -47,7 +47,7 @@ def open_hub(repo: str, revision: str | None) -> Checkpoint:
     with _clear_errors(repo, revision):
         info = api.model_info(repo, revision=revision, files_metadata=True)
         commit = info.sha
-        # By the name asked for: so the cache learns which commit that is.
+        # By the requested name, so that the cache learns its commit.
         config_file = Path(hf_hub_download(repo, "config.json", revision=revision))
         config = load_json(config_file, SourceError)
         siblings = {sibling.rfilename: sibling for sibling in info.siblings or ()}
@@ -68,7 +68,7 @@ def open_hub(repo: str, revision: str | None) -> Checkpoint:
 
 
 def open_cached(repo: str, revision: str | None) -> Checkpoint | None:
-    """A repo that was downloaded whole before, None if it was not."""
+    """Open a repo from the Hub's cache, None unless it was downloaded completely."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -80,9 +80,9 @@ def open_cached(repo: str, revision: str | None) -> Checkpoint | None:
 
 
 def download(checkpoint: Checkpoint) -> Path:
-    """Fetch a repo's top-level model files into the Hub's own cache; resumes.
+    """Download a repo's top-level model files into the Hub's cache, resuming.
 
-    Raises HubError, or OutputError when the cache's disk cannot take them.
+    Raises HubError, or OutputError if the disk is too small.
     """
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.utils import enable_progress_bars
@@ -95,7 +95,7 @@ def download(checkpoint: Checkpoint) -> Path:
     _require_space(Path(constants.HF_HUB_CACHE), sum(file.size for file in checkpoint.files))
     enable_progress_bars()
     with _clear_errors(repo, revision):
-        # No folders: repos of gpt-oss also hold original/ and metal/, as large again.
+        # Without folders: repos of gpt-oss also hold original/ and metal/, as large again.
         snapshot_download(
             repo, revision=revision, allow_patterns=[*_DOWNLOAD, *shards], ignore_patterns=["*/*"]
         )
@@ -103,7 +103,7 @@ def download(checkpoint: Checkpoint) -> Path:
 
 
 def fetch_file(repo: str, name: str) -> Path:
-    """One file of a repo, through the Hub's cache. Raises HubError."""
+    """Download one file of a repo into the Hub's cache. Raises HubError."""
     from huggingface_hub import hf_hub_download
 
     with _clear_errors(repo, None):
@@ -111,9 +111,9 @@ def fetch_file(repo: str, name: str) -> Path:
 
 
 def _require_space(cache: Path, needed: int) -> None:
-    there = next(path for path in (cache, *cache.parents) if path.exists())
-    free = shutil.disk_usage(there).free
-    # What an interrupted download already fetched is counted once more: a little too careful.
+    existing = next(path for path in (cache, *cache.parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    # Counts files of an interrupted download again, which errs on the safe side.
     if free < needed:
         raise OutputError(
             f"{cache}: {free / 1e9:.2f} GB free, {needed / 1e9:.2f} GB needed for the download. "
@@ -123,7 +123,7 @@ def _require_space(cache: Path, needed: int) -> None:
 
 def _file(sibling: Any, name: str) -> SourceFile:
     if sibling is None or sibling.size is None:
-        raise SourceError(f"{name}: named by the index, but the repo does not hold it.")
+        raise SourceError(f"{name}: named by the index, but missing from the repo.")
     return SourceFile(name, sibling.size, sibling.lfs.sha256 if sibling.lfs else None)
 
 
@@ -132,7 +132,7 @@ def _header(tensors: Any, file: SourceFile) -> dict[str, StoredTensor]:
         name: {"dtype": t.dtype, "shape": list(t.shape), "data_offsets": list(t.data_offsets)}
         for name, t in tensors.items()
     }
-    # The metadata does not say how long the header is: positions count from the data's beginning.
+    # The metadata omits the length of the header: positions count from the start of the data.
     end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
     if end > file.size:
         raise SourceError(f"{file.name}: tensors end at byte {end} of a file of {file.size}.")
@@ -154,13 +154,13 @@ def _clear_errors(repo: str, revision: str | None) -> Iterator[None]:
             "Check the name; for a private repo run: hf auth login"
         ) from exc
     except errors.RevisionNotFoundError as exc:
-        raise HubError(f"{repo}{at}: no such revision.") from exc
+        raise HubError(f"{repo}{at}: the revision does not exist.") from exc
     except errors.RemoteEntryNotFoundError as exc:
         raise HubError(
             f"{repo}{at}: not a model repo: config.json or a shard of its index is missing."
         ) from exc
     except errors.HFValidationError as exc:
-        raise HubError(f"{repo}: not a name that the Hub gives to a repo.") from exc
+        raise HubError(f"{repo}: not a valid name of a Hub repo.") from exc
     except (errors.NotASafetensorsRepoError, errors.SafetensorsParsingError) as exc:
         raise SourceError(f"{repo}: has no readable safetensors at its top level.") from exc
     except (errors.HTTPError, OSError) as exc:

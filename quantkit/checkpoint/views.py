@@ -1,8 +1,7 @@
-"""Views: a tensor of the mlx-lm model, as rows of what a checkpoint stores.
+"""Views: a tensor of the mlx-lm model, as rows of stored tensors.
 
-A row is the unit a view can cut at; a view yields any range of its rows without reading others, so
-that a 1 GB tensor passes through a few MB of memory. Arrays are numpy carriers: BF16 travels as
-uint16.
+A row is the unit in which a view can be cut. A view reads any range of its rows alone, so that a 1
+GB tensor passes through a few MB of memory. Arrays are numpy carriers: BF16 travels as uint16.
 """
 
 from collections.abc import Callable
@@ -17,9 +16,9 @@ from quantkit.formats.dtypes import numpy_dtype
 
 
 class View(Protocol):
-    """Rows of one tensor.
+    """The rows of one tensor: `rows` rows of `width` elements.
 
-    `rows` many, of `width` elements each; reads should start and stop at multiples of `step`.
+    Reads should start and stop at multiples of `step`.
     """
 
     @property
@@ -32,13 +31,13 @@ class View(Protocol):
     def step(self) -> int: ...
 
     def read(self, checkpoint: Checkpoint, start: int, stop: int, /) -> np.ndarray:
-        """Rows [start, stop) as an array (stop - start, width)."""
+        """Read rows [start, stop) as an array (stop - start, width)."""
         ...
 
 
 @dataclass(frozen=True)
 class RowView:
-    """Every `stride`-th row of a stored tensor, from `offset` on, seen as `dtype`."""
+    """Every `stride`-th row of a stored tensor, from `offset` on, viewed as `dtype`."""
 
     tensor: StoredTensor
     dtype: str
@@ -49,6 +48,7 @@ class RowView:
     step: int = 1
 
     def read(self, checkpoint: Checkpoint, start: int, stop: int) -> np.ndarray:
+        """Read rows [start, stop) as an array (stop - start, width)."""
         wanted = numpy_dtype(self.dtype)
         stored = self.width * wanted.itemsize // numpy_dtype(self.tensor.dtype).itemsize
         span = slice(start * self.stride * stored, stop * self.stride * stored)
@@ -75,7 +75,7 @@ class TransposedView:
 
     @property
     def step(self) -> int:
-        """Rows of one expert: each is read whole."""
+        """The rows of one expert, which is read whole."""
         return self.tensor.shape[2] // self.stride
 
     @property
@@ -83,6 +83,7 @@ class TransposedView:
         return self.tensor.shape[0] * self.step
 
     def read(self, checkpoint: Checkpoint, start: int, stop: int) -> np.ndarray:
+        """Read rows [start, stop) as an array (stop - start, width)."""
         if start % self.step or (stop % self.step and stop != self.rows):
             raise ValueError(f"rows {start}:{stop} do not cut at whole experts ({self.step})")
         _, n_in, n_out = self.tensor.shape
@@ -94,10 +95,10 @@ class TransposedView:
 
 @dataclass(frozen=True)
 class ComputedView:
-    """A tensor that a model class's own `sanitize` computes from stored ones.
+    """A tensor that a model class's `sanitize` computes from stored ones.
 
-    `compute` gives it whole (an mlx array becomes a numpy carrier); the last one is kept, since
-    rows of one tensor are asked for in a row.
+    `compute` returns the whole tensor as a numpy carrier, and caches the last one, since
+    consecutive reads are for the same tensor.
     """
 
     name: str
@@ -108,12 +109,13 @@ class ComputedView:
     step: int = 1
 
     def read(self, _checkpoint: Checkpoint, start: int, stop: int) -> np.ndarray:
+        """Read rows [start, stop) as an array (stop - start, width)."""
         return self.compute(self.name).reshape(self.rows, self.width)[start:stop]
 
 
 @dataclass(frozen=True)
 class CastView:
-    """A float tensor in another float type, rounded to nearest as mlx does it."""
+    """A float tensor in another float type, rounded to nearest as mlx does."""
 
     stored: View
     dtype: str
@@ -131,6 +133,7 @@ class CastView:
         return self.stored.step
 
     def read(self, checkpoint: Checkpoint, start: int, stop: int) -> np.ndarray:
+        """Read rows [start, stop) as an array (stop - start, width)."""
         from quantkit.formats.codec import FLOAT_TYPES, to_mx, to_numpy  # mlx, for values only
 
         values = to_mx(self.stored.read(checkpoint, start, stop), self.stored.dtype)
@@ -138,7 +141,7 @@ class CastView:
 
 
 def plain_view(tensor: StoredTensor) -> RowView:
-    """A stored tensor as it is."""
+    """Return a view of a stored tensor as it is."""
     width = tensor.shape[-1] if tensor.shape else 1
     rows = 1
     for size in tensor.shape[:-1]:

@@ -1,1 +1,1 @@
-"""The command line: a few lines a command over the library; alone in knowing typer and rich."""
+"""The command line: arguments in, outcome out. Only this room imports typer and rich."""

@@ -1,4 +1,4 @@
-"""`quantkit bench`: how fast a repo is, and in how much memory."""
+"""`quantkit bench`: the speed and memory of a repo."""
 
 from typing import Annotated
 
@@ -11,17 +11,20 @@ from quantkit.cli.options import Json, Record, Repo, TrustRemoteCode
 def bench(
     out: Repo,
     context: Annotated[
-        str, typer.Option(help="Lengths of the prompts in tokens, such as 1k,4k.")
+        str, typer.Option(help="Prompt lengths in tokens, such as 1k,4k.")
     ] = "1k,4k",
-    tokens: Annotated[int, typer.Option(min=16, help="How many to generate after each.")] = 128,
+    tokens: Annotated[
+        int, typer.Option(min=16, help="Tokens to generate after each prompt.")
+    ] = 128,
     trust_remote_code: TrustRemoteCode = False,
     record: Record = False,
     json: Json = False,
 ) -> None:
-    """Measure peak memory, prefill and generation speed, through mlx-lm's own generation.
+    """Measure peak memory, prefill and generation speed with stock mlx-lm.
 
-    The model is loaded whole, as its users do. Beside the peak stands what was computed: weights
-    and KV cache. `--record` puts the figures into OUT's quantkit.json and model card.
+    The model is loaded whole. The computed memory of weights and KV cache stands beside the peak.
+
+    `quantkit bench gpt-oss-20b-16GB --context 1k,8k`
     """
     from quantkit.backend import speed_hint
     from quantkit.evaluation.speed import measure
@@ -31,10 +34,9 @@ def bench(
     report = read_report(out)
     contexts = [parse_count(text) for text in context.split(",")]
     console.note(speed_hint())
-    with console.progress(len(contexts) * tokens, "Generating", "tokens") as progress:
-        speed = measure(
-            out, report, contexts, tokens, progress, trust_remote_code=trust_remote_code
-        )
+    with console.Bars() as bars:
+        stage = bars.stage("Generating", len(contexts) * tokens, "tokens")
+        speed = measure(out, report, contexts, tokens, stage, trust_remote_code=trust_remote_code)
     if json:
         console.print_json(speed.to_json())
     else:

@@ -1,37 +1,55 @@
-"""`quantkit compare`: how close quants are to the native model."""
+"""`quantkit compare`: the fidelity of quants to the native model."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from quantkit.cli import console, tables
-from quantkit.cli.options import Json, Record, TrustRemoteCode
-from quantkit.storage.paths import user_path
+from quantkit.cli.options import (
+    TEXT,
+    Json,
+    Memory,
+    Plot,
+    Record,
+    SequenceLength,
+    TrustRemoteCode,
+    memory_bytes,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from quantkit.artifacts.report import Report
-    from quantkit.checkpoint.source import Source
+    from quantkit.artifacts.fidelity import Fidelity
 
 
-def require_made_from(native: "Source", reports: "Mapping[str, Report]") -> None:
-    """Raises InputError unless all repos were made from `native`: their cards speak of that one."""
-    from quantkit.artifacts.inventory import with_hashes
-    from quantkit.checkpoint.source import file_hashes, with_values
-    from quantkit.errors import InputError
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """The text to evaluate on."""
 
-    native = with_values(native)
-    here = with_hashes(native.inventory.source, file_hashes(native))
-    for name, report in reports.items():
-        made_from = report.plan.source
-        if (made_from.structure, made_from.files) != (here.structure, here.files):
-            raise InputError(
-                f"{name}: was made from {made_from.name}, not from this {here.name}; compare it to "
-                "that, or leave --record out."
-            )
+    text: Annotated[
+        str,
+        typer.Option(
+            rich_help_panel=TEXT,
+            help="Hub data set, a .jsonl, .txt or .parquet file, or the shipped mix (default). "
+            "Every fifth sequence is evaluated, and some dialogues.",
+        ),
+    ] = "default"
+    tokens: Annotated[int, typer.Option(rich_help_panel=TEXT, help="Tokens to evaluate.")] = 4096
+    sequence_length: SequenceLength = 256
+    seed: Annotated[
+        int, typer.Option(min=0, rich_help_panel=TEXT, help="Seed of the order of the text.")
+    ] = 0
+    memory: Memory = None
+    trust_remote_code: TrustRemoteCode = False
+
+
+@dataclass(frozen=True)
+class ResultOptions:
+    """Outputs of the results."""
+
+    plot: Plot = None
+    record: Record = False
+    json: Json = False
 
 
 def compare(
@@ -39,70 +57,56 @@ def compare(
         str,
         typer.Argument(
             metavar="NATIVE",
-            help="The published checkpoint: a local folder, a Hub id, demo or demo-llama.",
+            help="Published checkpoint: a local folder, a Hub id, demo or demo-llama.",
         ),
     ],
     repos: Annotated[
         list[str],
-        typer.Argument(metavar="OUT...", help="Quants of it: folders or Hub ids, by any tool."),
+        typer.Argument(metavar="OUT...", help="Quants of it by any tool: folders or Hub ids."),
     ],
-    text: Annotated[
-        str,
-        typer.Option(
-            help="Text to judge on: a Hub data set, a .jsonl, .txt or .parquet file, or the small "
-            "mix that ships with quantkit. Every fifth sequence of it is taken, and dialogues."
-        ),
-    ] = "default",
-    tokens: Annotated[int, typer.Option(help="How many tokens of it.")] = 4096,
-    sequence_length: Annotated[int, typer.Option(help="Tokens in a sequence.")] = 256,
-    seed: Annotated[int, typer.Option(min=0, help="Of the text's order.")] = 0,
-    plot: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="PNG", parser=user_path, help="Draw the distributions (needs the extra `plot`)."
-        ),
-    ] = None,
-    trust_remote_code: TrustRemoteCode = False,
-    record: Record = False,
-    json: Json = False,
+    options: EvaluationOptions,
+    results: ResultOptions,
 ) -> None:
-    """Measure how close quants are to the native model: KL divergence, top-1 agreement, perplexity.
+    """Compare quants to the native model: KL divergence, top-1 agreement, perplexity.
 
-    Runs one model after the other, a layer at a time, so it needs the memory of a layer only. The
-    text is held out: quants that were calibrated on it are refused. Intervals are 95%, by
-    bootstrap over sequences. The native model's last layer output is kept in the cache. `--record`
-    puts the figures into the quantkit.json and model card of the repos, which have to be folders
-    that quantkit made from NATIVE.
+    Runs one model after the other, a layer at a time. The text is held out: quants that were
+    calibrated on it are refused. Intervals are 95%, by bootstrap over sequences.
 
     `quantkit compare openai/gpt-oss-20b gpt-oss-20b-q8 mlx-community/gpt-oss-20b-MXFP4-Q8`
     """
-    from quantkit.backend import speed_hint
-    from quantkit.calibration.text import CalibrationSpec
+    from quantkit.backend import limited_memory, speed_hint
+    from quantkit.calibration.calibration_set import CalibrationSpec
     from quantkit.checkpoint.source import STORED
-    from quantkit.cli.choose import open_model, require_plots
-    from quantkit.evaluation import fidelity
+    from quantkit.jobs.compare import compare as run
+    from quantkit.jobs.compare import require_made_from
+    from quantkit.jobs.open_model import open_model
     from quantkit.publish.report import read_report
 
-    if plot is not None:
-        require_plots(plot)
-    reports = [read_report(Path(name)) for name in repos] if record else []
-    source = open_model(native, dtype=STORED, trust_remote_code=trust_remote_code)
-    if record:
-        require_made_from(source, dict(zip(repos, reports, strict=True)))
+    if results.plot is not None:
+        from quantkit.publish.plot import require_plots
+
+        require_plots(results.plot)
+    reports = [(name, read_report(Path(name))) for name in repos] if results.record else []
+    source = open_model(native, dtype=STORED, trust_remote_code=options.trust_remote_code)
+    if reports:
+        require_made_from(source, reports)
     console.note(speed_hint())
-    request = CalibrationSpec(text, tokens, sequence_length, seed)
-    comparison = fidelity.prepare(source, repos, request)
-    console.note(tables.skipped_rows(comparison.text.about))
-    with console.progress(comparison.steps, "Comparing", "steps") as progress:
-        results = fidelity.compare(comparison, progress)
-    if plot is not None:
+    spec = CalibrationSpec(options.text, options.tokens, options.sequence_length, options.seed)
+    with console.Bars() as progress, limited_memory(memory_bytes(options.memory)):
+        measured = run(source, repos, spec, progress=progress)
+    _show(measured, results)
+    for (name, _), one in zip(reports, measured, strict=False):
+        console.record(Path(name), fidelity=replace(one, repo=Path(name).resolve().name))
+
+
+def _show(measured: "list[Fidelity]", results: ResultOptions) -> None:
+    if results.plot is not None:
         from quantkit.publish.plot import plot_fidelity
 
-        plot_fidelity(results, plot)
-    if json:
-        about = {"native": source.inventory.source.name, "text": comparison.text.about.name}
-        console.print_json(about | {"results": [result.to_json() for result in results]})
+        plot_fidelity(measured, results.plot)
+    first = measured[0]
+    if results.json:
+        names = {"native": first.native, "text": first.text}
+        console.print_json(names | {"results": [one.to_json() for one in measured]})
     else:
-        tables.print_fidelity(results, comparison.text.about.name)
-    for name, found in zip(repos if record else (), results, strict=False):
-        console.record(Path(name), fidelity=replace(found, repo=Path(name).resolve().name))
+        tables.print_fidelity(measured, first.text)

@@ -1,25 +1,24 @@
-"""What a person sees beside results: errors, notes, questions, progress."""
+"""Output beside results: errors, notes, questions, progress."""
 
 import json
 import re
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 from warnings import formatwarning
 
 from quantkit.errors import CacheWarning, InputError
-from quantkit.progress import Progress
+from quantkit.progress import Progress, Stage
+from quantkit.units import size
 
 
 def error(message: str) -> None:
-    """One line on stderr."""
+    """Print one line on stderr."""
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
 
 
 def note(message: str | None) -> None:
-    """A line on stderr that is no result; nothing for None."""
+    """Print a note on stderr; nothing for None."""
     if message is not None:
         print(f"note: {message}", file=sys.stderr)
 
@@ -32,8 +31,7 @@ def show_warning(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    """Show our own warnings as notes, without the line of code that gave them; all others as
-    Python does."""
+    """Print our own warnings as notes, and all others as Python does."""
     if issubclass(category, CacheWarning):
         note(str(message))
     else:
@@ -45,67 +43,80 @@ def show_warning(
 
 
 def print_json(value: Any) -> None:
-    """A result on stdout, for programs."""
+    """Print a result on stdout, for programs."""
     print(json.dumps(value, indent=2, ensure_ascii=False))
 
 
-def record(out: Path, **found: Any) -> None:
-    """Put what was found into a repo's report and card. Raises OutputError."""
+def record(out: Path, **fields: Any) -> None:
+    """Set fields of a repo's report and card. Raises OutputError."""
     from quantkit.publish.report import record as put
 
-    if not put(out, **found):
-        note(f"{out}/README.md is not as quantkit drew it: it is left, quantkit.json has it all.")
+    if not put(out, **fields):
+        note(f"{out}/README.md was edited by hand and stays; quantkit.json has the new values.")
 
 
-@contextmanager
-def progress(total: int, what: str, unit: str = "bytes") -> Iterator[Progress]:
-    """A progress bar on stderr over `total` bytes or steps, with ETA; only on a terminal, gone at
-    the end.
+class Bars(Progress):
+    """Progress bars with ETA on stderr, one per stage. Use as a context manager.
 
-    With a total of 0 only the names of what is being done are shown.
+    Bars appear on a terminal only, and vanish at the end.
     """
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
 
-    done = DownloadColumn() if unit == "bytes" else MofNCompleteColumn()
-    counted = (BarColumn(bar_width=16), done, TimeRemainingColumn())
-    columns = (
-        TextColumn(what, markup=False),
-        *(counted if total else ()),
-        TextColumn("{task.description}", style="dim", markup=False),
-    )
-    screen = Console(stderr=True)
-    bar = Progress(
-        *columns,
-        console=screen,
-        disable=not screen.is_terminal,
-        transient=True,
-        redirect_stdout=False,
-        redirect_stderr=False,
-    )
-    with bar:
-        task = bar.add_task("", total=total or None)
-        yield lambda done, name: bar.update(task, advance=done, description=_short(name))
+    def __init__(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+        screen = Console(stderr=True)
+        self._bars = Progress(
+            TextColumn("{task.fields[title]}", markup=False),
+            BarColumn(bar_width=16),
+            TextColumn("{task.fields[amount]}", markup=False),
+            TimeRemainingColumn(),
+            TextColumn("{task.description}", style="dim", markup=False),
+            console=screen,
+            disable=not screen.is_terminal,
+            transient=True,
+            redirect_stdout=False,
+            redirect_stderr=False,
+        )
+
+    def __enter__(self) -> "Bars":
+        self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bars.stop()
+
+    def stage(self, title: str, total: int, unit: str = "bytes") -> Stage:
+        """Add a bar; a total of 0 shows the current item only."""
+        task = self._bars.add_task("", total=total or None, title=title, amount="")
+        done = 0
+
+        def advance(more: int, name: str) -> None:
+            nonlocal done
+            done += more
+            amount = f"{done}/{total} {unit}" if unit != "bytes" else f"{size(done)}/{size(total)}"
+            amount = amount if total else ""
+            self._bars.update(task, advance=more, description=_short(name), amount=amount)
+
+        return advance
+
+    def note(self, text: str) -> None:
+        """Print a note above the bars."""
+        note(text)
 
 
 def require_yes(question: str, option: str, otherwise: str) -> None:
-    """Go on only if a person says yes. Raises InputError if not (`otherwise`), or where nobody can
-    be asked."""
+    """Ask the user for confirmation. Raises InputError if the answer is no, or without a
+    terminal.
+    """
     if not sys.stdin.isatty():
-        raise InputError(f"{question} Nobody can be asked here; {option} says yes.")
+        raise InputError(f"{question} Without a terminal, confirm with {option}.")
     print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)
     if sys.stdin.readline().strip().lower() not in ("y", "yes"):
         raise InputError(otherwise)
 
 
 def _short(name: str) -> str:
-    """`layer 5 v_proj` for `model.layers.5.self_attn.v_proj`."""
+    """Return `layer 5 v_proj` for `model.layers.5.self_attn.v_proj`."""
     layer = re.search(r"\.(\d+)\.", name)
     return f"layer {layer[1]} {name.removesuffix('.weight').rpartition('.')[2]}" if layer else name

@@ -18,45 +18,53 @@ def demo(
             "-o",
             metavar="OUT",
             parser=user_path,
-            help="Where to write it. Default: the cache.",
+            help="Folder to write. Default: in the cache.",
         ),
     ] = None,
-    recipe: Annotated[str, typer.Option("--recipe", "-r", help="A recipe.")] = "mxfp4-q8",
+    recipe: Annotated[str, typer.Option("--recipe", "-r", help="Recipe.")] = "mxfp4-q8",
     question: Annotated[
-        str, typer.Option("--question", "-q", help="What the quantized model is asked.")
+        str, typer.Option("--question", "-q", help="Question to the quantized model.")
     ] = "What is the capital of France?",
     json: Json = False,
 ) -> None:
     """Build a small gpt-oss, quantize it, print the report, and let the result answer.
 
     The model is SmolLM2-135M-Instruct upcycled to 8 experts in MXFP4, in gpt-oss's published
-    layout; it is built once (15 s) and kept in the cache ($QUANTKIT_CACHE, else ~/.cache/quantkit).
+    layout. It is built once (15 s) and cached ($QUANTKIT_CACHE, else ~/.cache/quantkit).
     """
     from quantkit.backend import speed_hint
     from quantkit.checkpoint.source import open_source
-    from quantkit.cli.choose import Asked, choose_plan
-    from quantkit.demo.build import demo_checkpoint
     from quantkit.generation.chat_model import ChatModel, SamplingParameters
-    from quantkit.jobs.pipeline import quantize
+    from quantkit.jobs.planning import PlanRequest
+    from quantkit.jobs.quantize import QuantizeOptions, quantize
     from quantkit.storage.paths import cache_folder
 
     console.note(speed_hint())
-    with console.progress(0, "Building the demo model,") as progress:
-        checkpoint = demo_checkpoint(lambda done, of: progress(0, f"layer {done} of {of}"))
-    source = open_source(str(checkpoint))
-    plan = choose_plan(source, Asked(recipe=recipe))
+    checkpoint = _build()
     out = output or cache_folder() / f"demo-{Path(recipe).stem}"
-    with console.progress(plan.total_bytes, f"Writing {out.name}") as progress:
-        report = quantize(source, plan, out, force=output is None, progress=progress)
+    options = QuantizeOptions(force=output is None)
+    with console.Bars() as progress:
+        request = PlanRequest(recipe=recipe)
+        source = open_source(str(checkpoint))
+        report = quantize(source, out, request, options, progress=progress).report
     deltas = ChatModel(str(out)).answer(
         [{"role": "user", "content": question}], SamplingParameters(64)
     )
     if json:
-        said = "".join(delta.text for delta in deltas)
-        console.print_json({"report": report.to_json(), "question": question, "answer": said})
+        answer = "".join(delta.text for delta in deltas)
+        console.print_json({"report": report.to_json(), "question": question, "answer": answer})
         return
     tables.print_report(report, str(out))
     print(f"\n> {question}", flush=True)
     for delta in deltas:
         print(delta.text, end="", flush=True)
     print()
+
+
+def _build() -> Path:
+    """Return the demo checkpoint, built with progress on first use."""
+    from quantkit.demo.build import demo_checkpoint
+
+    with console.Bars() as progress:
+        stage = progress.stage("Building the demo model", 0)
+        return demo_checkpoint(lambda done, total: stage(0, f"layer {done} of {total}"))

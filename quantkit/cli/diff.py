@@ -1,4 +1,4 @@
-"""`quantkit diff`: how two saved plans differ."""
+"""`quantkit diff`: the difference of two saved plans."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -11,12 +11,12 @@ from quantkit.cli.options import Json
 from quantkit.storage.paths import user_path
 
 SavedPlan = Annotated[
-    Path, typer.Argument(parser=user_path, help="A plan that `quantkit plan -o` saved.")
+    Path, typer.Argument(parser=user_path, help="Plan saved by `quantkit plan -o`.")
 ]
 
 
 def diff(a: SavedPlan, b: SavedPlan, json: Json = False) -> None:
-    """Show which weights two saved plans store differently, with bytes and predicted KL divergence.
+    """Show the weights that two saved plans store differently, with bytes and predicted KL.
 
     `quantkit diff 16GB.json 24GB.json`
     """
@@ -26,8 +26,8 @@ def diff(a: SavedPlan, b: SavedPlan, json: Json = False) -> None:
     from quantkit.storage.json_files import load_json
 
     before, after = (Plan.from_json(load_json(path, PlanError), str(path)) for path in (a, b))
-    found = find_differences(before, after)
+    differences = find_differences(before, after)
     if json:
-        console.print_json([asdict(difference) for difference in found])
+        console.print_json([asdict(difference) for difference in differences])
     else:
-        tables.print_differences(found)
+        tables.print_differences(differences)

@@ -1,17 +1,19 @@
-"""`quantkit inspect`: what a checkpoint holds."""
+"""`quantkit inspect`: the inventory of a checkpoint."""
 
 from quantkit.cli import console, tables
 from quantkit.cli.options import Json, Revision, Src
 
 
 def inspect(src: Src, revision: Revision = None, json: Json = False) -> None:
-    """Show what a checkpoint holds, from its headers alone.
+    """Show the tensors of a checkpoint, from its headers alone.
 
-    Nothing is downloaded but metadata: `quantkit inspect openai/gpt-oss-120b` takes seconds.
-    Damaged files (truncated shards, tensors missing or of a wrong shape) are found and named.
+    Downloads metadata only. Damaged files (truncated shards, tensors that are missing or have a
+    wrong shape) are reported.
+
+    `quantkit inspect openai/gpt-oss-120b`
     """
     from quantkit.checkpoint.source import STORED
-    from quantkit.cli.choose import open_model
+    from quantkit.jobs.open_model import open_model
 
     inventory = open_model(src, revision, dtype=STORED).inventory
     if json:

@@ -1,4 +1,4 @@
-"""The `quantkit` command: its subcommands, and the one place where errors become messages."""
+"""The `quantkit` command: its subcommands, and the edge where errors become messages."""
 
 import os
 import sys
@@ -15,6 +15,7 @@ from quantkit.cli.bench import bench
 from quantkit.cli.compare import compare
 from quantkit.cli.demo import demo
 from quantkit.cli.diff import diff
+from quantkit.cli.expand import Command, expanded, option_names, with_flags
 from quantkit.cli.inspect import inspect
 from quantkit.cli.plan import plan
 from quantkit.cli.profile import profile
@@ -30,27 +31,27 @@ _USAGE_ERROR: Any = typer.BadParameter.__bases__[0]  # click's UsageError, where
 
 class _Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
-        """Errors raised on purpose end in one line and their exit code, never in a traceback."""
+        """Run a command; an error raised on purpose becomes one line and an exit code."""
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("always", CacheWarning)
                 warnings.showwarning = console.show_warning
                 return super().invoke(ctx)
         except QuantkitError as exc:
-            console.error(str(exc))
+            console.error(with_flags(str(exc), option_names(self.commands)))
             raise typer.Exit(exc.exit_code) from exc
         except _USAGE_ERROR as exc:
             command = getattr(exc.ctx, "command_path", "quantkit")
             console.error(f"{exc.format_message()} See: {command} --help")
             raise typer.Exit(2) from exc
-        except BrokenPipeError as exc:  # `| head` has seen enough
+        except BrokenPipeError as exc:  # the reader, such as `head`, has closed the pipe
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(1) from exc
         except OSError as exc:
             console.error(f"{exc.filename or 'the disk'}: {exc.strerror or exc}.")
             raise typer.Exit(2) from exc
         except KeyboardInterrupt as exc:
-            console.error("interrupted. Run the same command again to go on.")
+            console.error("interrupted. Run the same command again to resume.")
             raise typer.Exit(130) from exc
 
 
@@ -63,15 +64,13 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="""Mixed-precision MLX quants of gpt-oss, and of any model mlx-lm runs.
 
-    Look at a checkpoint, choose a tier for every weight, write the repo, check it:
+    Quantize for a Mac with 16 GB, check the repo, and ask it:
 
-    `quantkit inspect openai/gpt-oss-20b`
+    `quantkit quantize openai/gpt-oss-20b --budget mac:16GB -o gpt-oss-20b-16GB`
 
-    `quantkit plan openai/gpt-oss-20b --recipe mxfp4-q8`
+    `quantkit verify gpt-oss-20b-16GB`
 
-    `quantkit quantize openai/gpt-oss-20b --recipe mxfp4-q8 -o gpt-oss-20b-q8`
-
-    `quantkit verify gpt-oss-20b-q8`
+    `quantkit generate gpt-oss-20b-16GB --prompt "Why is the sky blue?"`
     """,
 )
 
@@ -93,12 +92,12 @@ def _options(
 
 COMMANDS = (inspect, profile, plan, diff, quantize, report, verify, compare, bench, upload)
 for command in (*COMMANDS, generate, chat, serve, demo):
-    app.command()(command)
+    app.command(cls=Command)(expanded(command))
 
 
 def main() -> None:
-    """Entry point of the `quantkit` script."""
-    for stream in (sys.stdout, sys.stderr):  # names of files may be no text
+    """Run the `quantkit` script."""
+    for stream in (sys.stdout, sys.stderr):  # file names may not be text
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     app()

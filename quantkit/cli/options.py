@@ -1,161 +1,386 @@
-"""Arguments and options that several commands share."""
+"""Arguments and options of the commands, each declared once, in groups that commands share."""
 
 import os
 import shlex
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from quantkit.storage.paths import user_path
 
+if TYPE_CHECKING:
+    from quantkit.calibration.calibration_set import CalibrationSpec
+    from quantkit.checkpoint.source import Source
+    from quantkit.generation.chat_model import SamplingParameters
+    from quantkit.jobs.planning import PlanRequest
+
 _NOT_REPEATED = ("force", "json")
+INPUT, BUDGET, CONSTRAINTS = "Input", "Budget", "Constraints"
+QUANTIZER, TEXT, OUTPUT, SAMPLING = "Quantizer", "Calibration text", "Output", "Sampling"
+RUNTIME = "Runtime"
 
 Src = Annotated[
     str,
     typer.Argument(
         metavar="SRC",
-        help="A checkpoint: a local folder, a Hub id such as openai/gpt-oss-20b, or a small "
-        "model to try things on: demo (a gpt-oss) or demo-llama.",
+        help="Checkpoint: a local folder, a Hub id such as openai/gpt-oss-20b, or a small model "
+        "for a first try, demo (a gpt-oss) or demo-llama.",
     ),
 ]
-Repo = Annotated[
-    Path, typer.Argument(metavar="OUT", parser=user_path, help="A repo that quantkit wrote.")
+Repo = Annotated[Path, typer.Argument(metavar="OUT", parser=user_path, help="Repo by quantkit.")]
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="OUT",
+        parser=lambda name: str(user_path(name)),
+        help="Folder or Hub id that stock mlx-lm loads.",
+    ),
 ]
 Record = Annotated[
     bool,
-    typer.Option("--record", help="Put the figures into OUT's quantkit.json and model card."),
+    typer.Option(
+        "--record",
+        rich_help_panel=OUTPUT,
+        help="Add the measurements to OUT's quantkit.json and model card.",
+    ),
+]
+Json = Annotated[
+    bool, typer.Option("--json", rich_help_panel=OUTPUT, help="Print JSON instead of tables.")
+]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code",
+        rich_help_panel=RUNTIME,
+        help="Let the tokenizer run Python code of its repo.",
+    ),
 ]
 Revision = Annotated[
-    str | None, typer.Option(help="Branch, tag or commit of a Hub id. Default: its main branch.")
-]
-RecipeName = Annotated[
     str | None,
-    typer.Option(
-        "--recipe",
-        "-r",
-        help="A shipped recipe (mxfp4-q8, mxfp4-q4, moringlabs-3.6bit, optiq-style-4-8, "
-        "uniform-4, uniform-3), or a .toml file of your own.",
-    ),
-]
-PlanFile = Annotated[
-    Path | None,
-    typer.Option(
-        "--plan",
-        "-p",
-        metavar="FILE",
-        parser=user_path,
-        help="A plan that `quantkit plan -o` saved.",
-    ),
-]
-BudgetOption = Annotated[
-    str | None,
-    typer.Option(
-        "--budget",
-        "-b",
-        help="How large it may be: 4.25bpw, 12GB, 48GiB, mac:64GB, mac:this, like:RECIPE, "
-        "like:FOLDER, or lossless. Exact, everything stored counted.",
-    ),
-]
-ProfileName = Annotated[
-    str | None,
-    typer.Option(
-        "--profile",
-        metavar="PROFILE",
-        help="What every weight loses in every tier: a folder that `quantkit profile` wrote, or "
-        "a Hub id (user/name).",
-    ),
-]
-Pins = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--pin",
-        metavar="PATTERN=TIER",
-        help="Give weights a tier, such as lm_head=q6g64 or 'experts.*=native': a role, or a shell "
-        "pattern on the end of the path. Several may be given; the first that matches decides.",
-    ),
-]
-Ties = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--tie", metavar="PATTERN", help="Weights of a layer that match share a tier: 'experts.*'."
-    ),
-]
-Tiers = Annotated[
-    str | None,
-    typer.Option(help="Tiers that may be chosen beside the native one. Default: the profile's."),
-]
-MinTier = Annotated[
-    str | None, typer.Option(help="No tier with fewer bits per weight than this one, as q3g64.")
-]
-Routers = Annotated[
-    bool, typer.Option("--routers", help="Routers may be quantized, too (they stay as they are).")
-]
-ActiveBytes = Annotated[
-    str | None,
-    typer.Option(
-        help="At most this much read per generated token, such as 2.1GB (KV cache aside)."
-    ),
-]
-Speed = Annotated[
-    str | None,
-    typer.Option(help="The same as a speed at a memory bandwidth, such as 60tok/s@400GB/s."),
-]
-Context = Annotated[
-    str, typer.Option(help="With mac: the tokens of context that must fit beside the weights.")
-]
-Reserve = Annotated[str, typer.Option(help="With mac: memory left for activations and all else.")]
-CalibrationName = Annotated[
-    str,
-    typer.Option(
-        "--calibration",
-        help="Text to measure on: a Hub data set, a .jsonl, .txt or .parquet file, or the small "
-        "mix that ships with quantkit.",
-    ),
-]
-Tokens = Annotated[int, typer.Option(help="How many tokens of it.")]
-RoundingName = Annotated[
-    str | None,
-    typer.Option(
-        "--rounding",
-        help="How numbers are chosen inside a tier: rtn (to nearest, mlx's own), search, or gptq. "
-        "Default: gptq with --budget, rtn with --recipe, the plan's own with --plan.",
-    ),
-]
-Refine = Annotated[
-    int,
-    typer.Option(
-        metavar="N",
-        min=0,
-        help="Measure the plan, correct the predictions of each role by what was found, and solve "
-        "anew, N times; the best that was measured wins. Runs the model a layer at a time.",
-    ),
+    typer.Option(rich_help_panel=INPUT, help="Branch, tag or commit of a Hub id."),
 ]
 Dtype = Annotated[
     str | None,
     typer.Option(
         "--dtype",
         metavar="TYPE",
+        rich_help_panel=RUNTIME,
         help="Float type of unquantized tensors, scales and biases: bfloat16, float16 or float32. "
-        "Default: the one that config.json states, else that of most values.",
+        "Default: the type in config.json, else the type of most values.",
     ),
 ]
-TrustRemoteCode = Annotated[
+Memory = Annotated[
+    str | None,
+    typer.Option(
+        "--memory",
+        metavar="SIZE",
+        rich_help_panel=RUNTIME,
+        help="Memory for intermediate results, beside the weights of a layer. Default: 4GB.",
+    ),
+]
+Text = Annotated[
+    str,
+    typer.Option(
+        "--calibration",
+        rich_help_panel=TEXT,
+        help="Hub data set, a .jsonl, .txt or .parquet file, or the shipped mix (default).",
+    ),
+]
+Tokens = Annotated[
+    int, typer.Option(rich_help_panel=TEXT, help="Tokens of text to measure the KL costs on.")
+]
+SequenceLength = Annotated[int, typer.Option(rich_help_panel=TEXT, help="Tokens per sequence.")]
+Plot = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="PNG",
+        parser=user_path,
+        rich_help_panel=OUTPUT,
+        help="Save a plot (needs the extra `plot`).",
+    ),
+]
+Force = Annotated[
     bool,
     typer.Option(
-        "--trust-remote-code",
-        help="Let a tokenizer that comes with Python code of its own run that code (off).",
+        "--force",
+        rich_help_panel=OUTPUT,
+        help="Replace existing output, or an unfinished run with other inputs.",
     ),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+
+
+@dataclass(frozen=True)
+class SourceOptions:
+    """How to open a checkpoint."""
+
+    revision: Revision = None
+    dtype: Dtype = None
+    trust_remote_code: TrustRemoteCode = False
+
+    def open(self, name: str) -> "Source":
+        """Open the checkpoint called `name`. Raises InputError."""
+        from quantkit.jobs.open_model import open_model
+
+        return open_model(
+            name, self.revision, dtype=self.dtype, trust_remote_code=self.trust_remote_code
+        )
+
+
+@dataclass(frozen=True)
+class TierOptions:
+    """How to choose tiers."""
+
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            "--budget",
+            "-b",
+            rich_help_panel=BUDGET,
+            help="Size limit: 4.25bpw, 12GB, 48GiB, mac:64GB, mac:this, like:RECIPE, like:FOLDER "
+            "or lossless. Exact, counting every stored byte.",
+        ),
+    ] = None
+    profile: Annotated[
+        str | None,
+        typer.Option(
+            "--profile",
+            metavar="PROFILE",
+            rich_help_panel=BUDGET,
+            help="Sensitivity profile: a folder from `quantkit profile`, or a Hub id (user/name).",
+        ),
+    ] = None
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            "--recipe",
+            "-r",
+            rich_help_panel=BUDGET,
+            help="Shipped recipe (mxfp4-q8, mxfp4-q4, moringlabs-3.6bit, optiq-style-4-8, "
+            "uniform-4, uniform-3), or a .toml file.",
+        ),
+    ] = None
+    plan: Annotated[
+        Path | None,
+        typer.Option(
+            "--plan",
+            "-p",
+            metavar="FILE",
+            parser=user_path,
+            rich_help_panel=BUDGET,
+            help="Plan saved by `quantkit plan -o`.",
+        ),
+    ] = None
+    pin: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--pin",
+            metavar="PATTERN=TIER",
+            rich_help_panel=CONSTRAINTS,
+            help="Fix the tier of weights, such as lm_head=q6g64 or 'experts.*=native': a role, or "
+            "a shell pattern on the end of the path. Repeatable; the first match decides.",
+        ),
+    ] = None
+    tie: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--tie",
+            metavar="PATTERN",
+            rich_help_panel=CONSTRAINTS,
+            help="Give matching weights of a layer the same tier: 'experts.*'.",
+        ),
+    ] = None
+    tiers: Annotated[
+        str | None,
+        typer.Option(
+            rich_help_panel=CONSTRAINTS,
+            help="Tiers to choose from, beside the native one. Default: those in the profile.",
+        ),
+    ] = None
+    min_tier: Annotated[
+        str | None,
+        typer.Option(
+            rich_help_panel=CONSTRAINTS,
+            help="Smallest tier to use, by bits per weight, such as q3g64.",
+        ),
+    ] = None
+    routers: Annotated[
+        bool,
+        typer.Option("--routers", rich_help_panel=CONSTRAINTS, help="Allow quantized routers."),
+    ] = False
+    active_bytes: Annotated[
+        str | None,
+        typer.Option(
+            rich_help_panel=CONSTRAINTS,
+            help="Limit on the bytes read per generated token, KV cache aside, such as 2.1GB.",
+        ),
+    ] = None
+    speed: Annotated[
+        str | None,
+        typer.Option(
+            rich_help_panel=CONSTRAINTS,
+            help="The same limit as a speed at a memory bandwidth, such as 60tok/s@400GB/s.",
+        ),
+    ] = None
+    context: Annotated[
+        str | None,
+        typer.Option(
+            rich_help_panel=CONSTRAINTS,
+            help="Tokens of KV cache that fit beside the weights (mac: budgets, memory report). "
+            "Default: 8k.",
+        ),
+    ] = None
+    reserve: Annotated[
+        str | None,
+        typer.Option(
+            rich_help_panel=CONSTRAINTS,
+            help="Memory for activations and the rest of the process. Default: 1.5GB.",
+        ),
+    ] = None
+    quantizer: Annotated[
+        str | None,
+        typer.Option(
+            "--quantizer",
+            rich_help_panel=QUANTIZER,
+            help="How the integers of a tier are chosen: rtn (round to nearest), search or gptq. "
+            "Default: gptq with --budget, rtn with --recipe, the plan's own with --plan.",
+        ),
+    ] = None
+    refine: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            min=0,
+            rich_help_panel=QUANTIZER,
+            help="Measure the plan, correct the predictions and solve again, N times. Runs the "
+            "model a layer at a time.",
+        ),
+    ] = 0
+
+    def request(self) -> "PlanRequest":
+        """Return the request that these options state. Raises InputError."""
+        from quantkit.jobs.planning import PlanRequest
+
+        return PlanRequest(
+            budget=self.budget,
+            recipe=self.recipe,
+            plan=self.plan,
+            profile=self.profile,
+            pins=tuple(self.pin or ()),
+            ties=tuple(self.tie or ()),
+            tiers=self.tiers,
+            min_tier=self.min_tier,
+            routers=self.routers,
+            active_bytes=self.active_bytes,
+            speed=self.speed,
+            context=self.context,
+            reserve=self.reserve,
+            quantizer=self.quantizer,
+            refine=self.refine,
+        )
+
+
+@dataclass(frozen=True)
+class TextOptions:
+    """The text to measure on."""
+
+    calibration: Text = "default"
+    tokens: Tokens = 4096
+    sequence_length: SequenceLength = 256
+    seed: Annotated[
+        int,
+        typer.Option(
+            min=0, max=2**64 - 1, rich_help_panel=TEXT, help="Seed of the order of the text."
+        ),
+    ] = 0
+
+    def spec(self) -> "CalibrationSpec":
+        """Return the text that these options name."""
+        from quantkit.calibration.calibration_set import CalibrationSpec
+
+        return CalibrationSpec(self.calibration, self.tokens, self.sequence_length, self.seed)
+
+
+MaxTokens = Annotated[
+    int, typer.Option(min=1, rich_help_panel=SAMPLING, help="Longest answer, with its reasoning.")
+]
+
+
+@dataclass(frozen=True)
+class ServerSampling:
+    """The default sampling parameters of a server."""
+
+    max_tokens: MaxTokens = 4096
+    temp: Annotated[
+        float,
+        typer.Option(
+            "--temp",
+            min=0.0,
+            rich_help_panel=SAMPLING,
+            help="Temperature; 0 takes the most probable token.",
+        ),
+    ] = 0.0
+    top_p: Annotated[
+        float,
+        typer.Option(
+            min=0.0,
+            max=1.0,
+            rich_help_panel=SAMPLING,
+            help="Nucleus sampling: keep the smallest set of tokens whose probability reaches P.",
+        ),
+    ] = 1.0
+
+
+@dataclass(frozen=True)
+class SamplingOptions(ServerSampling):
+    """How to sample an answer."""
+
+    reasoning: Annotated[
+        str | None,
+        typer.Option(
+            metavar="EFFORT",
+            rich_help_panel=SAMPLING,
+            help="Reasoning effort of gpt-oss: low, medium or high.",
+        ),
+    ] = None
+    seed: Annotated[
+        int,
+        typer.Option(min=0, max=2**64 - 1, rich_help_panel=SAMPLING, help="Seed of the sampling."),
+    ] = 0
+
+    def parameters(self) -> "SamplingParameters":
+        """Return the sampling parameters. Raises InputError."""
+        from quantkit.errors import InputError
+        from quantkit.generation.chat_model import EFFORTS, SamplingParameters
+
+        if self.reasoning is not None and self.reasoning not in EFFORTS:
+            raise InputError(
+                f"unknown `reasoning` effort {self.reasoning!r}. Use one of {', '.join(EFFORTS)}."
+            )
+        return SamplingParameters(self.max_tokens, self.reasoning, self.temp, self.top_p, self.seed)
+
+
+@dataclass(frozen=True)
+class OneAnswerSampling(SamplingOptions):
+    """How to sample a single answer."""
+
+    max_tokens: MaxTokens = 1024
+
+
+def memory_bytes(memory: str | None) -> int | None:
+    """Return the bytes of `--memory`, None if it is not given. Raises InputError."""
+    from quantkit.units import parse_bytes
+
+    return None if memory is None else parse_bytes(memory)
 
 
 def command_line(ctx: typer.Context) -> str:
-    """What was typed, for others to repeat: files without the way to them, the output as OUT."""
+    """Return the command line for others to repeat: paths without folders, the output as OUT."""
     words = ["quantkit", str(ctx.info_name)]
     for option in ctx.command.params:
-        given = ctx.get_parameter_source(str(option.name))
-        if given is None or given.name != "COMMANDLINE" or option.name in _NOT_REPEATED:
+        origin = ctx.get_parameter_source(str(option.name))
+        if origin is None or origin.name != "COMMANDLINE" or option.name in _NOT_REPEATED:
             continue
         value: Any = ctx.params[str(option.name)]
         for one in value if isinstance(value, list | tuple) else [value]:
@@ -170,6 +395,6 @@ def command_line(ctx: typer.Context) -> str:
 def _without_folders(text: str) -> str:
     if text.startswith("like:"):
         return f"like:{_without_folders(text.removeprefix('like:'))}"
-    named = os.sep in text or text.startswith(("~", "."))
+    is_path = os.sep in text or text.startswith(("~", "."))
     path = user_path(text)
-    return path.resolve().name if named and path.exists() else text
+    return path.resolve().name if is_path and path.exists() else text

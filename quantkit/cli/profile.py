@@ -1,150 +1,179 @@
-"""`quantkit profile`: what every weight loses in every tier."""
+"""`quantkit profile`: the KL cost of every weight in every tier."""
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from quantkit.cli import console, tables
 from quantkit.cli.options import (
-    CalibrationName,
-    Dtype,
+    OUTPUT,
+    QUANTIZER,
+    Force,
     Json,
-    Revision,
+    Memory,
+    Plot,
+    SourceOptions,
     Src,
-    Tokens,
-    TrustRemoteCode,
+    TextOptions,
+    memory_bytes,
 )
 from quantkit.storage.paths import user_path
 
+if TYPE_CHECKING:
+    from quantkit.artifacts.sensitivity import SensitivityProfile
+    from quantkit.checkpoint.source import Source
 
-def profile(
-    src: Src,
+_FEW = 16  # tokens
+
+
+@dataclass(frozen=True)
+class ProfileOptions:
+    """How to measure, and where to write."""
+
     output: Annotated[
         Path | None,
         typer.Option(
-            "--output", "-o", metavar="PROFILE", parser=user_path, help="The folder to write."
+            "--output",
+            "-o",
+            metavar="PROFILE",
+            parser=user_path,
+            rich_help_panel=OUTPUT,
+            help="Folder to write.",
         ),
-    ] = None,
-    published: Annotated[
+    ] = None
+    profile: Annotated[
         str | None,
         typer.Option(
             "--profile",
             metavar="PROFILE",
-            help="Measure nothing: show this profile, a folder or a Hub id (user/name).",
+            rich_help_panel=OUTPUT,
+            help="Show this profile instead: a folder, or a Hub id (user/name).",
         ),
-    ] = None,
-    calibration: CalibrationName = "default",
-    tokens: Tokens = 4096,
-    sequence_length: Annotated[int, typer.Option(help="Tokens in a sequence.")] = 256,
-    seed: Annotated[
-        int,
-        typer.Option(min=0, max=2**64 - 1, help="Of the text's order and of the labels drawn."),
-    ] = 0,
-    draws: Annotated[int, typer.Option(help="Labels drawn per token (fisher).")] = 2,
+    ] = None
+    plot: Plot = None
+    force: Force = False
     tiers: Annotated[
         str | None,
-        typer.Option(help="Tiers to measure, such as q4g64,q3g64. Default: all but g128."),
-    ] = None,
+        typer.Option(
+            rich_help_panel="Measurement",
+            help="Tiers to measure, such as q4g64,q3g64. Default: all but g128.",
+        ),
+    ] = None
     method: Annotated[
         str,
         typer.Option(
-            help="fisher: predict from one backward pass. kl: run the whole model for every entry."
+            rich_help_panel="Measurement",
+            help="fisher: predict from one backward pass. kl: run the whole model per entry.",
         ),
-    ] = "fisher",
-    rounding: Annotated[
+    ] = "fisher"
+    draws: Annotated[
+        int, typer.Option(rich_help_panel="Measurement", help="Labels drawn per token (fisher).")
+    ] = 2
+    quantizer: Annotated[
         str,
-        typer.Option(help="The rounding to measure with: rtn (enough to choose by), search, gptq."),
-    ] = "rtn",
+        typer.Option(
+            rich_help_panel=QUANTIZER,
+            help="Quantizer to measure with: rtn (sufficient to choose tiers), search or gptq.",
+        ),
+    ] = "rtn"
     check: Annotated[
         int,
         typer.Option(
-            metavar="N", min=0, help="Then measure N random entries on held-out text, and compare."
+            metavar="N",
+            min=0,
+            rich_help_panel="Measurement",
+            help="Validate: measure N random entries on held-out text.",
         ),
-    ] = 0,
-    plot: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="PNG", parser=user_path, help="Draw the table (needs the extra `plot`)."
-        ),
-    ] = None,
-    force: Annotated[
-        bool, typer.Option("--force", help="Replace PROFILE, or an unfinished run of other inputs.")
-    ] = False,
-    dtype: Dtype = None,
-    trust_remote_code: TrustRemoteCode = False,
-    revision: Revision = None,
+    ] = 0
+    memory: Memory = None
+
+
+def profile(
+    src: Src,
+    options: ProfileOptions,
+    text: TextOptions,
+    opening: SourceOptions,
     json: Json = False,
 ) -> None:
-    """Measure what every weight loses in every tier, as KL divergence to the native model.
+    """Measure the KL cost of every weight in every tier.
 
-    Runs the model a layer at a time, forward once and back once; each weight's tiers are tried in
-    its own layer only. PROFILE then serves every budget; its `importance.safetensors` holds the
-    mean squared input of every channel. A killed run goes on at the layer it had reached, and a
-    finished profile given more tiers measures only those.
+    Runs the model a layer at a time, once forward and once backward. The profile then serves every
+    budget. A killed run resumes at its last layer; a finished profile given more tiers measures
+    only those.
 
     `quantkit profile demo -o demo-profile --tokens 1024 --check 48`
     """
-    from quantkit.cli.choose import open_model, require_plots
+    from quantkit.backend import limited_memory
     from quantkit.errors import InputError
     from quantkit.sensitivity.store import load_profile
 
-    if (output is None) == (published is None):
-        raise InputError("say where to write it with -o PROFILE, or which to show with --profile.")
-    if plot is not None:
-        require_plots(plot)
-    source = open_model(src, revision, dtype=dtype, trust_remote_code=trust_remote_code)
-    checked: dict[str, Any] = {}
-    if published is not None:
-        made = load_profile(published, source.inventory)
-    else:
-        from quantkit.backend import speed_hint
-        from quantkit.calibration.text import CalibrationSpec
-        from quantkit.checkpoint.source import with_values
-        from quantkit.sensitivity.entries import parse_tiers
-        from quantkit.sensitivity.measure import Settings, is_first, make, make_check, prepare
+    if (options.output is None) == (options.profile is None):
+        raise InputError("give either `output` PROFILE to write, or `profile` PROFILE to show.")
+    if options.plot is not None:
+        from quantkit.publish.plot import require_plots
 
-        assert output is not None
-        text = CalibrationSpec(calibration, tokens, sequence_length, seed)
-        settings = Settings(text, parse_tiers(tiers), method, rounding, draws)
-        console.note(speed_hint())
-        profiling = prepare(with_values(source), output, settings, force)
-        if profiling.text.about.sequences < text.sequences:
-            console.note(f"there is text for {profiling.text.about.tokens:,} tokens only")
-        console.note(tables.skipped_rows(profiling.text.about))
-        with console.progress(profiling.steps, "Profiling", "steps") as progress:
-            made = make(profiling, progress)
-        if not is_first():  # one process speaks for all
+        require_plots(options.plot)
+    source = opening.open(src)
+    validation: dict[str, Any] = {}
+    if options.profile is not None:
+        result = load_profile(options.profile, source.inventory)
+    else:
+        with limited_memory(memory_bytes(options.memory)):
+            measured = _measured(source, options, text)
+        if measured is None:
             return
-        if check:
-            with console.progress(check, "Checking", "steps") as progress:
-                checked = asdict(make_check(profiling, made, check, progress))
-    if plot is not None:
+        result, validation = measured
+    if options.plot is not None:
         from quantkit.publish.plot import plot_profile
 
-        plot_profile(made, plot)
+        plot_profile(result, options.plot)
     if json:
-        console.print_json(made.to_json() | ({"check": checked} if checked else {}))
+        console.print_json(result.to_json() | ({"check": validation} if validation else {}))
         return
-    tables.print_profile(made)
-    for line in starved_experts(made.expert_tokens):
+    tables.print_profile(result)
+    for line in starved_experts(result.expert_tokens):
         console.note(line)
-    if checked:
-        tables.print_check(checked)
-    if output is not None:
-        print(f"Written to {output}.")
+    if validation:
+        tables.print_validation(validation)
+    if options.output is not None:
+        print(f"Written to {options.output}.")
 
 
-_FEW = 16
+def _measured(
+    source: "Source", options: ProfileOptions, text: TextOptions
+) -> "tuple[SensitivityProfile, dict[str, Any]] | None":
+    """Return the profile and its validation; None in processes that do not report."""
+    from quantkit.backend import speed_hint
+    from quantkit.jobs.profile import prepare_profile, run_profiling
+    from quantkit.sensitivity.entries import parse_tiers
+    from quantkit.sensitivity.measure import ProfileSettings, is_first, validate_profile
+
+    assert options.output is not None
+    tiers = parse_tiers(options.tiers)
+    settings = ProfileSettings(text.spec(), tiers, options.method, options.quantizer, options.draws)
+    console.note(speed_hint())
+    profiling = prepare_profile(source, options.output, settings, options.force)
+    with console.Bars() as progress:
+        result = run_profiling(profiling, progress)
+        if not is_first():  # of several processes, only the first reports
+            return None
+        validation: dict[str, Any] = {}
+        if options.check:
+            stage = progress.stage("Validating", options.check, "steps")
+            validation = asdict(validate_profile(profiling, result, options.check, stage))
+    return result, validation
 
 
 def starved_experts(expert_tokens: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """Return a note for every module of experts, by whatever names its stacks go, some experts of
-    which saw few tokens; `expert_tokens` gives the tokens that each expert of a stack saw."""
+    """Return a note for every module with experts that received few tokens.
+
+    `expert_tokens` maps stacks to the tokens of each expert.
+    """
     by_module: dict[str, tuple[int, ...]] = {}
-    for name, counts in expert_tokens.items():  # the stacks of a module see the same tokens
+    for name, counts in expert_tokens.items():  # the stacks of a module share their tokens
         by_module.setdefault(name.rpartition(".")[0], counts)
     notes = []
     for module, counts in by_module.items():

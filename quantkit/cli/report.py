@@ -1,18 +1,20 @@
-"""`quantkit report`: what a repo holds."""
+"""`quantkit report`: the report of a repo."""
 
 from quantkit.cli import console, tables
 from quantkit.cli.options import Json, Repo
 
 
 def report(out: Repo, json: Json = False) -> None:
-    """Show what a repo holds: size, bits per weight, the tier table, hashes, versions.
+    """Show the report of a repo: size, bits per weight, tiers, hashes, versions.
 
-    Reads OUT/quantkit.json. `quantkit verify OUT` checks that it is true.
+    Reads OUT/quantkit.json. `quantkit verify OUT` checks it.
+
+    `quantkit report gpt-oss-20b-16GB`
     """
     from quantkit.publish.report import read_report
 
-    found = read_report(out)
+    read = read_report(out)
     if json:
-        console.print_json(found.to_json())
+        console.print_json(read.to_json())
     else:
-        tables.print_report(found, str(out))
+        tables.print_report(read, str(out))

@@ -1,4 +1,4 @@
-"""Results as a person sees them: tables and a few lines."""
+"""Results for a person: tables and a few lines."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 from quantkit.artifacts.fidelity import Fidelity, Interval
 from quantkit.artifacts.inventory import Inventory
 from quantkit.artifacts.plan import Plan
-from quantkit.artifacts.profile import CalibrationText, SensitivityProfile
 from quantkit.artifacts.report import Report
 from quantkit.artifacts.roles import ROLES, group_roles
+from quantkit.artifacts.sensitivity import SensitivityProfile
 from quantkit.artifacts.speed import Speed
 from quantkit.formats.tiers import parse_tier
 from quantkit.units import bits_per_weight, count, gb, gib, size
@@ -29,11 +29,11 @@ _BETWEEN = 2  # characters between two columns
 
 
 def print_inventory(inventory: Inventory) -> None:
-    """What a checkpoint holds, a line per role and storage."""
+    """Print an inventory, a line per role and storage."""
     groups: dict[tuple[str, str], list[Any]] = {}
     for weight in inventory.weights:
         groups.setdefault((weight.role, weight.storage), []).append(weight)
-    table = _table("role", "held in", "#weights", "#params", "#bytes", "shapes")
+    table = _table("role", "stored as", "#weights", "#params", "#bytes", "shapes")
     for (role, storage), weights in groups.items():
         shapes = sorted({"x".join(map(str, w.shape)) for w in weights})
         table.add_row(
@@ -44,28 +44,28 @@ def print_inventory(inventory: Inventory) -> None:
             size(sum(w.bytes for w in weights)),
             ", ".join(shapes),
         )
-    kept = inventory.kept
-    types = "/".join(sorted({tensor.dtype.lower() for tensor in kept}))
+    unquantized = inventory.unquantized
+    types = "/".join(sorted({tensor.dtype.lower() for tensor in unquantized}))
     table.add_row(
         "norms, biases",
         types,
-        str(len(kept)),
-        count(sum(t.parameters for t in kept)),
-        size(sum(t.bytes for t in kept)),
+        str(len(unquantized)),
+        count(sum(t.parameters for t in unquantized)),
+        size(sum(t.bytes for t in unquantized)),
         "",
     )
     experts = ""
     if inventory.experts:
         experts = f", {inventory.experts} experts"
     if inventory.experts_per_token:
-        experts += f" of which {inventory.experts_per_token} per token"
+        experts += f", {inventory.experts_per_token} per token"
     title = f"{inventory.source.name}: {inventory.model_type}, {inventory.layers} layers{experts}"
     _show(table, title)
     _totals(inventory.total_bytes, inventory.parameters, None)
 
 
 def print_plan(plan: Plan, bandwidth: int | None = None) -> None:
-    """The tier table of a plan, its totals, and what is predicted of it."""
+    """Print the tier table of a plan, its totals, and its predictions."""
     _show(_tier_table(plan), f"{plan.source.name}: {plan.origin}")
     _totals(plan.total_bytes, plan.parameters, plan.active_bytes)
     _predictions(plan)
@@ -76,53 +76,53 @@ def print_plan(plan: Plan, bandwidth: int | None = None) -> None:
 
 def _predictions(plan: Plan) -> None:
     if plan.predicted_kl is not None:
-        how = "sum of losses" if plan.rounding == "rtn" else "if rounded to nearest"
+        how = "sum of KL costs" if plan.quantizer == "rtn" else "if rounded to nearest"
         print(f"KL divergence     {plan.predicted_kl:.4g} nats per token predicted ({how})")
     if plan.measured_kl is not None:
         print(f"                  {plan.measured_kl:.4g} measured, on calibration text")
-    if plan.rounding != "rtn":
-        tuned = f", then {plan.tuning_steps} steps of tuning" if plan.tuning_steps else ""
-        print(f"rounding          {plan.rounding}{tuned}")
+    if plan.quantizer != "rtn":
+        tuned = f", then {plan.tuning_steps} steps of scale tuning" if plan.tuning_steps else ""
+        print(f"quantizer         {plan.quantizer}{tuned}")
     if plan.optimality is not None:
         bound, gap = plan.optimality.bound, plan.optimality.gap
         print(f"within            {' and '.join(plan.optimality.limits)}")
-        print(f"proven            no such plan is predicted below {bound:.4g}; gap {gap:.2g}")
+        print(f"proven            no plan within is predicted below {bound:.4g}; gap {gap:.2g}")
 
 
-def print_explanation(found: "Explanation") -> None:
-    """Why weights have their tiers, and which would change next."""
+def print_explanation(results_: "Explanation") -> None:
+    """Print an explanation: alternatives of each weight, and the next steps."""
     table = _table("weight", "tier", "#KL", "#up worth", "to", "#down worth", "to")
-    for choice, up, down in found.weights:
+    for assignment, up, down in results_.weights:
         table.add_row(
-            choice.name.removeprefix("model."),
-            choice.tier,
-            "" if choice.kl is None else f"{choice.kl:.3g}",
+            assignment.name.removeprefix("model."),
+            assignment.tier,
+            "" if assignment.kl is None else f"{assignment.kl:.3g}",
             *(("", "") if up is None else (f"{up.worth:.3g}", up.to)),
             *(("", "") if down is None else (f"{down.worth:.3g}", down.to)),
         )
-    _show(table, "loss over price of a step: a step up pays above 1, a step down below 1")
-    for what, price in zip(("stored", "read per token"), found.prices, strict=False):
-        print(f"price             {price * 1e9:.4g} nats per token for a GB {what}")
-    for title, steps in (("more budget", found.up), ("less budget", found.down)):
-        print(f"{title}       next to change, the best first:")
+    _show(table, "KL over price of a step: a step up pays above 1, a step down below 1")
+    for kind, price in zip(("stored", "read per token"), results_.shadow_prices, strict=False):
+        print(f"price             {price * 1e9:.4g} nats per token per GB {kind}")
+    for title, steps in (("more budget", results_.up), ("less budget", results_.down)):
+        print(f"{title}       next steps, best first:")
         for step in steps:
-            loss = f"saves {step.saves:.3g}" if step.saves >= 0 else f"costs {-step.saves:.3g}"
+            cost = f"saves {step.saves:.3g}" if step.saves >= 0 else f"costs {-step.saves:.3g}"
             more = f" and {len(step.weights) - 1} tied to it" if len(step.weights) > 1 else ""
             moved = f"{step.weights[0]}{more}: {step.tier} to {step.to}"
-            print(f"  {moved}, {step.bytes:+,} bytes, {loss}")
+            print(f"  {moved}, {step.bytes:+,} bytes, {cost}")
 
 
-def print_differences(found: Sequence["Difference"]) -> None:
-    """A line per weight that two plans store differently."""
+def print_differences(results_: Sequence["Difference"]) -> None:
+    """Print a line per weight that two plans store differently."""
     table = _table("weight", "first", "second", "#bytes", "#KL")
-    for one in found:
+    for one in results_:
         kl = "" if one.kl is None else f"{one.kl:+.3g}"
         table.add_row(one.weight, one.before, one.after, f"{one.bytes:+,}", kl)
-    _show(table, f"{len(found)} weights differ, {sum(one.bytes for one in found):+,} bytes")
+    _show(table, f"{len(results_)} weights differ, {sum(one.bytes for one in results_):+,} bytes")
 
 
 def plan_row(plan: Plan) -> dict[str, Any]:
-    """A plan in one line, as JSON."""
+    """Return a plan in one line, as JSON."""
     return {
         "origin": plan.origin,
         "total_bytes": plan.total_bytes,
@@ -132,23 +132,23 @@ def plan_row(plan: Plan) -> dict[str, Any]:
 
 
 def print_frontier(plans: Sequence[Plan], recipes: Sequence[Plan]) -> None:
-    """Plans and recipes by size, each recipe beside the best plan of no more bytes."""
+    """Print plans and recipes by size, each recipe beside the best plan of no more bytes."""
     table = _table("plan", "#bytes", "#bpw", "#KL predicted")
     for plan in sorted([*plans, *recipes], key=lambda p: p.total_bytes):
         kl = "tiers not in the profile" if plan.predicted_kl is None else f"{plan.predicted_kl:.4g}"
         name = plan.origin if plan.origin.startswith("recipe") else "best"
         table.add_row(name, size(plan.total_bytes), f"{plan.bits_per_weight:.3f}", kl)
-    _show(table, f"{plans[0].source.name}: the least loss at every size")
+    _show(table, f"{plans[0].source.name}: the least KL at every size")
 
 
 def print_report(report: Report, where: str) -> None:
-    """The tier table of a written repo, its totals, and where it came from."""
+    """Print the tier table of a repo, its totals, and its origin."""
     plan = report.plan
     _show(_tier_table(plan), f"{where}: {plan.origin}, from {plan.source.name}")
     _totals(report.total_bytes, plan.parameters, plan.active_bytes)
     _predictions(plan)
     for title, files in (("shards", report.shards), ("source", plan.source.files)):
-        print(f"{title:<18}{len(files)} (size with header, sha256; whole in --json)")
+        print(f"{title:<18}{len(files)} (size with header, sha256; in full with --json)")
         for file in files[:_MOST_FILES]:
             print(f"  {file.name}  {size(file.size)}  {(file.sha256 or '')[:16]}")
         if len(files) > _MOST_FILES:
@@ -157,9 +157,11 @@ def print_report(report: Report, where: str) -> None:
 
 
 def print_profile(profile: SensitivityProfile) -> None:
-    """What each role loses in each tier: the sum over its weights, and the worst layer."""
+    """Print the KL cost of each role in each tier: the sum over its weights, and the worst
+    layer.
+    """
     tiers = sorted(
-        {loss.tier for w in profile.weights for loss in w.losses if loss.kl > 0},
+        {cost.tier for w in profile.weights for cost in w.costs if cost.kl > 0},
         key=lambda tier: (-parse_tier(tier).stored_bytes((1, 128)), tier),
     )
     table = _table("role", "#weights", *(f"#{tier}" for tier in tiers), "worst")
@@ -169,22 +171,22 @@ def print_profile(profile: SensitivityProfile) -> None:
             continue
         cells = []
         for tier in tiers:
-            losses = [w.by_tier[tier].kl for w in weights if tier in w.by_tier]
-            cells.append(f"{sum(losses):.2g}" if len(losses) == len(weights) else "-")
-        worst = max(weights, key=lambda w: max(loss.kl for loss in w.losses))
+            costs = [w.by_tier[tier].kl for w in weights if tier in w.by_tier]
+            cells.append(f"{sum(costs):.2g}" if len(costs) == len(weights) else "-")
+        worst = max(weights, key=lambda w: max(cost.kl for cost in w.costs))
         layer = "" if worst.layer is None else f"layer {worst.layer}"
         table.add_row(role, str(len(weights)), *cells, layer)
     text = profile.calibration
     _show(
         table,
         f"{profile.source.name}: KL divergence to native in nats per token, summed over a role's "
-        f"weights ({profile.method}, {profile.rounding})",
+        f"weights ({profile.method}, {profile.quantizer})",
     )
     print(
         f"calibration       {text.name}: {text.sequences} sequences of {text.sequence_length} "
         f"tokens, seed {text.seed}"
     )
-    errors = [loss.error / loss.kl for w in profile.weights for loss in w.losses if loss.kl > 0]
+    errors = [cost.stderr / cost.kl for w in profile.weights for cost in w.costs if cost.kl > 0]
     if errors:
         print(f"standard error    {100 * median(errors):.0f}% of an entry (median)")
     counts = [n for seen in profile.expert_tokens.values() for n in seen]
@@ -192,18 +194,11 @@ def print_profile(profile: SensitivityProfile) -> None:
         print(f"tokens per expert {min(counts)} to {max(counts)}, median {median(counts):.0f}")
     estimated = sum(weight.estimated for weight in profile.weights)
     if estimated:
-        print(f"estimated         {estimated} stacks hold experts that saw no token")
+        print(f"estimated         {estimated} stacks have experts without tokens")
 
 
-def skipped_rows(text: CalibrationText) -> str | None:
-    """A note about rows that held no text; None where there were none."""
-    if not text.skipped_rows:
-        return None
-    return f"{text.name}: {text.skipped_rows} rows without usable text were skipped"
-
-
-def print_check(check: Mapping[str, Any]) -> None:
-    """How predictions compare with what was measured."""
+def print_validation(check: Mapping[str, Any]) -> None:
+    """Print how predictions compare to measurements."""
     faster = check["seconds_measured"] / max(check["seconds_predicted"], 1e-9)
     print(
         f"check             {check['entries']} entries measured on held-out text: Spearman "
@@ -216,18 +211,18 @@ def print_check(check: Mapping[str, Any]) -> None:
 
 
 def print_fidelity(results: Sequence[Fidelity], text: str) -> None:
-    """A column per repo, every value with its 95% interval."""
-    table = _table("", *(f"#{Path(found.repo).name or found.repo}" for found in results))
-    table.add_row("size", *(size(found.bytes) for found in results))
-    table.add_row("bits per weight", *(f"{found.bits_per_weight:.3f}" for found in results))
-    table.add_row("KL mean", *(_spread(found.kl_mean) for found in results))
+    """Print a column per repo, every value with its 95% interval."""
+    table = _table("", *(f"#{Path(results_.repo).name or results_.repo}" for results_ in results))
+    table.add_row("size", *(size(results_.bytes) for results_ in results))
+    table.add_row("bits per weight", *(f"{results_.bits_per_weight:.3f}" for results_ in results))
+    table.add_row("KL mean", *(_spread(results_.kl_mean) for results_ in results))
     for kind in results[0].kl_by_text:
-        table.add_row(f"  {kind}", *(_spread(found.kl_by_text[kind]) for found in results))
-    table.add_row("KL median", *(_spread(found.kl_median) for found in results))
-    table.add_row("KL 95%", *(_spread(found.kl_p95) for found in results))
-    table.add_row("KL 99.9%", *(_spread(found.kl_p999) for found in results))
-    table.add_row("top-1 agreement", *(_spread(found.top1_agreement) for found in results))
-    table.add_row("perplexity ratio", *(_spread(found.perplexity_ratio) for found in results))
+        table.add_row(f"  {kind}", *(_spread(results_.kl_by_text[kind]) for results_ in results))
+    table.add_row("KL median", *(_spread(results_.kl_median) for results_ in results))
+    table.add_row("KL 95%", *(_spread(results_.kl_p95) for results_ in results))
+    table.add_row("KL 99.9%", *(_spread(results_.kl_p999) for results_ in results))
+    table.add_row("top-1 agreement", *(_spread(results_.top1_agreement) for results_ in results))
+    table.add_row("perplexity ratio", *(_spread(results_.perplexity_ratio) for results_ in results))
     few = results[0]
     print(
         f"Against native, over {few.tokens} tokens ({few.sequences} sequences) of {text}; KL in "
@@ -236,14 +231,14 @@ def print_fidelity(results: Sequence[Fidelity], text: str) -> None:
     _show(table)
 
 
-def _spread(found: Interval) -> str:
-    if found.low is None or found.high is None:
-        return f"{found.value:.4g}"
-    return f"{found.value:.4g}\n{found.low:.3g} to {found.high:.3g}"
+def _spread(results_: Interval) -> str:
+    if results_.low is None or results_.high is None:
+        return f"{results_.value:.4g}"
+    return f"{results_.value:.4g}\n{results_.low:.3g} to {results_.high:.3g}"
 
 
 def print_speed(speed: Speed, where: str) -> None:
-    """Tokens per second and memory for every length of prompt."""
+    """Print tokens per second and memory for every length of prompt."""
     table = _table("#prompt", "#prefill", "#generation", "#peak memory", "#weights + KV cache")
     for run in speed.runs:
         table.add_row(
@@ -257,28 +252,28 @@ def print_speed(speed: Speed, where: str) -> None:
 
 
 def print_upload(upload: "Upload") -> None:
-    """What would be sent where."""
+    """Print the target and the files of an upload."""
     private = "private if it is new" if upload.private else "public if it is new"
     print(f"to                {upload.repo} ({private}), branch {upload.revision or 'main'}")
     print(f"commit            {upload.message}")
     print(f"files             {len(upload.files)}, {upload.bytes:,} bytes:")
     for name, size_ in upload.files:
         print(f"  {size_:>15,}  {name}")
-    print("Nothing was sent. Shards of an earlier upload would be removed there.")
+    print("Nothing was sent. An upload also removes shards of earlier uploads.")
 
 
 def print_checks(checks: Sequence[Any]) -> None:
-    """A line per check, as it is made."""
+    """Print a line per check."""
     marks = {True: "ok  ", False: "FAIL", None: "skip"}
     for check in checks:
         print(f"{marks[check.ok]}  {check.name}: {check.detail}")
 
 
 def print_verdict(checks: Sequence[Any], where: str) -> None:
-    """The last line of a verification."""
-    made = [check for check in checks if check.ok is not None]
-    good = sum(check.ok for check in made)
-    print(f"{where}: {good} of {len(made)} checks passed")
+    """Print the last line of a verification."""
+    done = [check for check in checks if check.ok is not None]
+    good = sum(check.ok for check in done)
+    print(f"{where}: {good} of {len(done)} checks passed")
 
 
 def _tier_table(plan: Plan) -> "Table":
@@ -287,7 +282,7 @@ def _tier_table(plan: Plan) -> "Table":
         table.add_row(
             row.tier,
             ", ".join(group_roles(row.roles)),
-            str(row.weights) if row.tier != plan.kept.tier else "",
+            str(row.weights) if row.tier != plan.unquantized.tier else "",
             count(row.parameters),
             f"{row.parameters_percent:.2f}%",
             size(row.bytes),
@@ -305,7 +300,7 @@ def _totals(total: int, parameters: int, active: int | None) -> None:
 
 
 def _table(*columns: str) -> "Table":
-    """A plain table; a leading # aligns a column right, and its cells are never cut or broken."""
+    """Return a plain table; a leading # aligns a column right and keeps its cells whole."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
     from rich.text import Text
@@ -323,15 +318,18 @@ def _table(*columns: str) -> "Table":
 
 
 def _show(table: "Table", title: str | None = None) -> None:
-    """Print a table. Where the terminal is too narrow, headings take several lines, and what is
-    still too wide is printed in parts, each of which begins with the first column."""
+    """Print a table.
+
+    On a narrow terminal headings take several lines, and a table that is still too wide is printed
+    in pieces that repeat the first column.
+    """
     from rich.console import Console
 
     console = Console(markup=False, highlight=False)
     if title:
         print(title)
-    for part in _parts_that_fit(table, console.width):
-        console.print(part)
+    for piece_ in _parts_that_fit(table, console.width):
+        console.print(piece_)
         print()
 
 
@@ -350,10 +348,10 @@ def _parts_that_fit(table: "Table", width: int) -> "Iterator[Table]":
             groups.append(columns[:1])
         groups[-1].append(column)
     for group in groups:
-        part = _table()
-        part.columns = [replace(column, _index=number) for number, column in enumerate(group)]
-        part.rows = table.rows
-        yield part
+        piece_ = _table()
+        piece_.columns = [replace(column, _index=number) for number, column in enumerate(group)]
+        piece_.rows = table.rows
+        yield piece_
 
 
 def _width(columns: Sequence["Column"], of_one: Callable[["Column"], int]) -> int:

@@ -1,4 +1,4 @@
-"""`quantkit generate`, `chat` and `serve`: a repo speaks, through stock mlx-lm."""
+"""`quantkit generate`, `chat` and `serve`: answers from a repo, through stock mlx-lm."""
 
 import sys
 from typing import TYPE_CHECKING, Annotated, Any
@@ -6,145 +6,114 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from quantkit.cli import console
-from quantkit.cli.options import Json, TrustRemoteCode
-from quantkit.storage.paths import user_path
+from quantkit.cli.options import (
+    Json,
+    Model,
+    OneAnswerSampling,
+    SamplingOptions,
+    ServerSampling,
+    TrustRemoteCode,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from quantkit.generation.chat_model import ChatModel, SamplingParameters
+    from quantkit.generation.chat_model import ChatModel
     from quantkit.generation.harmony import Delta
 
 _DIM, _PLAIN = "\033[2m", "\033[0m"
-
-Model = Annotated[
-    str,
-    typer.Argument(
-        metavar="OUT",
-        parser=lambda name: str(user_path(name)),
-        help="A folder or a Hub id that stock mlx-lm loads.",
-    ),
-]
-Effort = Annotated[
-    str | None,
-    typer.Option("--reasoning", metavar="EFFORT", help="Of gpt-oss: low, medium or high."),
-]
-System = Annotated[str | None, typer.Option(help="A system prompt.")]
-MaxTokens = Annotated[int, typer.Option(min=1, help="Longest answer, reasoning included.")]
-Temperature = Annotated[
-    float, typer.Option("--temp", min=0.0, help="0: always the likeliest token.")
-]
-TopP = Annotated[float, typer.Option(min=0.0, max=1.0, help="Draw from the likeliest so much.")]
-Seed = Annotated[int, typer.Option(min=0, max=2**64 - 1, help="Of what is drawn.")]
+System = Annotated[str | None, typer.Option(help="System prompt.")]
 
 
 def generate(
     out: Model,
-    prompt: Annotated[
-        str, typer.Option("--prompt", "-p", help="What to ask; - reads it from stdin.")
-    ],
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="Question; - reads it from stdin.")],
+    sampling: OneAnswerSampling,
     system: System = None,
-    reasoning: Effort = None,
-    max_tokens: MaxTokens = 1024,
-    temp: Temperature = 0.0,
-    top_p: TopP = 1.0,
-    seed: Seed = 0,
     trust_remote_code: TrustRemoteCode = False,
     json: Json = False,
 ) -> None:
-    """Ask a repo one question, through mlx-lm's own generation.
+    """Ask a repo one question.
 
-    Of gpt-oss the final channel is the answer; what it thinks before is shown dimmed, on a terminal
-    only, so that `> answer.txt` holds the answer alone.
+    gpt-oss answers in its final channel; its reasoning is dimmed, and shown on a terminal only, so
+    that `> answer.txt` holds the answer alone.
 
     `quantkit generate gpt-oss-20b-16GB --reasoning low --prompt "Why is the sky blue?"`
     """
     from quantkit.generation.harmony import FINAL
 
-    sampling = _manner(reasoning, max_tokens, temp, top_p, seed)
-    chat_model = _speaker(out, reasoning, trust_remote_code)
-    asked = sys.stdin.read() if prompt == "-" else prompt
-    messages = [*_system(system), {"role": "user", "content": asked}]
+    parameters = sampling.parameters()
+    chat_model = _chat_model(out, sampling, trust_remote_code)
+    question = sys.stdin.read() if prompt == "-" else prompt
+    messages = [*_system(system), {"role": "user", "content": question}]
     if json:
-        said: dict[str, str] = {}
-        for delta in chat_model.answer(messages, sampling):
-            said[delta.channel] = said.get(delta.channel, "") + delta.text
-        found = {"answer": said.get(FINAL), "channels": said, "truncated": chat_model.truncated}
-        console.print_json(found)
+        channels: dict[str, str] = {}
+        for delta in chat_model.answer(messages, parameters):
+            channels[delta.channel] = channels.get(delta.channel, "") + delta.text
+        answer = {"answer": channels.get(FINAL), "channels": channels}
+        console.print_json({**answer, "truncated": chat_model.truncated})
         return
-    _warn(chat_model, _print_answer(chat_model.answer(messages, sampling)), max_tokens)
+    answered = _print_answer(chat_model.answer(messages, parameters))
+    _warn(chat_model, answered, sampling.max_tokens)
 
 
 def chat(
     out: Model,
+    sampling: SamplingOptions,
     system: System = None,
-    reasoning: Effort = None,
-    max_tokens: MaxTokens = 4096,
-    temp: Temperature = 0.0,
-    top_p: TopP = 1.0,
-    seed: Seed = 0,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Talk with a repo. An empty line or Ctrl-D ends it, Ctrl-C an answer; `/new` starts anew."""
-    sampling = _manner(reasoning, max_tokens, temp, top_p, seed)
-    chat_model = _speaker(out, reasoning, trust_remote_code)
+    """Chat with a repo. An empty line or Ctrl-D ends it, Ctrl-C an answer; `/new` starts over."""
+    parameters = sampling.parameters()
+    chat_model = _chat_model(out, sampling, trust_remote_code)
     messages = _system(system)
-    while (asked := _ask()).strip():
-        if asked.strip() == "/new":
+    while (line := _read_line()).strip():
+        if line.strip() == "/new":
             messages = _system(system)
             continue
-        turn = [*messages, {"role": "user", "content": asked}]
-        answer = _print_answer(chat_model.answer(turn, sampling))
-        _warn(chat_model, answer, max_tokens)
-        # What was thought is not part of the conversation: gpt-oss's template leaves it out, too.
+        turn = [*messages, {"role": "user", "content": line}]
+        answer = _print_answer(chat_model.answer(turn, parameters))
+        _warn(chat_model, answer, sampling.max_tokens)
+        # Reasoning is not part of the conversation: gpt-oss's template drops it, too.
         if answer:
             messages = [*turn, {"role": "assistant", "content": answer}]
 
 
 def serve(
     out: Model,
-    port: Annotated[int, typer.Option(min=1, max=65535)] = 8080,
-    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    max_tokens: MaxTokens = 4096,
-    temp: Temperature = 0.0,
-    top_p: TopP = 1.0,
+    sampling: ServerSampling,
+    port: Annotated[
+        int, typer.Option(min=1, max=65535, rich_help_panel="Address", help="Port.")
+    ] = 8080,
+    host: Annotated[
+        str, typer.Option(rich_help_panel="Address", help="Address to listen on.")
+    ] = "127.0.0.1",
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Serve a repo with mlx-lm's own server: OpenAI's protocol, on this machine only by default.
+    """Serve a repo with mlx-lm's server: OpenAI's protocol, by default on this machine only.
 
     `curl localhost:8080/v1/chat/completions -d '{"messages": [{"role": "user", "content": "Hi"}]}'`
     """
     from quantkit.generation.server import serve as run_server
 
-    options = {"max-tokens": max_tokens, "temp": temp, "top-p": top_p}
+    options = {"max-tokens": sampling.max_tokens, "temp": sampling.temp, "top-p": sampling.top_p}
     given = [f"--{name}={value}" for name, value in options.items()]
     run_server(out, host, port, given + ["--trust-remote-code"] * trust_remote_code)
 
 
-def _manner(
-    effort: str | None, max_tokens: int, temperature: float, top_p: float, seed: int
-) -> "SamplingParameters":
-    from quantkit.errors import InputError
-    from quantkit.generation.chat_model import EFFORTS, SamplingParameters
-
-    if effort is not None and effort not in EFFORTS:
-        raise InputError(f"there is no effort {effort!r}. Efforts: {', '.join(EFFORTS)}.")
-    return SamplingParameters(max_tokens, effort, temperature, top_p, seed)
-
-
-def _speaker(out: str, effort: str | None, trust_remote_code: bool) -> "ChatModel":
+def _chat_model(out: str, sampling: SamplingOptions, trust_remote_code: bool) -> "ChatModel":
     from quantkit.backend import speed_hint
     from quantkit.generation.chat_model import ChatModel
 
     console.note(speed_hint())
     chat_model = ChatModel(out, trust_remote_code=trust_remote_code)
-    if effort is not None and not chat_model.knows_effort():
-        console.note(f"the chat template of {out} does not ask for a reasoning effort.")
+    if sampling.reasoning is not None and not chat_model.knows_effort():
+        console.note(f"the chat template of {out} does not read a reasoning effort.")
     return chat_model
 
 
-def _ask() -> str:
-    """A line from the terminal; empty at its end."""
+def _read_line() -> str:
+    """Read a line from the terminal; empty at its end."""
     terminal = sys.stdin.isatty()
     try:
         return input("> " if terminal else "")
@@ -154,8 +123,10 @@ def _ask() -> str:
 
 
 def _print_answer(deltas: "Iterator[Delta]") -> str | None:
-    """Print what comes, what is thought dimmed and only on a terminal; gives the answer, None for
-    one that was interrupted."""
+    """Print an answer, its reasoning dimmed and on a terminal only.
+
+    Returns the answer, None if it was interrupted before its first word.
+    """
     from quantkit.generation.harmony import FINAL
 
     terminal, answer, before = sys.stdout.isatty(), "", None
@@ -184,4 +155,4 @@ def _warn(chat_model: "ChatModel", answer: str | None, max_tokens: int) -> None:
     if chat_model.truncated:
         console.note(f"cut after {max_tokens} tokens; --max-tokens allows more.")
     elif answer == "":
-        console.note("no answer: it never reached its final channel.")
+        console.note("no answer: the model never reached its final channel.")

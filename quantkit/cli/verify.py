@@ -1,4 +1,4 @@
-"""`quantkit verify`: whether a repo is right."""
+"""`quantkit verify`: the integrity of a repo."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -19,14 +19,16 @@ def verify(
     out: Repo,
     load: Annotated[
         bool,
-        typer.Option(help="Load it with stock mlx-lm and generate a few tokens; needs its memory."),
+        typer.Option(help="Load it with stock mlx-lm, and generate a few tokens."),
     ] = True,
     trust_remote_code: TrustRemoteCode = False,
     json: Json = False,
 ) -> None:
     """Check a repo: files against index, config, plan and hashes, then stock mlx-lm itself.
 
-    Exit code 1 if a check fails. `--no-load` checks all but the loading, on any machine.
+    Exit code 1 if a check fails. `--no-load` leaves out the loading, for machines with less memory.
+
+    `quantkit verify gpt-oss-20b-16GB`
     """
     from quantkit.publish.report import read_report
 
@@ -39,7 +41,7 @@ def verify(
 def run_checks(
     out: Path, report: "Report", load: bool, show: bool, trust_remote_code: bool
 ) -> "list[Check]":
-    """Verify a repo with progress, every check shown as it is made."""
+    """Verify a repo, and show every check as it finishes."""
     from quantkit.backend import speed_hint
     from quantkit.evaluation.verify import verify
 
@@ -47,9 +49,10 @@ def run_checks(
     checks = []
     if load:
         console.note(speed_hint())
-    with console.progress(total, "Verifying") as progress:
+    with console.Bars() as bars:
         options = {"load": load, "trust_remote_code": trust_remote_code}
-        for check in verify(out, report, progress=progress, **options):
+        stage = bars.stage("Verifying", total)
+        for check in verify(out, report, progress=stage, **options):
             checks.append(check)
             if show:
                 tables.print_checks([check])
@@ -59,7 +62,7 @@ def run_checks(
 
 
 def require_good(checks: "Sequence[Check]", json: bool) -> None:
-    """Ends the process with exit code 1 if a check failed, all being said as `json` if asked."""
+    """End the process with exit code 1 if a check failed, after printing `json` if asked."""
     if any(check.ok is False for check in checks):
         if json:
             console.print_json({"ok": False, "checks": [asdict(check) for check in checks]})

@@ -1,4 +1,4 @@
-"""Building the demo checkpoint, once, into the cache."""
+"""Build the demo checkpoints, once, into the cache."""
 
 import os
 import shutil
@@ -22,7 +22,7 @@ from quantkit.storage.paths import cache_folder
 
 Stored = tuple[TensorSpec, np.ndarray]
 
-_NAME = "smollm2-135m-gpt-oss-v1"  # a change to what is built needs another name
+_NAME = "smollm2-135m-gpt-oss-v1"  # any change of the checkpoint needs another name
 
 _PLAIN_NAME = "smollm2-135m-llama-v1"
 
@@ -41,16 +41,18 @@ SmolLM2-135M-Instruct in BF16, as quantkit reads it from a GGUF file of 4 bits.
 
 
 def demo_checkpoint(step: Callable[[int, int], None] | None = None) -> Path:
-    """The demo model's folder, built if it is not in the cache yet (about 15 s).
+    """Return the demo model's folder, which is built on first use (about 15 s).
 
-    `step` is called with layers done and layers in all. Raises SourceError when the package that
-    holds the weights is not installed.
+    `step` receives the finished layers and all layers. Raises SourceError if the package with the
+    weights is not installed.
     """
     return _built(_NAME, lambda model, folder: build(model, folder, step))
 
 
 def plain_checkpoint() -> Path:
-    """SmolLM2-135M-Instruct itself, a dense llama in BF16: its folder, built if it is not there."""
+    """Return the folder of SmolLM2-135M-Instruct itself, a dense llama in BF16, built on first
+    use.
+    """
     return _built(_PLAIN_NAME, build_plain)
 
 
@@ -78,7 +80,7 @@ def _built(name: str, write: Callable[[SmolLM2, Path], None]) -> Path:
 
 
 def build_plain(model: SmolLM2, folder: Path) -> None:
-    """Write `model` as the llama checkpoint that it is, its values in BF16. Deterministic."""
+    """Write `model` as a llama checkpoint in BF16. Deterministic."""
     stored = []
     for name, values in llama.tensors(model):
         carrier = to_numpy(mx.array(values).astype(mx.bfloat16))

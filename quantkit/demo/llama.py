@@ -1,4 +1,4 @@
-"""SmolLM2 as the llama checkpoint that it is."""
+"""SmolLM2 as a llama checkpoint."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -9,7 +9,7 @@ from quantkit.demo.smollm2 import SmolLM2
 
 
 def config(model: SmolLM2) -> dict[str, Any]:
-    """The config.json of the published model."""
+    """Return the config.json of the published model."""
     return {
         "architectures": ["LlamaForCausalLM"],
         "attention_bias": False,
@@ -32,7 +32,7 @@ def config(model: SmolLM2) -> dict[str, Any]:
 
 
 def tensors(model: SmolLM2) -> Iterator[tuple[str, np.ndarray]]:
-    """Every tensor in its published name, in float32."""
+    """Yield every tensor under its published name, float32 in its published shape."""
     yield "model.embed_tokens.weight", model.weight("token_embd.weight")
     heads = int(model.setting("attention.head_count"))
     key_heads = int(model.setting("attention.head_count_kv"))

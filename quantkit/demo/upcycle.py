@@ -27,7 +27,7 @@ _SINK = -30.0  # as good as no attention sink
 
 
 def config(model: SmolLM2) -> dict[str, Any]:
-    """The published config.json's fields for the upcycled model."""
+    """Return the config.json of the upcycled model."""
     context = int(model.setting("context_length"))
     return {
         "architectures": ["GptOssForCausalLM"],
@@ -71,7 +71,9 @@ Tensor = tuple[str, str, np.ndarray]
 
 
 def tensors(model: SmolLM2, seed: int = 0) -> Iterator[Tensor]:
-    """Every tensor of the upcycled model in gpt-oss's published layout; the same for a seed."""
+    """Yield every tensor of the upcycled model in gpt-oss's published layout. Deterministic for
+    a seed.
+    """
     rng = np.random.default_rng(seed)
     embedding = model.weight("token_embd.weight")
     yield "model.embed_tokens.weight", "BF16", embedding

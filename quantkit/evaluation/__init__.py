@@ -1,1 +1,1 @@
-"""Judging a repo from the repo alone: nothing the writer remembers is trusted."""
+"""Evaluation of written repos: fidelity, integrity, and speed."""

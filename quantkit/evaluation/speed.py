@@ -1,4 +1,4 @@
-"""How fast a repo generates, and in how much memory, through mlx-lm's own generation."""
+"""Measure generation speed and memory of a repo with stock mlx-lm."""
 
 import os
 import platform
@@ -10,17 +10,16 @@ import numpy as np
 from quantkit.artifacts.report import Report
 from quantkit.artifacts.speed import Run, Speed
 from quantkit.backend import mx, on_cpu
+from quantkit.checkpoint.model_config import ModelConfig
+from quantkit.checkpoint.provenance import versions
 from quantkit.checkpoint.stock import load_stock
-from quantkit.checkpoint.tensor_map import optional_int, text_scope
 from quantkit.errors import InputError, OutputError
-from quantkit.macs import cache_bytes
-from quantkit.progress import Progress
-from quantkit.staging import versions
+from quantkit.progress import Stage
 from quantkit.storage.json_files import load_json
 from quantkit.units import gb
 
-_WARM = 16  # tokens
-_LONGEST = 1 << 20  # tokens, where the config does not say
+_WARM_UP = 16  # tokens
+_LONGEST = 1 << 20  # tokens, if the config does not say
 
 
 def measure(
@@ -28,22 +27,22 @@ def measure(
     report: Report,
     contexts: Sequence[int],
     generated: int,
-    progress: Progress,
+    progress: Stage,
     *,
     trust_remote_code: bool = False,
 ) -> Speed:
-    """Generate `generated` tokens after prompts of so many random tokens, never stopping early.
+    """Generate `generated` tokens after prompts of random tokens, without early stops.
 
-    Stock mlx-lm, nothing else in memory. Raises InputError for contexts that the model does not
-    take, OutputError for a repo that mlx-lm does not load.
+    Loads the repo with stock mlx-lm. Raises InputError for contexts that the model does not
+    support, OutputError for a repo that mlx-lm does not load.
     """
-    config = load_json(repo / "config.json", OutputError)
+    config = ModelConfig.parse(load_json(repo / "config.json", OutputError))
     _require_possible(report, config, contexts, generated)
     import mlx_lm
 
     model, tokenizer = load_stock(str(repo), trust_remote_code=trust_remote_code)
-    tokenizer._eos_token_ids = set()  # as mlx-lm's own benchmark does: random prompts end early
-    vocabulary = optional_int(text_scope(config), "vocab_size") or len(tokenizer.get_vocab())
+    tokenizer._eos_token_ids = set()  # as in mlx-lm's benchmark: random prompts end early
+    vocabulary = config.vocabulary or len(tokenizer.get_vocab())
     random = np.random.default_rng(0)
 
     def run(context: int, count: int) -> Run:
@@ -61,26 +60,26 @@ def measure(
             _predicted(report, config, context + count),
         )
 
-    run(_WARM, 1)
+    run(_WARM_UP, 1)
     return Speed(machine(), versions(), tuple(run(context, generated) for context in contexts))
 
 
 def _require_possible(
-    report: Report, config: dict[str, object], contexts: Sequence[int], generated: int
+    report: Report, config: ModelConfig, contexts: Sequence[int], generated: int
 ) -> None:
-    longest = optional_int(text_scope(config), "max_position_embeddings", "n_positions") or _LONGEST
+    longest = config.context or _LONGEST
     for context in contexts:
         if context < 1 or generated < 1:
-            raise InputError("prompts and answers have one token or more.")
+            raise InputError("`context` and `tokens` must be 1 or more.")
         if context + generated > longest:
             raise InputError(
-                f"{context} + {generated} tokens are more than the {longest} that the model takes."
+                f"{context} + {generated} tokens exceed the model's context of {longest}."
             )
         needed = _predicted(report, config, context + generated) or 0
         if needed > _memory():
             raise InputError(
                 f"a prompt of {context} tokens needs {gb(needed)} with the weights, this machine "
-                f"has {gb(_memory())}. Give a smaller --context."
+                f"has {gb(_memory())}. Give a smaller `context`."
             )
 
 
@@ -89,7 +88,7 @@ def _memory() -> int:
 
 
 def machine() -> str:
-    """The machine in a few words: what computes, and its memory."""
+    """Describe the machine: its processor and memory."""
     memory = _memory() / 2**30
     if not on_cpu():
         name = str(mx.device_info().get("device_name", "a GPU"))
@@ -106,8 +105,8 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def _predicted(report: Report, config: dict[str, object], tokens: int) -> int | None:
+def _predicted(report: Report, config: ModelConfig, tokens: int) -> int | None:
     try:
-        return report.total_bytes + cache_bytes(config, tokens)
+        return report.total_bytes + config.kv_cache_bytes(tokens)
     except InputError:
         return None

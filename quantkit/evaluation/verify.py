@@ -1,4 +1,4 @@
-"""Whether a repo is what its plan says, and what stock mlx-lm needs."""
+"""Verify that a repo agrees with its plan, and that stock mlx-lm loads it."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -9,7 +9,7 @@ from typing import Any
 from quantkit.artifacts.plan import Assignment
 from quantkit.artifacts.report import Report
 from quantkit.backend import mx
-from quantkit.checkpoint.checkpoint import INDEX_FILE, Checkpoint, hash_file, open_folder
+from quantkit.checkpoint.checkpoint import INDEX_FILE, Checkpoint, open_folder
 from quantkit.checkpoint.generic import build_model
 from quantkit.checkpoint.headers import StoredTensor
 from quantkit.checkpoint.model_config import mlx_quantization
@@ -17,7 +17,8 @@ from quantkit.checkpoint.stock import load_stock
 from quantkit.errors import OutputError, SourceError, first_line
 from quantkit.formats.dtypes import FLOATS, nan_scales, nonfinite
 from quantkit.formats.tiers import TIERS, Tier
-from quantkit.progress import Progress
+from quantkit.progress import Stage
+from quantkit.storage.hashing import hash_file
 from quantkit.storage.json_files import load_json
 from quantkit.streaming.attention import attention_differences, compared_layers
 
@@ -27,7 +28,7 @@ _TOP_LEVEL = ("group_size", "bits", "mode")
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at: `ok` is None where it was skipped."""
+    """The result of one check: `ok` is None if it was skipped."""
 
     name: str
     ok: bool | None
@@ -35,7 +36,7 @@ class Check:
 
 
 class _WrongError(Exception):
-    """A check found this."""
+    """A check failed."""
 
 
 def verify(
@@ -44,12 +45,12 @@ def verify(
     *,
     load: bool = True,
     trust_remote_code: bool = False,
-    progress: Progress | None = None,
+    progress: Stage | None = None,
 ) -> Iterator[Check]:
-    """Check `repo` against its `report` and against mlx-lm, cheapest first.
+    """Check `repo` against its `report` and mlx-lm, cheapest check first.
 
-    With `load` it is loaded whole by stock mlx-lm and generates a few tokens; `trust_remote_code`
-    lets its tokenizer run code of its own. `progress` is called with the bytes hashed.
+    `load` loads it with stock mlx-lm and generates a few tokens; `trust_remote_code` lets its
+    tokenizer run Python code of the repo. `progress` receives the bytes hashed.
     """
     try:
         checkpoint = open_folder(repo)
@@ -69,15 +70,15 @@ def verify(
         good = good and check.ok is True
         yield check
     checkpoint.close()
-    if good:  # else the config may be anybody's, and its model of any size
+    if good:  # a foreign config may describe a model of any size
         check = _check("attention as the source's", lambda: _check_attention(repo, report))
         good = check.ok is True
         yield check
     if load and good:
         yield from _check_mlx_lm(repo, trust_remote_code)
     else:
-        why = "not tried, since a check failed" if load else "left out (--no-load)"
-        yield Check("stock mlx-lm loads it", None, why)
+        reason = "skipped, since a check failed" if load else "skipped (--no-load)"
+        yield Check("stock mlx-lm loads it", None, reason)
 
 
 def _check(name: str, look: Callable[[], str]) -> Check:
@@ -88,9 +89,9 @@ def _check(name: str, look: Callable[[], str]) -> Check:
 
 
 def _check_index(repo: Path, checkpoint: Checkpoint) -> str:
-    known = {file.name for file in checkpoint.files}
-    # mlx-lm loads every model*.safetensors in the folder, whatever the index says.
-    if stray := {path.name for path in repo.glob("model*.safetensors")} - known:
+    indexed = {file.name for file in checkpoint.files}
+    # mlx-lm loads every model*.safetensors in the folder, even without the index.
+    if stray := {path.name for path in repo.glob("model*.safetensors")} - indexed:
         raise _WrongError(f"{min(stray)} is not in the index, but mlx-lm would load it. Remove it.")
     stored = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
     if not (repo / INDEX_FILE).is_file():
@@ -99,7 +100,7 @@ def _check_index(repo: Path, checkpoint: Checkpoint) -> str:
     claimed = metadata.get("total_size") if isinstance(metadata, dict) else None
     if claimed != stored:
         raise _WrongError(f"{INDEX_FILE}: total_size {claimed}, the shards hold {stored} bytes.")
-    return f"{len(checkpoint.tensors)} tensors in {len(known)} shards"
+    return f"{len(checkpoint.tensors)} tensors in {len(indexed)} shards"
 
 
 def _check_config(checkpoint: Checkpoint) -> str:
@@ -111,22 +112,22 @@ def _check_config(checkpoint: Checkpoint) -> str:
     entries = {key: value for key, value in quantization.items() if key not in _TOP_LEVEL}
     if scaled and not all(key in quantization for key in _TOP_LEVEL):
         raise _WrongError(f"config.json: quantization lacks one of {', '.join(_TOP_LEVEL)}.")
-    for names, what in (
+    for names, fault in (
         (scaled - entries.keys(), "has scales, but no entry in config.json's quantization"),
         (entries.keys() - scaled, "is in config.json's quantization, but has no scales"),
     ):
         if names:
-            raise _WrongError(f"{min(names)} {what} (one of {len(names)} such).")
+            raise _WrongError(f"{min(names)} {fault}, like {len(names) - 1} others.")
     for name, entry in entries.items():
         _check_module(name, _tier_of(name, entry), checkpoint.tensors)
     return f"{len(entries)} quantized modules"
 
 
 def _check_attention(repo: Path, report: Report) -> str:
-    """Hold what stock mlx-lm builds from the repo's config against the source's own config."""
+    """Compare mlx-lm's model for the repo's config to the source's own config."""
     model = build_model(load_json(repo / "config.json", SourceError))
-    if found := attention_differences(report.source_config, model):
-        raise _WrongError(f"{found[0]} ({len(found)} such differences).")
+    if actual := attention_differences(report.source_config, model):
+        raise _WrongError(f"{actual[0]} ({len(actual)} differences).")
     compared, layers = compared_layers(report.source_config, model)
     return f"as mlx-lm builds it, RoPE of {compared} of {layers} layers compared"
 
@@ -139,7 +140,7 @@ def _tier_of(name: str, entry: Any) -> Tier:
     for tier in TIERS.values():
         if tier.quantized and entry == tier.config_entry():
             return tier
-    raise _WrongError(f"config.json: {name}: {entry} is no tier that mlx knows, or lacks its mode.")
+    raise _WrongError(f"config.json: {name}: {entry} is not a tier of mlx, or lacks its mode.")
 
 
 def _check_module(name: str, tier: Tier, tensors: Mapping[str, StoredTensor]) -> None:
@@ -149,56 +150,66 @@ def _check_module(name: str, tier: Tier, tensors: Mapping[str, StoredTensor]) ->
     shape = (*scales.shape[:-1], scales.shape[-1] * tier.group_size)
     dtype = scales.dtype if tier.mode == "affine" else "BF16"
     for spec in tier.tensors(name, shape, dtype):
-        found = tensors.get(spec.name)
-        if found is None:
+        actual = tensors.get(spec.name)
+        if actual is None:
             raise _WrongError(f"{spec.name} is missing; tier {tier} needs it.")
-        if (found.dtype, found.shape) != (spec.dtype, spec.shape):
+        if (actual.dtype, actual.shape) != (spec.dtype, spec.shape):
             raise _WrongError(
-                f"{spec.name} is {found.dtype} {list(found.shape)}; tier {tier} needs "
+                f"{spec.name} is {actual.dtype} {list(actual.shape)}; tier {tier} needs "
                 f"{spec.dtype} {list(spec.shape)}."
             )
     if tier.mode != "affine" and f"{name}.biases" in tensors:
-        raise _WrongError(f"{name}.biases is there; tier {tier} has none.")
+        raise _WrongError(f"{name}.biases exists; tier {tier} has no biases.")
 
 
 def _check_bytes(checkpoint: Checkpoint, report: Report) -> str:
     plan = report.plan
-    left = {name: tensor.nbytes for name, tensor in checkpoint.tensors.items()}
-    for choice in plan.choices:
-        if choice.storage not in TIERS:
-            raise _WrongError(f"{choice.name}: quantkit.json names no tier {choice.storage!r}.")
-        if (held := _parameters(checkpoint.tensors, choice)) != choice.parameters:
-            raise _WrongError(f"{choice.name} holds {held} weights, planned {choice.parameters}.")
-        found = sum(left.pop(f"{choice.name}.{part}", 0) for part in _parts(choice))
-        if found != choice.bytes:
-            raise _WrongError(f"{choice.name} takes {found} bytes, planned were {choice.bytes}.")
-    if (kept := sum(left.values())) != plan.kept.bytes:
-        raise _WrongError(f"norms and biases take {kept} bytes, planned were {plan.kept.bytes}.")
+    remaining = {name: tensor.nbytes for name, tensor in checkpoint.tensors.items()}
+    for assignment in plan.assignments:
+        if assignment.storage not in TIERS:
+            raise _WrongError(
+                f"{assignment.name}: quantkit.json names no tier {assignment.storage!r}."
+            )
+        if (stored_ := _parameters(checkpoint.tensors, assignment)) != assignment.parameters:
+            raise _WrongError(
+                f"{assignment.name} holds {stored_} weights, planned {assignment.parameters}."
+            )
+        actual = sum(
+            remaining.pop(f"{assignment.name}.{suffix}", 0) for suffix in _suffixes(assignment)
+        )
+        if actual != assignment.bytes:
+            raise _WrongError(
+                f"{assignment.name} takes {actual} bytes, planned were {assignment.bytes}."
+            )
+    if (unquantized := sum(remaining.values())) != plan.unquantized.bytes:
+        raise _WrongError(
+            f"norms and biases take {unquantized} bytes, planned were {plan.unquantized.bytes}."
+        )
     return f"{plan.total_bytes:,} bytes"
 
 
-def _parts(choice: Assignment) -> tuple[str, ...]:
-    tier = TIERS[choice.storage]
+def _suffixes(assignment: Assignment) -> tuple[str, ...]:
+    tier = TIERS[assignment.storage]
     if not tier.quantized:
         return ("weight",)
     return ("weight", "scales", "biases") if tier.mode == "affine" else ("weight", "scales")
 
 
-def _parameters(tensors: Mapping[str, StoredTensor], choice: Assignment) -> int:
-    tier = TIERS[choice.storage]
-    tensor = tensors.get(f"{choice.name}.{'scales' if tier.quantized else 'weight'}")
+def _parameters(tensors: Mapping[str, StoredTensor], assignment: Assignment) -> int:
+    tier = TIERS[assignment.storage]
+    tensor = tensors.get(f"{assignment.name}.{'scales' if tier.quantized else 'weight'}")
     return math.prod(tensor.shape) * max(1, tier.group_size) if tensor else 0
 
 
-def _check_hashes(repo: Path, report: Report, progress: Progress | None) -> str:
-    """Of the shards, and of every other file that mlx-lm reads; the card may be edited."""
+def _check_hashes(repo: Path, report: Report, progress: Stage | None) -> str:
+    """Check the shards and all other files that mlx-lm reads; the card may be edited."""
     shards = {path.name for path in repo.glob("model*.safetensors")}
     if unknown := shards ^ {shard.name for shard in report.shards}:
         raise _WrongError(f"{min(unknown)}: in the folder or in quantkit.json, but not in both.")
     for name, sha256 in report.sha256s.items():
-        found = hash_file(repo / name, name, progress)
-        if found != sha256:
-            raise _WrongError(f"{name}: sha256 {found}, written was {sha256}.")
+        actual = hash_file(repo / name, name, progress)
+        if actual != sha256:
+            raise _WrongError(f"{name}: sha256 {actual}, written was {sha256}.")
     return f"{len(report.sha256s)} files"
 
 
@@ -241,7 +252,7 @@ def _check_mlx_lm(repo: Path, trust_remote_code: bool) -> Iterator[Check]:
         prompt = tokenizer.encode("The") or [0]
         produced = list(mlx_lm.stream_generate(model, tokenizer, prompt, max_tokens=4))
         finite = not any(mx.any(mx.isnan(step.logprobs)).item() for step in produced)
-    except Exception as exc:  # noqa: BLE001  (whatever mlx-lm stumbles over)
+    except Exception as exc:  # noqa: BLE001  (mlx-lm raises anything)
         yield Check("generates", False, f"{type(exc).__name__}: {first_line(exc)}")
         return
     detail = f"{len(produced)} tokens" if finite else "log-probabilities are NaN"

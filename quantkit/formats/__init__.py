@@ -1,1 +1,1 @@
-"""How a weight can be stored: sizes (no mlx needed), encoding and decoding."""
+"""Storage formats of weights: sizes (without mlx), encoding and decoding."""

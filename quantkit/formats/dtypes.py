@@ -30,24 +30,28 @@ FLOATS = ("BF16", "F16", "F32")
 
 
 def numpy_dtype(dtype: str) -> np.dtype[Any]:
-    """The numpy type that carries `dtype`; uint16 for BF16. Raises SourceError if unknown."""
+    """Return the numpy type that carries `dtype`, uint16 for BF16. Raises SourceError if
+    unknown.
+    """
     if dtype not in _NUMPY:
         raise SourceError(f"element type {dtype} is not one quantkit reads ({', '.join(_NUMPY)}).")
     return _NUMPY[dtype]
 
 
 def nbytes(dtype: str, shape: tuple[int, ...]) -> int:
-    """Stored bytes of a tensor."""
+    """Return the stored bytes of a tensor."""
     return numpy_dtype(dtype).itemsize * math.prod(shape)
 
 
 def nan_scales(scales: np.ndarray, mode: str) -> int:
-    """How many one-byte scales are NaN: E4M3 in nvfp4 (127, 255), else E8M0 (255)."""
+    """Count the NaN among one-byte scales of any shape: E4M3 in nvfp4 (127, 255), else E8M0
+    (255).
+    """
     return int(np.count_nonzero((scales | 0x80 if mode == "nvfp4" else scales) == 0xFF))
 
 
 def nonfinite(values: np.ndarray, dtype: str) -> int:
-    """How many of `values` (carriers of a float `dtype`) are NaN or infinite."""
+    """Count the NaN and infinite values among carriers, of any shape, of a float `dtype`."""
     if dtype == "BF16":
         return int(np.count_nonzero((values & 0x7F80) == 0x7F80))
     return int(values.size - np.count_nonzero(np.isfinite(values)))

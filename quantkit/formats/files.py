@@ -1,4 +1,4 @@
-"""Writing safetensors: the header, and small files whole.
+"""Write safetensors: headers, and small files whole.
 
 Format: https://huggingface.co/docs/safetensors/index#format
 """
@@ -13,9 +13,9 @@ from quantkit.formats.tiers import TensorSpec
 
 
 def header_bytes(specs: Iterable[TensorSpec], made_by: str) -> bytes:
-    """The header of a file that holds `specs` back to back: length, JSON, padding to 8 bytes.
+    """Return the header of a file with `specs` back to back: length, JSON, padding to 8 bytes.
 
-    `made_by` is the metadata's `format`: `mlx` for repos, `pt` for what PyTorch would have written.
+    `made_by` is the metadata's `format`: `mlx` for repos, `pt` for PyTorch's own.
     """
     entries: dict[str, object] = {"__metadata__": {"format": made_by}}
     offset = 0
@@ -33,7 +33,9 @@ def header_bytes(specs: Iterable[TensorSpec], made_by: str) -> bytes:
 
 
 def write_file(path: Path, tensors: Sequence[tuple[TensorSpec, np.ndarray]]) -> None:
-    """Write numpy carriers (BF16 as uint16) as a safetensors file."""
+    """Write numpy carriers (BF16 as uint16) as a safetensors file, each in the shape of its
+    spec.
+    """
     with open(path, "wb") as file:
         file.write(header_bytes((spec for spec, _ in tensors), "pt"))
         for _, values in tensors:

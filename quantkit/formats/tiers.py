@@ -1,6 +1,6 @@
-"""Tiers: the ways MLX can store a weight, and exactly how many bytes each one takes.
+"""Tiers: the storage formats of a weight in MLX, and their exact sizes.
 
-Sizes are arithmetic; nothing here imports mlx.
+Sizes are arithmetic; this module does not import mlx.
 """
 
 from collections.abc import Iterator
@@ -28,9 +28,9 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class Tier:
-    """A way to store a weight of shape (..., out, in).
+    """A storage format of a weight (..., out, in).
 
-    `group_size` consecutive values along `in` share a scale; 0 where nothing is shared.
+    `group_size` consecutive values along `in` share a scale; 0 for floats.
     """
 
     name: str
@@ -46,25 +46,25 @@ class Tier:
         return self.mode not in ("float", "native")
 
     def fits(self, shape: tuple[int, ...]) -> bool:
-        """Whether a weight of `shape` can be stored this way."""
+        """Return whether a weight of `shape` can be stored in this tier."""
         return not self.quantized or (len(shape) > 1 and shape[-1] % self.group_size == 0)
 
     def require_fit(self, weight: str, shape: tuple[int, ...]) -> None:
-        """Raises TierError, naming `weight`, unless the tier fits `shape`."""
+        """Check that the tier fits `shape`. Raises TierError naming `weight`."""
         if not self.fits(shape):
             raise TierError(
                 f"{weight}: tier {self.name} does not fit shape {list(shape)}: its last "
-                f"dimension is no multiple of {self.group_size}. Choose another tier for it."
+                f"dimension is not a multiple of {self.group_size}. Choose another tier for it."
             )
 
     def tensors(self, weight: str, shape: tuple[int, ...], dtype: str) -> tuple[TensorSpec, ...]:
-        """What mlx-lm expects to find stored for `weight`, in writing order.
+        """Return the tensors that mlx-lm expects for `weight`, in writing order.
 
-        `dtype` is the float type of the weight (BF16, F16 or F32), which affine scales and
-        biases keep. MLX packs integers into uint32, little end first.
+        `dtype` is the float type (BF16, F16 or F32) of affine scales and biases. MLX packs integers
+        into uint32, little end first.
         """
         if self.mode == "native":
-            raise TierError(f"{weight}: tier native has no size of its own; resolve it first.")
+            raise TierError(f"{weight}: tier native has no size; resolve it first.")
         if self.mode == "float":
             return (TensorSpec(f"{weight}.weight", self.name.upper(), shape),)
         self.require_fit(weight, shape)
@@ -79,16 +79,16 @@ class Tier:
         return tuple(specs)
 
     def stored_bytes(self, shape: tuple[int, ...], dtype: str = "BF16") -> int:
-        """Exact bytes of a weight of `shape`, scales and biases included."""
+        """Return the exact bytes of a weight of `shape`, scales and biases included."""
         return sum(spec.nbytes for spec in self.tensors("weight", shape, dtype))
 
     def config_entry(self) -> dict[str, int | str]:
-        """The module's entry in mlx-lm's `quantization`. `mode` is always spelled out: an entry
-        without it means affine, whatever the top level says."""
+        """Return the module's entry in mlx-lm's `quantization`.
+
+        `mode` is always written: an entry without it means affine, despite the top level.
+        """
         return {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
 
-
-QUANTIZERS = ("rtn", "search", "gptq")  # ways to choose a weight's numbers inside of a tier
 
 NATIVE = Tier("native", 0, 0, "native")
 BF16 = Tier("bf16", 16, 0, "float")
@@ -111,30 +111,29 @@ TIERS: dict[str, Tier] = {
 
 
 def parse_tier(name: str) -> Tier:
-    """The tier called `name`. Raises TierError for any other name."""
+    """Return the tier called `name`. Raises TierError for an unknown one."""
     tier = TIERS.get(name.strip().lower())
     if tier is None:
-        known = ", ".join(name for name in TIERS if name != "f32")
-        raise TierError(f"there is no tier {name!r}. Tiers: {known}.")
+        names = ", ".join(name for name in TIERS if name != "f32")
+        raise TierError(f"unknown tier {name!r}. Use one of {names}.")
     return tier
 
 
 def resolve(tier: Tier, storage: Tier) -> Tier:
-    """The physical tier behind a choice: what `native` means for a weight held in `storage`."""
+    """Return the physical tier: `storage` for the tier `native`, else the tier itself."""
     return storage if tier is NATIVE else tier
 
 
 def canonical(tier: Tier, storage: Tier) -> Tier:
-    """The one name a choice goes by: `native` if and only if packed values are kept as they are.
+    """Return the one name of a tier for a weight stored in `storage`.
 
-    Keeping floats is called by their type (`bf16`), keeping MXFP4 is called `native`, whichever
-    of the two names was asked for.
+    An unchanged float weight is named by its type (`bf16`), unchanged MXFP4 is named `native`.
     """
     physical = resolve(tier, storage)
     return NATIVE if physical == storage and storage.quantized else physical
 
 
-def kept_name(storage: str) -> str:
-    """What keeping a weight as it is held in `storage` is called."""
-    held = parse_tier(storage)
-    return canonical(held, held).name
+def native_name(storage: str) -> str:
+    """Return the canonical name of leaving a weight in its `storage` tier."""
+    tier = parse_tier(storage)
+    return canonical(tier, tier).name

@@ -1,1 +1,1 @@
-"""Letting a repo speak, through stock mlx-lm."""
+"""Generation with a repo, through stock mlx-lm."""

@@ -1,4 +1,4 @@
-"""Letting a repo speak, through stock mlx-lm."""
+"""A chat model: a repo that answers, through stock mlx-lm."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,8 +22,11 @@ EFFORTS = ("low", "medium", "high")
 
 @dataclass(frozen=True)
 class SamplingParameters:
-    """How to speak: at most `max_tokens`; of gpt-oss, with how much reasoning; drawn at a
-    `temperature` (0: always the likeliest token) from the `top_p` likeliest, by a `seed`."""
+    """Sampling parameters; `effort` is the reasoning effort of gpt-oss.
+
+    A `temperature` of 0 takes the most probable token; `top_p` keeps the smallest set of tokens
+    whose probability reaches it.
+    """
 
     max_tokens: int = 1024
     effort: str | None = None
@@ -33,24 +36,24 @@ class SamplingParameters:
 
 
 class ChatModel:
-    """A repo (a folder or a Hub id) loaded whole by stock mlx-lm."""
+    """A repo (a folder or a Hub id), loaded whole by stock mlx-lm."""
 
     def __init__(self, repo: str, *, trust_remote_code: bool = False) -> None:
-        """Raises OutputError for what mlx-lm does not load."""
+        """Raises OutputError if mlx-lm does not load it."""
         require_repo(repo)
         self._model, self._tokenizer = load_stock(repo, trust_remote_code=trust_remote_code)
         self.truncated = False
-        """Whether the last answer was cut after `max_tokens`."""
+        """Whether the last answer reached `max_tokens`."""
 
     def knows_effort(self) -> bool:
-        """Whether the chat template asks how much to reason."""
+        """Return whether the chat template reads a reasoning effort."""
         return "reasoning_effort" in str(getattr(self._tokenizer, "chat_template", None) or "")
 
     def answer(self, messages: Sequence[Message], sampling: SamplingParameters) -> Iterator[Delta]:
-        """The answer to a chat, piece by piece, its channels told apart.
+        """Yield the answer to a chat in deltas, by channel.
 
-        Messages go to the chat template whole, with their thinking and tool calls. Raises
-        InputError where the template refuses them.
+        Messages are passed to the chat template whole, with their thinking and tool calls. Raises
+        InputError if the template refuses them.
         """
         from mlx_lm.sample_utils import make_sampler
 
@@ -72,10 +75,10 @@ class ChatModel:
             text.encode()
         except UnicodeEncodeError as exc:
             raise InputError("the prompt is not UTF-8 text.") from exc
-        special = not has_chat_template(self._tokenizer)  # else the template has put them in
+        special = not has_chat_template(self._tokenizer)  # a template adds them itself
         prompt = list(self._tokenizer.encode(text, add_special_tokens=special))
         if not prompt:
-            raise InputError("the prompt is empty. Ask something.")
+            raise InputError("the prompt is empty. Ask a question.")
         return prompt
 
     def _tokens(self, prompt: list[int], max_tokens: int, sampler: Any) -> Iterator[int]:
@@ -91,13 +94,13 @@ class ChatModel:
                 if step.token not in self._tokenizer.eos_token_ids:
                     yield step.token
         except (RuntimeError, ValueError) as exc:
-            raise OutputError(f"mlx-lm cannot go on ({first_line(exc)}).") from exc
+            raise OutputError(f"mlx-lm failed to generate ({first_line(exc)}).") from exc
 
 
 def require_repo(repo: str) -> None:
-    """Raises OutputError for what can be neither a folder that holds a model nor a Hub id."""
+    """Check that `repo` is a folder with a model, or a Hub id. Raises OutputError."""
     folder = Path(repo)
     if not folder.is_dir() and not is_repo_id(repo):
-        raise OutputError(f"{repo}: no such folder, and no Hub id such as user/name.")
+        raise OutputError(f"{repo}: neither a folder nor a Hub id (user/name).")
     if folder.is_dir() and not (folder / "config.json").is_file():
-        raise OutputError(f"{repo}: holds no model (no config.json).")
+        raise OutputError(f"{repo}: not a model: config.json is missing.")

@@ -1,8 +1,8 @@
-"""What a model says, told apart by channel.
+"""Harmony, the message format of gpt-oss: the channels of an answer.
 
-gpt-oss wraps each of its messages as <|channel|> NAME <|message|> TEXT <|end|>: what it thinks in
-the channel `analysis`, what it answers in `final`. They are told apart by token ids, not by text,
-which could hold the same words.
+gpt-oss writes each message as <|channel|> NAME <|message|> TEXT <|end|>, with its reasoning in the
+channel `analysis` and its answer in `final`. Channels are identified by token ids, since text may
+contain the same words.
 """
 
 from collections.abc import Iterable, Iterator
@@ -14,42 +14,44 @@ FINAL = "final"
 
 @dataclass(frozen=True)
 class Delta:
-    """Some text of one channel; a model without channels has only the final one."""
+    """Some new text of one channel; a model without channels has only the final one."""
 
     channel: str
     text: str
 
 
 class Channels:
-    """Splits a stream of token ids. `tokenizer` is mlx-lm's."""
+    """Splits a stream of token ids by channel. `tokenizer` is mlx-lm's."""
 
     def __init__(self, tokenizer: Any) -> None:
-        known = tokenizer.get_vocab()
-        self._channel = known.get("<|channel|>")
-        self._message = known.get("<|message|>")
+        vocabulary = tokenizer.get_vocab()
+        self._channel = vocabulary.get("<|channel|>")
+        self._message = vocabulary.get("<|message|>")
         ends = ("<|start|>", "<|end|>", "<|return|>", "<|call|>")
-        self._ends = {known[name] for name in ends if name in known}
+        self._ends = {vocabulary[name] for name in ends if name in vocabulary}
         self._tokenizer = tokenizer
 
     @property
-    def known(self) -> bool:
-        """Whether the tokenizer has channels at all."""
+    def has_channels(self) -> bool:
+        """Whether the tokenizer has Harmony's channel tokens."""
         return self._channel is not None and self._message is not None
 
     def deltas(self, tokens: Iterable[int]) -> Iterator[Delta]:
-        """The text of `tokens`, without the marks around it, as it comes.
+        """Yield the text of `tokens`, without Harmony's markup, as it arrives.
 
-        Text before the first mark is the final channel's, and so is that of a channel without a
-        name; what stands between two messages (a role) is not text.
+        Text before the first markup, or in a channel without a name, belongs to the final channel.
+        Roles between two messages are not text.
         """
         text = self._tokenizer.detokenizer
         text.reset()
         name: list[int] = []
         channel, inside, naming = FINAL, True, False
         for token in tokens:
-            if self.known and (token in (self._channel, self._message) or token in self._ends):
-                if inside and (rest := _rest(text)):
-                    yield Delta(channel, rest)
+            if self.has_channels and (
+                token in (self._channel, self._message) or token in self._ends
+            ):
+                if inside and (tail := _tail(text)):
+                    yield Delta(channel, tail)
                 text.reset()
                 if token == self._message:
                     if naming:
@@ -65,10 +67,10 @@ class Channels:
                 text.add_token(token)
                 if segment := text.last_segment:
                     yield Delta(channel, segment)
-        if inside and (rest := _rest(text)):
-            yield Delta(channel, rest)
+        if inside and (tail := _tail(text)):
+            yield Delta(channel, tail)
 
 
-def _rest(text: Any) -> str:
+def _tail(text: Any) -> str:
     text.finalize()
     return str(text.last_segment)

@@ -1,4 +1,4 @@
-"""mlx-lm's own server, for one repo."""
+"""mlx-lm's server for one repo."""
 
 import os
 import signal
@@ -11,9 +11,9 @@ from quantkit.generation.chat_model import require_repo
 
 
 def serve(repo: str, host: str, port: int, options: list[str]) -> None:
-    """Run the server in this process, which ends with it. `options` are mlx_lm.server's.
+    """Run mlx-lm's server in this process, which ends with it. `options` are mlx_lm.server's.
 
-    Raises OutputError for no repo, InputError for an address that is not to be had.
+    Raises OutputError for an invalid repo, InputError for an address that cannot be bound.
     """
     require_repo(repo)
     try:
@@ -22,24 +22,24 @@ def serve(repo: str, host: str, port: int, options: list[str]) -> None:
             pass
     except (OSError, UnicodeError) as exc:
         raise InputError(
-            f"{host}, port {port}: cannot be listened on ({first_line(exc)}). Give another --port "
-            "or --host."
+            f"{host}, port {port}: cannot be bound ({first_line(exc)}). Give another `port` or "
+            "`host`."
         ) from exc
     from mlx_lm import server
 
     sys.argv = ["mlx_lm.server", "--model", repo, "--host", host, "--port", str(port), *options]
-    for asked in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(asked, lambda *_: _end(0))
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: _end(0))
     try:
         server.main()
-    except Exception as exc:  # noqa: BLE001  (whatever mlx-lm stumbles over)
+    except Exception as exc:  # noqa: BLE001  (mlx-lm raises anything)
         print(f"error: mlx_lm.server: {first_line(exc)}.", file=sys.stderr)
         _end(2)
     _end(0)
 
 
 def _end(code: int) -> None:
-    """End the process at once: the server's generation thread does not end by itself."""
+    """End the process at once, since the server's generation thread does not end by itself."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -1,1 +1,1 @@
-"""The library's front door: stages put together, one request in, one outcome out."""
+"""The library's front door: one request in, one outcome out. Only this room composes stages."""

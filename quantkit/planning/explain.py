@@ -1,24 +1,25 @@
-"""Why a plan is as it is, what would change next, and how two plans differ."""
+"""Explain a plan: its alternatives, the next steps, and its difference to another plan."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from quantkit.artifacts.inventory import Inventory
 from quantkit.artifacts.plan import Assignment, Plan
-from quantkit.artifacts.profile import SensitivityProfile
+from quantkit.artifacts.sensitivity import SensitivityProfile
 from quantkit.errors import InputError, PlanError
-from quantkit.planning.allocator import Constraints, Group, Limits, groups_of, matches
+from quantkit.planning.budget import Budget
+from quantkit.planning.constraints import Constraints, Group, groups_of, matches
 
-_NEXT = 8  # steps told of that come next
+_NEXT = 8  # steps to report
 
 
 @dataclass(frozen=True)
 class Step:
-    """A weight, or some that are tied, moved to another tier.
+    """A move of a weight, or of tied weights, to another tier.
 
-    `bytes` and `read` are what it takes more of stored bytes and of those read per token, `saves`
-    the loss that it saves (all negative for fewer bytes); `price` what that much is worth at the
-    optimum, 0 where nothing was solved for.
+    `bytes` and `read` are the additional stored bytes and bytes read per token, `saves` the KL that
+    it saves (all negative for a smaller tier). `price` is the KL that the budget pays for these
+    bytes at the optimum, 0 without a solved budget.
     """
 
     weights: tuple[str, ...]
@@ -31,19 +32,23 @@ class Step:
 
     @property
     def worth(self) -> float:
-        """Loss saved over the price; per byte where there is none. A step up pays above 1, a step
-        down below."""
+        """The KL saved divided by the price, or per byte without one.
+
+        A step up pays above 1, a step down below.
+        """
         return self.saves / (self.price or self.bytes)
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """`prices` are what a byte of every limit is worth at the optimum, in nats per token; empty
-    where no budget was solved for. `weights` are (choice, the best step up, the best step down),
-    None where there is none; `up` and `down` the steps that come next with more or less budget.
+    """The shadow prices of the limits, and the next steps.
+
+    `shadow_prices` are the KL decrease per byte of every limit at the optimum, empty without a
+    solved budget. `weights` are (assignment, best step up, best step down), None if there is no
+    such step. `up` and `down` are the next steps with more or less budget.
     """
 
-    prices: tuple[float, ...]
+    shadow_prices: tuple[float, ...]
     weights: tuple[tuple[Assignment, Step | None, Step | None], ...]
     up: tuple[Step, ...]
     down: tuple[Step, ...]
@@ -51,7 +56,7 @@ class Explanation:
 
 @dataclass(frozen=True)
 class Difference:
-    """A weight that two plans store in different tiers; the rest is the second less the first."""
+    """A weight with different tiers in two plans; bytes and KL are the second less the first."""
 
     weight: str
     before: str
@@ -67,23 +72,23 @@ def explain(
     constraints: Constraints,
     pattern: str = "*",
 ) -> Explanation:
-    """Why the weights that match `pattern` have their tiers. Raises InputError for none.
+    """Explain the tiers of the weights that match `pattern`.
 
-    `profile` is the one that chose. Only tiers that `constraints` allow are looked at.
+    `profile` and `constraints` are the inputs of the plan. Raises InputError if no weight matches.
     """
-    chosen = [c for c in plan.choices if matches(pattern, c.name, c.role)]
+    chosen = [c for c in plan.assignments if matches(pattern, c.name, c.role)]
     if not chosen:
         raise InputError(f"pattern {pattern!r} matches no weight.")
-    prices = plan.optimality.prices if plan.optimality else ()
+    prices = plan.optimality.shadow_prices if plan.optimality else ()
     active = None if plan.active_bytes is None else 0
-    groups = groups_of(inventory, profile, Limits(0, active), constraints)
-    tiers = {choice.name: choice.tier for choice in plan.choices}
+    groups = groups_of(inventory, profile, Budget(0, active_bytes=active), constraints)
+    tiers = {assignment.name: assignment.tier for assignment in plan.assignments}
     pairs = [_steps(group, tiers[group.weights[0].name], prices) for group in groups]
     of = {w.name: pair for group, pair in zip(groups, pairs, strict=True) for w in group.weights}
     ups = [up for up, _ in pairs if up is not None]
     downs = [down for _, down in pairs if down is not None]
     return Explanation(
-        prices=prices,
+        shadow_prices=prices,
         weights=tuple((c, *of[c.name]) for c in chosen),
         up=tuple(sorted(ups, key=lambda step: (-step.worth, step.weights))[:_NEXT]),
         down=tuple(sorted(downs, key=lambda step: (step.worth, step.weights))[:_NEXT]),
@@ -91,40 +96,40 @@ def explain(
 
 
 def diff(before: Plan, after: Plan) -> list[Difference]:
-    """The weights that two plans of one checkpoint store differently. Raises PlanError."""
-    old = {choice.name: choice for choice in before.choices}
-    if old.keys() != {choice.name for choice in after.choices}:
+    """Return the weights that two plans of one checkpoint store differently. Raises PlanError."""
+    old = {assignment.name: assignment for assignment in before.assignments}
+    if old.keys() != {assignment.name for assignment in after.assignments}:
         raise PlanError(
-            f"these plans hold other weights: one is for {before.source.name}, the other for "
-            f"{after.source.name}."
+            f"these plans are for different checkpoints: one for {before.source.name}, the other "
+            f"for {after.source.name}."
         )
-    found = []
-    for new in after.choices:
+    differences = []
+    for new in after.assignments:
         was = old[new.name]
         if was.tier != new.tier:
-            known = was.kl is not None and new.kl is not None
-            kl = (new.kl or 0) - (was.kl or 0) if known else None
-            found.append(Difference(new.name, was.tier, new.tier, new.bytes - was.bytes, kl))
-    return found
+            predicted = was.kl is not None and new.kl is not None
+            kl = (new.kl or 0) - (was.kl or 0) if predicted else None
+            differences.append(Difference(new.name, was.tier, new.tier, new.bytes - was.bytes, kl))
+    return differences
 
 
-def explanation_json(found: Explanation) -> dict[str, Any]:
-    """As `--json` prints it."""
+def explanation_json(explanation: Explanation) -> dict[str, Any]:
+    """Return an explanation as a JSON object."""
     return {
-        "prices": list(found.prices),
+        "shadow_prices": list(explanation.shadow_prices),
         "weights": [
             {
-                "name": choice.name,
-                "tier": choice.tier,
-                "bytes": choice.bytes,
-                "kl": choice.kl,
+                "name": assignment.name,
+                "tier": assignment.tier,
+                "bytes": assignment.bytes,
+                "kl": assignment.kl,
                 "up": _json(up),
                 "down": _json(down),
             }
-            for choice, up, down in found.weights
+            for assignment, up, down in explanation.weights
         ],
-        "up": [_json(step) for step in found.up],
-        "down": [_json(step) for step in found.down],
+        "up": [_json(step) for step in explanation.up],
+        "down": [_json(step) for step in explanation.down],
     }
 
 
@@ -133,7 +138,7 @@ def _json(step: Step | None) -> dict[str, Any] | None:
 
 
 def _steps(group: Group, tier: str, prices: tuple[float, ...]) -> tuple[Step | None, Step | None]:
-    """(the step up that is worth the most, the step down that loses the least)"""
+    """Return (the step up of greatest worth, the step down of least)."""
     if tier not in group.tiers:
         return None, None
     now = group.options[group.tiers.index(tier)]
@@ -143,7 +148,7 @@ def _steps(group: Group, tier: str, prices: tuple[float, ...]) -> tuple[Step | N
         price = sum(p * c for p, c in zip(prices, costs, strict=False))
         names = tuple(weight.name for weight in group.weights)
         read = costs[1] if len(costs) > 1 else 0
-        steps.append(Step(names, tier, to, costs[0], read, now.loss - option.loss, price))
+        steps.append(Step(names, tier, to, costs[0], read, now.kl - option.kl, price))
     ups = [step for step in steps if step.bytes > 0 and step.saves > 0]
     downs = [step for step in steps if step.bytes < 0]
     return (

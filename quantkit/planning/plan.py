@@ -1,4 +1,4 @@
-"""Plans: one tier per weight, with exact bytes."""
+"""Make plans, read them back, and count their bytes."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -6,52 +6,58 @@ from typing import Any
 
 from quantkit.artifacts.inventory import Inventory, UnquantizedTensor, Weight
 from quantkit.artifacts.plan import Assignment, Plan, tiers_sha256
-from quantkit.artifacts.profile import SensitivityProfile
+from quantkit.artifacts.sensitivity import SensitivityProfile
 from quantkit.errors import PlanError, TierError
 from quantkit.formats.tiers import Tier, canonical, parse_tier, resolve
 from quantkit.storage.json_files import require_kind
 
-UNQUANTIZED = "kept"
+UNQUANTIZED = "unquantized"
 
 
 def make_plan(inventory: Inventory, tiers: Mapping[str, Tier], origin: str) -> Plan:
-    """The plan that stores each weight in `tiers[name]`.
+    """Return the plan that stores each weight in `tiers[name]`.
 
-    Raises TierError for a tier that does not fit, PlanError when `tiers` names another set of
-    weights than the inventory.
+    Raises TierError for a tier that does not fit, PlanError if `tiers` names other weights than the
+    inventory.
     """
     _require_same_weights(inventory, tiers)
-    choices = tuple(_choice(inventory, w, tiers[w.name]) for w in inventory.weights)
+    assignments = tuple(_assignment(inventory, w, tiers[w.name]) for w in inventory.weights)
     return Plan(
-        inventory.source, inventory.model_type, origin, choices, unquantized_assignment(inventory)
+        inventory.source,
+        inventory.model_type,
+        origin,
+        assignments,
+        unquantized_assignment(inventory),
     )
 
 
 def with_predictions(plan: Plan, profile: SensitivityProfile) -> Plan:
-    """`plan` with the losses that a profile predicts, None for tiers that it does not know.
+    """Return `plan` with the KL costs of a profile, None for tiers that are not in it.
 
-    What was proven or measured of other predictions is forgotten.
+    Optimality and measured KL are dropped, since they belong to other predictions.
     """
-    losses = {w.name: {loss.tier: loss.kl for loss in w.losses} for w in profile.weights}
-    choices = tuple(replace(c, kl=losses[c.name].get(c.tier)) for c in plan.choices)
-    return replace(plan, choices=choices, optimality=None, measured_kl=None)
+    costs = {w.name: {cost.tier: cost.kl for cost in w.costs} for w in profile.weights}
+    assignments = tuple(replace(c, kl=costs[c.name].get(c.tier)) for c in plan.assignments)
+    return replace(plan, assignments=assignments, optimality=None, measured_kl=None)
 
 
 def read_plan(data: Mapping[str, Any], inventory: Inventory, where: str) -> Plan:
-    """The plan in a JSON file, its bytes counted anew: of an edited one only names and tiers are
-    taken, and the text it was calibrated on.
+    """Read the plan in a JSON file, and compute its bytes again.
 
-    Raises PlanError when it was made for another checkpoint, TierError for its tiers.
+    An edited plan keeps its names, tiers, quantizer and texts only. Raises PlanError for another
+    checkpoint, TierError for its tiers.
     """
     require_kind(data, "plan", where)
     try:
         structure = data["source"]["structure"]
-        origin, kept = str(data.get("origin", "plan")), data.get("kept", {})
+        origin, unquantized = str(data.get("origin", "plan")), data.get("unquantized", {})
         named = [(weight["name"], weight["tier"]) for weight in data["weights"]]
         tiers = {name: _parse_tier(where, name, tier) for name, tier in named}
         edited = tiers_sha256(named) != data["tiers_sha256"]
-        if kept.get("tier", UNQUANTIZED) != UNQUANTIZED:
-            raise PlanError(f"{where}: norms, biases and sinks are kept as they are; no tier fits.")
+        if unquantized.get("tier", UNQUANTIZED) != UNQUANTIZED:
+            raise PlanError(
+                f"{where}: norms, biases and sinks are never quantized; no tier applies to them."
+            )
     except (KeyError, TypeError, AttributeError) as exc:
         raise PlanError(f"{where}: not a complete plan ({exc} is missing or malformed).") from exc
     if len(tiers) != len(data["weights"]):
@@ -59,28 +65,30 @@ def read_plan(data: Mapping[str, Any], inventory: Inventory, where: str) -> Plan
     if structure != inventory.source.structure:
         raise PlanError(
             f"{where}: made for another checkpoint ({data['source'].get('name')}), "
-            f"not for {inventory.source.name}. Plan anew."
+            f"not for {inventory.source.name}. Plan again."
         )
     if edited and not origin.startswith("edited"):
         origin = f"edited from {origin}"
-    made = make_plan(inventory, tiers, origin)
-    saved = Plan.from_json(data, where)
-    if edited:
-        return replace(
-            made,
-            calibration_texts=saved.calibration_texts,
-            rounding=saved.rounding,
-            tuning_steps=saved.tuning_steps,
-        )
-    losses = {choice.name: choice.kl for choice in saved.choices}
-    choices = tuple(replace(choice, kl=losses[choice.name]) for choice in made.choices)
-    return replace(
-        made,
-        choices=choices,
-        optimality=saved.optimality,
+    return _with_saved(make_plan(inventory, tiers, origin), Plan.from_json(data, where), edited)
+
+
+def _with_saved(plan: Plan, saved: Plan, edited: bool) -> Plan:
+    """Return `plan` with the decisions of the saved one, and its predictions unless edited."""
+    plan = replace(
+        plan,
         calibration_texts=saved.calibration_texts,
-        rounding=saved.rounding,
+        quantizer=saved.quantizer,
         tuning_steps=saved.tuning_steps,
+        memory_target=saved.memory_target,
+    )
+    if edited:
+        return plan
+    costs = {assignment.name: assignment.kl for assignment in saved.assignments}
+    assignments = tuple(replace(a, kl=costs[a.name]) for a in plan.assignments)
+    return replace(
+        plan,
+        assignments=assignments,
+        optimality=saved.optimality,
         measured_kl=saved.measured_kl,
     )
 
@@ -92,7 +100,7 @@ def _parse_tier(where: str, weight: str, name: str) -> Tier:
         raise TierError(f"{where}: {weight}: {exc}") from exc
 
 
-def _choice(inventory: Inventory, weight: Weight, tier: Tier) -> Assignment:
+def _assignment(inventory: Inventory, weight: Weight, tier: Tier) -> Assignment:
     storage = parse_tier(weight.storage)
     physical = resolve(tier, storage)
     physical.require_fit(weight.name, weight.shape)
@@ -110,32 +118,34 @@ def _choice(inventory: Inventory, weight: Weight, tier: Tier) -> Assignment:
 
 
 def stored_bytes(weight: Weight, tier: Tier) -> int:
-    """Exact bytes of a weight in a tier, `native` meaning as it is held. Raises TierError."""
+    """Return the exact bytes of a weight in a tier, which may be `native`. Raises TierError."""
     storage = parse_tier(weight.storage)
     return resolve(tier, storage).stored_bytes(weight.shape, weight.dtype)
 
 
 def active_bytes(inventory: Inventory, weight: Weight, stored: int) -> int | None:
-    """Of a weight's `stored` bytes those read per generated token; None where it is not known."""
+    """Return how many of a weight's `stored` bytes a generated token reads, None if unknown."""
     return _active(inventory, weight.role, weight.shape[0], stored)
 
 
 def unquantized_assignment(inventory: Inventory) -> Assignment:
-    """The norms, biases and sinks, which no tier applies to."""
-    active: list[int | None] = [_active_kept(inventory, tensor) for tensor in inventory.kept]
+    """Return the norms, biases and sinks as one assignment, which no tier applies to."""
+    active: list[int | None] = [
+        _active_unquantized(inventory, tensor) for tensor in inventory.unquantized
+    ]
     return Assignment(
         name="",
         role="norms, biases",
         layer=None,
         tier=UNQUANTIZED,
-        storage="/".join(sorted({tensor.dtype.lower() for tensor in inventory.kept})),
-        parameters=sum(tensor.parameters for tensor in inventory.kept),
-        bytes=sum(tensor.bytes for tensor in inventory.kept),
+        storage="/".join(sorted({tensor.dtype.lower() for tensor in inventory.unquantized})),
+        parameters=sum(tensor.parameters for tensor in inventory.unquantized),
+        bytes=sum(tensor.bytes for tensor in inventory.unquantized),
         active_bytes=None if None in active else sum(b for b in active if b is not None),
     )
 
 
-def _active_kept(inventory: Inventory, tensor: UnquantizedTensor) -> int | None:
+def _active_unquantized(inventory: Inventory, tensor: UnquantizedTensor) -> int | None:
     return _active(inventory, tensor.role, tensor.shape[0] if tensor.shape else 1, tensor.bytes)
 
 
@@ -146,12 +156,12 @@ def _active(inventory: Inventory, role: str, rows: int, stored: int) -> int | No
 
 def _require_same_weights(inventory: Inventory, tiers: Mapping[str, Tier]) -> None:
     names = {weight.name for weight in inventory.weights}
-    for wrong, what in (
+    for wrong, fault in (
         (names - tiers.keys(), "has no tier"),
         (tiers.keys() - names, "is unknown"),
     ):
         if wrong:
             raise PlanError(
-                f"plan: weight {min(wrong)!r} {what} (one of {len(wrong)} such): "
+                f"plan: weight {min(wrong)!r} {fault}, like {len(wrong) - 1} others: "
                 f"not a plan for {inventory.source.name}."
             )

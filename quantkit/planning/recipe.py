@@ -1,17 +1,17 @@
 """Recipes: tier rules as data. The first rule that matches a weight decides.
 
 description = "Experts as published, everything else at 8 bits"
-fallback = "native"           # for weights whose width a rule's tier does not fit; left out: refuse
+fallback = "native"           # if a rule's tier does not fit a weight; without it: refuse
 
 [[rules]]
-roles = ["expert"]            # roles or groups of roles; left out: any
+roles = ["expert"]            # roles or groups of roles; default: any
 tier = "mxfp4"
 
 [[rules]]
 roles = ["q", "k"]
-layers = { first = 6, last = 6 }        # or a list of numbers; left out: any
-layer_kinds = ["full_attention"]        # the config's layer_types; left out: any
-names = ["model.layers.*.mlp.*"]        # shell patterns; left out: any
+layers = { first = 6, last = 6 }        # or a list of numbers; default: any
+layer_kinds = ["full_attention"]        # the config's layer_types; default: any
+names = ["model.layers.*.mlp.*"]        # shell patterns; default: any
 tier = "q6g64"
 """
 
@@ -28,7 +28,7 @@ from quantkit.errors import RecipeError, TierError
 from quantkit.formats.tiers import Tier, parse_tier
 from quantkit.planning.plan import make_plan
 from quantkit.storage.json_files import read_text
-from quantkit.storage.paths import data_folder, user_path
+from quantkit.storage.paths import recipes_folder, user_path
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -41,7 +41,7 @@ _RULE_KEYS = {"roles", "layers", "layer_kinds", "names", "tier"}
 
 @dataclass(frozen=True)
 class Rule:
-    """Matches a weight when every condition that is present holds."""
+    """A rule, which matches a weight if all of its conditions hold."""
 
     tier: Tier
     roles: frozenset[str] | None = None
@@ -52,7 +52,7 @@ class Rule:
     names: tuple[str, ...] | None = None
 
     def matches(self, weight: Weight, layers: int) -> bool:
-        """Whether the rule applies to `weight` in a model of `layers` layers."""
+        """Return whether the rule applies to `weight` in a model of `layers` layers."""
         return (
             (self.roles is None or weight.role in self.roles)
             and (self.layer_kinds is None or weight.layer_kind in self.layer_kinds)
@@ -80,26 +80,27 @@ class Recipe:
     fallback: Tier | None = None
 
     def tier_for(self, weight: Weight, number: int) -> Tier:
-        """The tier that rule `number` gives `weight`: its own, or the fallback if that one does not
-        fit."""
+        """Return the tier that rule `number` gives `weight`, or the fallback if that does not
+        fit.
+        """
         tier = self.rules[number].tier
         return tier if self.fallback is None or tier.fits(weight.shape) else self.fallback
 
 
 def recipe_names() -> list[str]:
-    """The recipes that ship with quantkit."""
-    return sorted(path.stem for path in data_folder("recipes").glob("*.toml"))
+    """Return the names of the shipped recipes."""
+    return sorted(path.stem for path in recipes_folder().glob("*.toml"))
 
 
 def load_recipe(name: str) -> Recipe:
-    """A shipped recipe by name, or one in a TOML file by path. Raises RecipeError."""
+    """Load a shipped recipe by name, or a TOML file by path. Raises RecipeError."""
     path = user_path(name)
     if path.suffix != ".toml":
-        path = data_folder("recipes") / f"{name}.toml"
+        path = recipes_folder() / f"{name}.toml"
         if name not in recipe_names():
             raise RecipeError(
-                f"there is no recipe {name!r}. Shipped: {', '.join(recipe_names())}; "
-                "or give the path of a .toml file."
+                f"unknown recipe {name!r}. Use {', '.join(recipe_names())}, "
+                "or the path of a .toml file."
             )
     try:
         data = tomllib.loads(read_text(path, RecipeError))
@@ -109,14 +110,14 @@ def load_recipe(name: str) -> Recipe:
 
 
 def parse_recipe(name: str, data: Mapping[str, Any]) -> Recipe:
-    """A recipe from its TOML table. Raises RecipeError naming the rule at fault."""
+    """Parse a recipe's TOML table. Raises RecipeError naming the rule at fault."""
     if unknown := data.keys() - _KEYS:
         raise RecipeError(
-            f"recipe {name}: unknown key {min(unknown)!r}. Known: {', '.join(sorted(_KEYS))}."
+            f"recipe {name}: unknown key {min(unknown)!r}. Use {', '.join(sorted(_KEYS))}."
         )
     rules = data.get("rules")
     if not isinstance(rules, list) or not rules:
-        raise RecipeError(f"recipe {name}: has no [[rules]].")
+        raise RecipeError(f"recipe {name}: [[rules]] is missing.")
     parsed = tuple(_parse_rule(f"recipe {name}, rule {i}", r) for i, r in enumerate(rules, 1))
     try:
         fallback = parse_tier(str(data["fallback"])) if "fallback" in data else None
@@ -126,10 +127,10 @@ def parse_recipe(name: str, data: Mapping[str, Any]) -> Recipe:
 
 
 def plan_by_recipe(inventory: Inventory, recipe: Recipe) -> Plan:
-    """The plan a recipe makes of a checkpoint.
+    """Return the plan of a recipe for a checkpoint.
 
-    Raises RecipeError when the recipe matches nothing or leaves a weight unmatched, TierError when
-    a tier does not fit.
+    Raises RecipeError if the recipe matches no weight or leaves a weight unmatched, TierError if a
+    tier does not fit.
     """
     tiers = {}
     unmatched = []
@@ -144,27 +145,28 @@ def plan_by_recipe(inventory: Inventory, recipe: Recipe) -> Plan:
     if unmatched:
         first = unmatched[0]
         raise RecipeError(
-            f"recipe {recipe.name}: no rule matches {first.name} (role {first.role}; one of "
-            f'{len(unmatched)} such). End it with a rule for everything: tier = "native".'
+            f"recipe {recipe.name}: no rule matches {first.name} (role {first.role}), like "
+            f'{len(unmatched) - 1} others. End it with a rule for every weight: tier = "native".'
         )
     return make_plan(inventory, tiers, f"recipe {recipe.name}")
 
 
 def idle_rules(inventory: Inventory, recipe: Recipe) -> list[int]:
-    """The numbers, from 1, of rules that decide no weight: often a misspelt name."""
+    """Return the numbers, from 1, of rules that decide no weight, often for a misspelt name."""
     deciding = {_deciding_rule(inventory, recipe, weight) for weight in inventory.weights}
     return [number + 1 for number in range(len(recipe.rules)) if number not in deciding]
 
 
 def fallen_back(inventory: Inventory, recipe: Recipe) -> list[str]:
-    """The names of weights that get the recipe's fallback, since the width does not fit the tier
-    that their rule names."""
-    found = []
+    """Return the names of weights that get the fallback, since the tier of their rule does not
+    fit.
+    """
+    names = []
     for weight in inventory.weights:
         number = _deciding_rule(inventory, recipe, weight)
         if number is not None and recipe.tier_for(weight, number) != recipe.rules[number].tier:
-            found.append(weight.name)
-    return found
+            names.append(weight.name)
+    return names
 
 
 def _deciding_rule(inventory: Inventory, recipe: Recipe, weight: Weight) -> int | None:
@@ -174,10 +176,10 @@ def _deciding_rule(inventory: Inventory, recipe: Recipe, weight: Weight) -> int 
 
 def _parse_rule(where: str, rule: Any) -> Rule:
     if not isinstance(rule, dict) or "tier" not in rule:
-        raise RecipeError(f"{where}: has no tier.")
+        raise RecipeError(f"{where}: tier is missing.")
     if unknown := rule.keys() - _RULE_KEYS:
         raise RecipeError(
-            f"{where}: unknown key {min(unknown)!r}. Known: {', '.join(sorted(_RULE_KEYS))}."
+            f"{where}: unknown key {min(unknown)!r}. Use {', '.join(sorted(_RULE_KEYS))}."
         )
     try:
         tier = parse_tier(str(rule["tier"]))
@@ -206,8 +208,8 @@ def _roles(where: str, names: list[str]) -> frozenset[str]:
     roles: set[str] = set()
     for name in names:
         if name not in ROLES and name not in ROLE_GROUPS:
-            known = ", ".join((*ROLE_GROUPS, *ROLES))
-            raise RecipeError(f"{where}: there is no role {name!r}. Roles: {known}.")
+            names_ = ", ".join((*ROLE_GROUPS, *ROLES))
+            raise RecipeError(f"{where}: unknown role {name!r}. Use one of {names_}.")
         roles.update(ROLE_GROUPS.get(name, (name,)))
     return frozenset(roles)
 

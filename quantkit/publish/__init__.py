@@ -1,1 +1,1 @@
-"""Saying what a repo is: its report and its model card."""
+"""Publish a repo: its report, model card, pictures, and upload."""

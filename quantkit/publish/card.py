@@ -1,4 +1,4 @@
-"""The model card, README.md of a repo. Every number in it is in `quantkit.json`, too."""
+"""The model card, README.md of a repo. All of its numbers are in `quantkit.json`, too."""
 
 import re
 from pathlib import Path
@@ -14,10 +14,7 @@ CARD_FILE = "README.md"
 
 
 def card(report: Report) -> str:
-    """The card: what is stored in which tier, what was measured, how to run it and make it again.
-
-    What was not measured is not mentioned.
-    """
+    """Return the card: tiers, measurements, usage, and origin. Unmeasured values are left out."""
     plan = report.plan
     title = _title(report)
     active = plan.active_bytes
@@ -26,7 +23,7 @@ def card(report: Report) -> str:
         f"- Bits per weight, everything stored counted: {plan.bits_per_weight:.3f}",
         *([] if active is None else [f"- Read per generated token: {size(active)}"]),
         *_memory(report),
-        *_choice(report),
+        *_origin_of_tiers(report),
     ]
     sections = [
         _front(report),
@@ -44,7 +41,7 @@ def card(report: Report) -> str:
 
 
 def license_of(folder: Path) -> License | None:
-    """The licence that the source's own card states in its front matter."""
+    """Return the licence in the front matter of the source's card."""
     from huggingface_hub import metadata_load
 
     try:
@@ -62,9 +59,13 @@ def license_of(folder: Path) -> License | None:
 
 def _front(report: Report) -> str:
     front: dict[str, object] = {"library_name": "mlx", "pipeline_tag": "text-generation"}
-    if found := report.license:
-        known = {"license": found.id, "license_name": found.name, "license_link": found.link}
-        front |= {name: value for name, value in known.items() if value is not None}
+    if fidelity := report.license:
+        stated_ = {
+            "license": fidelity.id,
+            "license_name": fidelity.name,
+            "license_link": fidelity.link,
+        }
+        front |= {name: value for name, value in stated_.items() if value is not None}
     if report.base_model:
         front |= {"base_model": report.base_model, "base_model_relation": "quantized"}
     front["tags"] = ["mlx", "quantkit", report.plan.model_type]
@@ -81,7 +82,7 @@ def _linked(report: Report) -> str:
 
 
 def _plain(text: str) -> str:
-    """Some text that is not ours, so that Markdown shows it as it is, on one line."""
+    """Escape foreign text, so that Markdown shows it verbatim on one line."""
     return re.sub(r"([\\`*\[\]<>|#])", r"\\\1", " ".join(text.split()))
 
 
@@ -91,26 +92,26 @@ def _memory(report: Report) -> list[str]:
         return []
     fits = f"computed to fit Macs with {memory.smallest_mac_gib} GB of memory or more"
     if memory.smallest_mac_gib is None:
-        fits = "computed to fit no Mac that is sold"
+        fits = "more than any Mac has"
     return [
         f"- Memory: {size(memory.needed_bytes)} for the weights, {memory.context} tokens of KV "
         f"cache ({size(memory.cache_bytes)}) and {size(memory.reserve_bytes)} in reserve; {fits}"
     ]
 
 
-def _choice(report: Report) -> list[str]:
-    """How tiers were chosen and values rounded."""
+def _origin_of_tiers(report: Report) -> list[str]:
+    """Return lines on the choice of tiers, the quantizer and its text."""
     plan, lines = report.plan, []
     if plan.predicted_kl is not None:
-        how = "" if plan.rounding == "rtn" else ", if it were rounded to nearest"
+        how = "" if plan.quantizer == "rtn" else ", if rounded to nearest"
         lines.append(
             f"- Predicted KL divergence to the native model, nats per token{how}: "
             f"{plan.predicted_kl:.4g}"
         )
     if plan.measured_kl is not None:
         lines.append(f"- Measured on calibration text, to nearest: {plan.measured_kl:.4g}")
-    tuned = f", then {plan.tuning_steps} steps of tuning" if plan.tuning_steps else ""
-    lines.append(f"- Rounding: {plan.rounding}{tuned}")
+    tuned = f", then {plan.tuning_steps} steps of scale tuning" if plan.tuning_steps else ""
+    lines.append(f"- Quantizer: {plan.quantizer}{tuned}")
     for text in plan.calibration_texts:
         lines.append(
             f"- Calibrated on {text.tokens} tokens of {_plain(text.name)} ({text.sequences} "
@@ -131,27 +132,28 @@ def _tiers(report: Report) -> str:
 
 
 def _fidelity(report: Report) -> list[str]:
-    found = report.fidelity
-    if found is None:
+    fidelity = report.fidelity
+    if fidelity is None:
         return []
     return [
         "## How close it is to the native model",
-        f"Measured with `quantkit compare` on {found.tokens} tokens ({found.sequences} sequences, "
-        f"seed {found.seed}) of {_plain(found.text)} that nothing was calibrated on. KL "
-        f"divergences are in nats per token, to {_plain(found.native)}.",
-        _fidelity_table(found),
+        f"Measured with `quantkit compare` on {fidelity.tokens} tokens ({fidelity.sequences} "
+        f"sequences, seed {fidelity.seed}) of {_plain(fidelity.text)} that were not calibrated "
+        "on. KL "
+        f"divergences are in nats per token, to {_plain(fidelity.native)}.",
+        _fidelity_table(fidelity),
     ]
 
 
-def _fidelity_table(found: Fidelity) -> str:
-    rows = [("KL divergence, mean", found.kl_mean)]
-    rows += [(f"KL divergence, mean on {kind}", kl) for kind, kl in found.kl_by_text.items()]
+def _fidelity_table(fidelity: Fidelity) -> str:
+    rows = [("KL divergence, mean", fidelity.kl_mean)]
+    rows += [(f"KL divergence, mean on {kind}", kl) for kind, kl in fidelity.kl_by_text.items()]
     rows += [
-        ("KL divergence, median", found.kl_median),
-        ("KL divergence, 95th percentile", found.kl_p95),
-        ("KL divergence, 99.9th percentile", found.kl_p999),
-        ("top-1 agreement", found.top1_agreement),
-        ("perplexity, over the native model's", found.perplexity_ratio),
+        ("KL divergence, median", fidelity.kl_median),
+        ("KL divergence, 95th percentile", fidelity.kl_p95),
+        ("KL divergence, 99.9th percentile", fidelity.kl_p999),
+        ("top-1 agreement", fidelity.top1_agreement),
+        ("perplexity, over the native model's", fidelity.perplexity_ratio),
     ]
     lines = [f"| {name} | {value.value:.4g} | {_ends(value)} |" for name, value in rows]
     return "\n".join(["| | measured | 95% interval |", "|---|---|---|", *lines])
@@ -214,7 +216,7 @@ def _usage(report: Report) -> str:
 
 def _origin(report: Report) -> list[str]:
     versions = ", ".join(f"{name} {number}" for name, number in report.versions.items())
-    known = f"Hashes and the tier of every weight are in `quantkit.json`. Versions: {versions}."
+    stated_ = f"Hashes and the tier of every weight are in `quantkit.json`. Versions: {versions}."
     if report.command is None:
-        return [known]
-    return ["## How it was made", f"```sh\n{report.command}\n```", known]
+        return [stated_]
+    return ["## How it was made", f"```sh\n{report.command}\n```", stated_]

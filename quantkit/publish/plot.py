@@ -1,16 +1,17 @@
-"""Pictures; they need matplotlib (extra `plot`)."""
+"""Plots; they need matplotlib (extra `plot`)."""
 
 from collections import defaultdict
 from collections.abc import Sequence
+from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from quantkit.artifacts.fidelity import Fidelity
 from quantkit.artifacts.plan import Plan
-from quantkit.artifacts.profile import SensitivityProfile
 from quantkit.artifacts.roles import ROLES
-from quantkit.errors import OutputError
+from quantkit.artifacts.sensitivity import SensitivityProfile
+from quantkit.errors import InputError, OutputError
 from quantkit.storage.json_files import write_bytes_atomically
 
 PICTURES = (".png", ".svg", ".pdf")
@@ -18,7 +19,7 @@ _SHOWN = "q4g64", "q3g64", "q2g64"
 
 
 def plot_profile(profile: SensitivityProfile, path: Path) -> None:
-    """A heat map role x layer of the loss in one tier, and what each role loses at how many bits.
+    """Plot a heat map role x layer of the KL cost in one tier, and the KL cost of roles by bits.
 
     Raises OutputError.
     """
@@ -26,7 +27,7 @@ def plot_profile(profile: SensitivityProfile, path: Path) -> None:
     from matplotlib.colors import LogNorm
 
     if not profile.tiers:
-        raise OutputError("the profile holds no tiers to draw.")
+        raise OutputError("the profile has no tiers to plot.")
     tier = next((t for t in (*_SHOWN[1:], _SHOWN[0]) if t in profile.tiers), profile.tiers[0])
     weights = [w for w in profile.weights if w.layer is not None and tier in w.by_tier]
     roles = [role for role in ROLES if any(w.role == role for w in weights)]
@@ -39,13 +40,15 @@ def plot_profile(profile: SensitivityProfile, path: Path) -> None:
     if roles:
         image = left.imshow(grid, aspect="auto", norm=LogNorm(), cmap="viridis")
         figure.colorbar(image, ax=left, label="KL divergence, nats per token")
-    left.set(title=f"Loss in {tier}", xlabel="layer", yticks=range(len(roles)), yticklabels=roles)
+    left.set(
+        title=f"KL cost in {tier}", xlabel="layer", yticks=range(len(roles)), yticklabels=roles
+    )
     for role in ROLES:
         points = _curve(profile, role)
         if points:
             right.plot(*zip(*points, strict=True), marker="o", markersize=3, label=role)
     right.set(
-        title="Loss of each role, all of its weights in one tier",
+        title="KL cost of each role, all of its weights in one tier",
         xlabel="bits per weight",
         ylabel="sum of KL divergences, nats per token",
         yscale="log",
@@ -55,11 +58,11 @@ def plot_profile(profile: SensitivityProfile, path: Path) -> None:
 
 
 def plot_fidelity(results: Sequence[Fidelity], path: Path) -> None:
-    """The share of tokens below each KL divergence, a curve per repo. Raises OutputError."""
+    """Plot the share of tokens below each KL divergence, a curve per repo. Raises OutputError."""
     figure, axes = pyplot().subplots(figsize=(8, 5), layout="constrained")
-    for found in results:
-        label = f"{found.repo} ({found.bits_per_weight:.2f} bpw, mean {found.kl_mean.value:.3g})"
-        axes.plot([max(kl, 1e-7) for kl in found.quantiles], range(101), label=label)
+    for result in results:
+        label = f"{result.repo} ({result.bits_per_weight:.2f} bpw, mean {result.kl_mean.value:.3g})"
+        axes.plot([max(kl, 1e-7) for kl in result.quantiles], range(101), label=label)
     axes.set(
         xscale="log",
         xlabel="KL divergence to native, nats",
@@ -71,8 +74,9 @@ def plot_fidelity(results: Sequence[Fidelity], path: Path) -> None:
 
 
 def plot_frontier(plans: Sequence[Plan], recipes: Sequence[Plan], path: Path) -> None:
-    """Predicted loss against size: the best plans as a line, recipes as points. Raises
-    OutputError."""
+    """Plot predicted KL against size: the best plans as a line, recipes as points. Raises
+    OutputError.
+    """
     figure, axes = pyplot().subplots(figsize=(8, 5), layout="constrained")
     points = [(plan.total_bytes / 1e9, plan.predicted_kl) for plan in plans if plan.predicted_kl]
     axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label="the best plan")
@@ -98,15 +102,22 @@ def plot_frontier(plans: Sequence[Plan], recipes: Sequence[Plan], path: Path) ->
 
 
 def require_picture(path: Path) -> None:
-    """Raises OutputError for a path at which no picture can be put."""
+    """Check that a picture can be written to `path`. Raises OutputError."""
     if path.suffix.lower() not in PICTURES:
-        raise OutputError(f"{path}: name a picture, {', '.join(PICTURES)}.")
+        raise OutputError(f"{path}: use a file name that ends with {', '.join(PICTURES)}.")
     if not path.absolute().parent.is_dir():
-        raise OutputError(f"{path}: there is no such folder.")
+        raise OutputError(f"{path}: its folder does not exist.")
+
+
+def require_plots(path: Path) -> None:
+    """Check that matplotlib is installed, and that a picture can be written. Raises InputError."""
+    if find_spec("matplotlib") is None:
+        raise InputError("`plot` needs matplotlib: pip install 'quantkit[plot]'")
+    require_picture(path)
 
 
 def pyplot() -> Any:
-    """matplotlib's pyplot, drawing to files only."""
+    """Return matplotlib's pyplot, which draws to files only."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -125,15 +136,17 @@ def _save(figure: Any, path: Path) -> None:
 
 
 def _curve(profile: SensitivityProfile, role: str) -> list[tuple[float, float]]:
-    """(bits per weight, loss) of every tier that all weights of a role have, fewest bits first."""
+    """Return (bits per weight, KL) of every tier that all weights of a role have, fewest bits
+    first.
+    """
     weights = [weight for weight in profile.weights if weight.role == role]
-    found: dict[str, list[tuple[int, float]]] = defaultdict(list)
+    result: dict[str, list[tuple[int, float]]] = defaultdict(list)
     for weight in weights:
-        for loss in weight.losses:
-            found[loss.tier].append((loss.bytes, loss.kl))
+        for cost in weight.costs:
+            result[cost.tier].append((cost.bytes, cost.kl))
     parameters = sum(weight.parameters for weight in weights)
     return sorted(
         (8 * sum(b for b, _ in entries) / parameters, sum(kl for _, kl in entries))
-        for entries in found.values()
+        for entries in result.values()
         if len(entries) == len(weights) and sum(kl for _, kl in entries) > 0
     )

@@ -1,29 +1,30 @@
-"""The report inside a repo (`quantkit.json`), and reading it back."""
+"""The report inside a repo (`quantkit.json`): written, updated and read."""
 
 import hashlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from quantkit.artifacts.report import REPORT_FILE, Report
-from quantkit.checkpoint.checkpoint import hash_file
+from quantkit.artifacts.report import Report
 from quantkit.errors import OutputError
 from quantkit.publish.card import CARD_FILE, card
+from quantkit.storage.hashing import hash_file
 from quantkit.storage.json_files import dump_json, encoded, load_json, write_atomically
+from quantkit.storage.paths import REPORT_FILE
 
 
 def documents(report: Report) -> dict[str, str]:
-    """Name -> text of report and card, without a date: the same inputs give the same files."""
+    """Return report and card, name -> text, without a date: equal inputs give equal files."""
     drawn = card(report)
     cards = dict.fromkeys((*report.cards[-1:], _sha256(drawn)))
-    known = replace(report, cards=tuple(cards))
-    return {REPORT_FILE: dump_json(known.to_json()), CARD_FILE: drawn}
+    complete = replace(report, cards=tuple(cards))
+    return {REPORT_FILE: dump_json(complete.to_json()), CARD_FILE: drawn}
 
 
 def updated(repo: Path, report: Report) -> dict[str, str]:
-    """Name -> text of what changes in `repo` when `report` takes the place of its report.
+    """Return the changed files, name -> text, when `report` replaces the one in `repo`.
 
-    A card that a person has edited is theirs, and stays. Raises OutputError.
+    A card edited by hand stays. Raises OutputError.
     """
     texts, path = documents(report), repo / CARD_FILE
     if path.exists() and hash_file(path, CARD_FILE) not in (
@@ -34,11 +35,13 @@ def updated(repo: Path, report: Report) -> dict[str, str]:
     return texts
 
 
-def record(out: Path, **found: Any) -> bool:
-    """Put what was found into the fields of the report in `out`, and renew the card; False if that
-    was edited by a person and so left alone. Raises OutputError."""
-    texts = updated(out, replace(read_report(out), **found))
-    for name in sorted(texts, reverse=True):  # the report first: it knows both cards
+def record(out: Path, **fields: Any) -> bool:
+    """Set `fields` of the report in `out`, and renew the card.
+
+    Returns False if the card was edited by hand, and stays. Raises OutputError.
+    """
+    texts = updated(out, replace(read_report(out), **fields))
+    for name in sorted(texts, reverse=True):  # the report first: it has the hashes of both cards
         write_atomically(out / name, texts[name])
     return CARD_FILE in texts
 
@@ -48,10 +51,10 @@ def _sha256(text: str) -> str:
 
 
 def read_report(repo: Path) -> Report:
-    """The report of a repo. Raises OutputError when quantkit did not write it."""
+    """Read the report of a repo. Raises OutputError if quantkit did not write it."""
     if not repo.is_dir():
         raise OutputError(f"{repo}: not a folder.")
     path = repo / REPORT_FILE
     if not path.is_file():
-        raise OutputError(f"{repo}: has no {REPORT_FILE}: not a repo that quantkit wrote.")
+        raise OutputError(f"{repo}: {REPORT_FILE} is missing: quantkit did not write this repo.")
     return Report.from_json(load_json(path, OutputError), str(path))

@@ -1,1 +1,1 @@
-"""Calibrated rounding: how a weight's numbers are chosen inside its tier, from its own inputs."""
+"""Quantizers: how integers, scales and biases are chosen inside a tier, from calibration text."""

@@ -1,10 +1,9 @@
-"""What an embedding's errors cost: the covariance of the gradient at its output.
+"""Hessians of embeddings: the covariance of the gradient at their output.
 
-A row that is wrong by e moves the residual stream wherever its token stands, which costs
-1/2 (g . e)^2 there, g = d log p(y) / d e for labels y drawn from the model: the expansion that
-profiles are made by. So the mean of g g^T over the tokens of the text is to an embedding what the
-Hessian of its inputs is to any other weight, every token counted as often as it comes. Where the
-table is the head as well, the Hessian of the head's inputs is added.
+An error e in a row moves the residual stream at every occurrence of its token, at a KL cost of
+1/2 (g . e)^2, with g = d log p(y) / d e for labels y drawn from the model (the expansion behind
+sensitivity profiles). The mean of g g^T over the tokens of the text therefore takes the place of
+the Hessian of the inputs. For a tied head, the Hessian of the head's inputs is added.
 """
 
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 
 from quantkit.backend import free_memory, mx
-from quantkit.progress import Progress
+from quantkit.progress import Stage
 from quantkit.storage.work_dir import WorkDirectory
 from quantkit.streaming.layer_runner import StreamingModel
 from quantkit.streaming.layer_trace import hooked
@@ -21,7 +20,7 @@ from quantkit.streaming.lm_head import label_gradients
 from quantkit.streaming.weight_loader import Call
 
 _SEED = 0
-_ROWS = 64  # of a head, to see what is done to its products
+_ROWS = 64  # of a head, to find the factor on its products
 
 
 def embedding_hessians(
@@ -29,13 +28,13 @@ def embedding_hessians(
     names: Sequence[str],
     tokens: mx.array,
     work: WorkDirectory,
-    progress: Progress,
+    progress: Stage,
 ) -> dict[str, mx.array]:
-    """(width, width) in float32 for the embeddings `names`, from `tokens` (sequences, length): one
-    pass forward and one back, a layer at a time. A killed one goes on at the layer it had reached.
+    """Return the Hessians (width, width) in float32 of the embeddings `names`.
 
-    All zeros for a table that the text does not reach. Raises ValueError or RuntimeError for a
-    layer that mlx cannot differentiate.
+    Runs `tokens` (sequences, length) forward and backward, a layer at a time; a killed run resumes
+    at its last layer. A table that the text does not reach gets zeros. Raises ValueError or
+    RuntimeError for a layer that mlx cannot differentiate.
     """
     layers = len(model.layers)
     if not work.has("e-h.npy"):
@@ -61,36 +60,36 @@ def embedding_hessians(
         for used in (f"e-x-{number}.npy", f"e-g-{number + 1}.npy"):
             work.drop(used)
         free_memory()
-    found = {name: _covariance(model.behind_embedding(name, tokens, g)) for name in names}
+    hessians = {name: _covariance(model.behind_embedding(name, tokens, g)) for name in names}
     if (head := model.head_weight.name) in names:
         x = model.head_input(h)
-        found[head] = found[head] + _slope(model, h, x) ** 2 * _covariance(x)
-    mx.eval(found)
-    return found
+        hessians[head] = hessians[head] + _slope(model, h, x) ** 2 * _covariance(x)
+    mx.eval(hessians)
+    return hessians
 
 
 def drop_gradients(model: StreamingModel, work: WorkDirectory) -> None:
-    """Remove what `embedding_hessians` left to go on from."""
+    """Remove the scratch files of `embedding_hessians`."""
     for number in range(len(model.layers) + 1):
         work.drop(f"e-x-{number}.npy")
         work.drop(f"e-g-{number}.npy")
     work.drop("e-h.npy")
 
 
-def _back(model: StreamingModel, number: int, call: Call, g: mx.array) -> mx.array:
-    """The gradient at a layer's input."""
-    found: list[mx.array] = []
+def _back(model: StreamingModel, number: int, call: Call, at_output: mx.array) -> mx.array:
+    """Return the gradient at a layer's input."""
+    gradients: list[mx.array] = []
     with hooked(model.layers[number], []) as module:
-        for part in call.parts():
-            start = sum(one.shape[0] for one in found)
+        for batch in call.batches():
+            start = sum(g.shape[0] for g in gradients)
 
-            def run(x: mx.array, part: Call = part) -> mx.array:
-                return module.run(replace(part, x=x))
+            def run(x: mx.array, batch: Call = batch) -> mx.array:
+                return module.run(replace(batch, x=x))
 
-            _, (at_input,) = mx.vjp(run, [part.x], [g[start : start + len(part.x)]])
+            _, (at_input,) = mx.vjp(run, [batch.x], [at_output[start : start + len(batch.x)]])
             mx.eval(at_input)
-            found.append(at_input)
-    return mx.concatenate(found)
+            gradients.append(at_input)
+    return mx.concatenate(gradients)
 
 
 def _covariance(values: mx.array) -> mx.array:
@@ -99,7 +98,7 @@ def _covariance(values: mx.array) -> mx.array:
 
 
 def _slope(model: StreamingModel, h: mx.array, x: mx.array) -> mx.array:
-    """By what the model multiplies the products of its head: 1 in most."""
+    """Return the factor by which the model multiplies the products of its head, usually 1."""
     rows = range(min(_ROWS, model.head_weight.shape[0]))
     weight = model.values(model.head_weight.name, rows.start, rows.stop).astype(mx.float32)
     logits, products = model.head_block(h[:1], rows), x[:1] @ weight.T

@@ -1,32 +1,31 @@
-"""What the weights of a layer see: their inputs, and the Hessians made of them."""
+"""The inputs of the weights of a layer, and their Hessians."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from quantkit.artifacts.inventory import Weight
-from quantkit.backend import mx
-from quantkit.streaming.layer_trace import Step
+from quantkit.backend import memory_limits, mx
+from quantkit.streaming.layer_trace import ModuleCall
 
-_HESSIAN_BYTES = 1_500_000_000  # of the matrices in memory at a time; there are about six of each
-_COPIES = 6
-_SHRINK = 0.25  # tokens of the pooled Hessian that an expert is given, over the input's width
+_COPIES = 6  # of a Hessian, while it is factored
+_SHRINK = 0.25  # weight of the pooled Hessian, in tokens over the width of the input
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """The inputs (n, in) of a weight, and for a stack which expert each goes to (n), else None."""
+    """The inputs `x` (n, in) of a weight, and for a stack their `experts` (n), else None."""
 
     x: mx.array
     experts: np.ndarray | None
 
     def hessians(self, count: int) -> Iterator[tuple[slice, mx.array]]:
-        """(experts, their Hessians (experts, in, in)) in batches that fit in memory; one Hessian
-        for a plain matrix.
+        """Yield (experts, their Hessians (experts, in, in)) in batches that fit in memory.
 
-        H is the mean of x x^T. An expert's own is shrunk towards that of all inputs, the more so
-        the fewer it saw; one that saw none has that of all.
+        A plain matrix has one Hessian. H is the mean of x x^T. The Hessian of an expert is shrunk
+        towards the pooled one of all inputs, and equals it if the expert received no token.
         """
         x = self.x.astype(mx.float32)
         width = x.shape[-1]
@@ -35,21 +34,33 @@ class Inputs:
             yield slice(0, 1), pooled[None]
             return
         prior = _SHRINK * width
-        batch = max(1, _HESSIAN_BYTES // (_COPIES * 4 * width * width))
+        batch = max(1, memory_limits().hessian_bytes // (_COPIES * 4 * width * width))
         for start in range(0, count, batch):
-            part = slice(start, min(start + batch, count))
-            found = []
-            for expert in range(part.start, part.stop):
+            some = slice(start, min(start + batch, count))
+            batched = []
+            for expert in range(some.start, some.stop):
                 rows = np.flatnonzero(self.experts == expert)
-                own = mx.take(x, mx.array(rows), axis=0) if len(rows) else x[:0]
-                total = own.T @ own if len(rows) else mx.zeros_like(pooled)
-                found.append((total + prior * pooled) / (len(rows) + prior))
-                mx.eval(found[-1])
-            yield part, mx.stack(found)
+                seen = mx.take(x, mx.array(rows), axis=0) if len(rows) else x[:0]
+                total = seen.T @ seen if len(rows) else mx.zeros_like(pooled)
+                batched.append((total + prior * pooled) / (len(rows) + prior))
+                mx.eval(batched[-1])
+            yield some, mx.stack(batched)
 
 
-def inputs_of(name: str, traces: Sequence[Sequence[Step]]) -> Inputs:
-    """The inputs of the weight `name` in the calls of one layer, all batches together."""
+class Hessians:
+    """The Hessians (matrices, in, in) of weights with shared inputs, and a cache of their factors.
+
+    `importance` (matrices, in) is the diagonal; `factors` are cached by group size.
+    """
+
+    def __init__(self, hessian: mx.array) -> None:
+        self.hessian = hessian
+        self.importance = mx.diagonal(hessian, axis1=-2, axis2=-1)
+        self.factors: dict[int, Any] = {}
+
+
+def inputs_of(name: str, traces: Sequence[Sequence[ModuleCall]]) -> Inputs:
+    """Return the inputs of the weight `name` in all calls of one layer."""
     xs, experts = [], []
     for steps in traces:
         for step in steps:
@@ -65,17 +76,15 @@ def inputs_of(name: str, traces: Sequence[Sequence[Step]]) -> Inputs:
     return Inputs(mx.concatenate(xs), np.concatenate(experts) if experts else None)
 
 
-def has_inputs(weight: Weight, steps: Sequence[Step]) -> bool:
-    """Whether the inputs of `weight` are known: it is called, and if it is a stack, with the
-    experts that each input goes to."""
+def has_inputs(weight: Weight, steps: Sequence[ModuleCall]) -> bool:
+    """Return whether `weight` is called, and for a stack, with the experts of each input."""
     called = [step for step in steps if step.name == weight.name]
     return bool(called) and (len(weight.shape) == 2 or len(called[0].args) > 1)
 
 
-def shared_inputs(names: Sequence[str], steps: Sequence[Step]) -> list[list[str]]:
-    """`names` in groups that are called with the very same arrays: a query, key and value; gate and
-    up. They share Hessians."""
-    groups: list[tuple[Step, list[str]]] = []
+def shared_inputs(names: Sequence[str], steps: Sequence[ModuleCall]) -> list[list[str]]:
+    """Group `names` by identical inputs, such as query, key and value: they share Hessians."""
+    groups: list[tuple[ModuleCall, list[str]]] = []
     for step in steps:
         if step.name not in names:
             continue
@@ -89,5 +98,5 @@ def shared_inputs(names: Sequence[str], steps: Sequence[Step]) -> list[list[str]
 
 
 def stacked(values: mx.array) -> mx.array:
-    """A plain matrix as a stack of one."""
+    """Return `values` (..., out, in) as a stack: a plain matrix becomes (1, out, in)."""
     return values if values.ndim > 2 else values[None]

@@ -1,262 +1,196 @@
-"""A plan's weights rounded one layer after the other, from one pass of the native model.
+"""A plan's weights quantized stage by stage, from one pass of the native model.
 
-Inputs come from the native model, not from the one that is being quantized: measured, that is as
-good, and so every weight is rounded by itself. A layer's results wait on disk until its shard is
-written, with the input of the layer after it, so that a killed run goes on at the layer it had
-reached.
+Inputs come from the native model, not from the partly quantized one: by measurement that is as
+good, and it makes the weights independent. The results of a stage wait on disk until their shard
+is written, with the input of the next layer, so that a killed run resumes at its last layer.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 
 from quantkit.artifacts.inventory import Weight
 from quantkit.artifacts.plan import Plan
-from quantkit.backend import free_memory, mx
+from quantkit.backend import free_memory, memory_limits, mx
 from quantkit.errors import DamagedError, SourceError
 from quantkit.formats.codec import to_numpy
-from quantkit.formats.tiers import parse_tier
-from quantkit.progress import Progress
+from quantkit.formats.tiers import Tier, parse_tier
+from quantkit.progress import Stage
 from quantkit.quantizers.embeddings import drop_gradients, embedding_hessians
-from quantkit.quantizers.hessians import Inputs, has_inputs, inputs_of, shared_inputs, stacked
-from quantkit.quantizers.rounding import Hessians, rounded_under, stored_float
-from quantkit.quantizers.scale_tuning import Tuner, Tuning
-from quantkit.storage.work_dir import Tensors, WorkDirectory
+from quantkit.quantizers.hessians import (
+    Hessians,
+    Inputs,
+    has_inputs,
+    inputs_of,
+    shared_inputs,
+    stacked,
+)
+from quantkit.quantizers.layer_files import EMBEDDING, LayerFiles
+from quantkit.quantizers.matrix import quantize_rows, scales_dtype
+from quantkit.quantizers.registry import find_quantizer
+from quantkit.storage.work_dir import Tensors
 from quantkit.streaming.layer_runner import StreamingModel, has_gradients
 from quantkit.streaming.layer_trace import hooked
 from quantkit.streaming.weight_loader import Call
 
-_EMBEDDING = "rounded-embedding"
 EMBEDDING_TOKENS = 4096  # to take gradients on
-_AT_ONCE = 32_000_000  # values of a table
+Done = dict[str, Tensors]
 
 
-@dataclass(frozen=True)
-class RoundingText:
-    """Token ids (sequences, length): those to round on, those to tune on, and those that decide
-    which point of tuning is kept."""
+def changed_tiers(model: StreamingModel, plan: Plan) -> dict[str, Tier]:
+    """Return the tier of every weight that the plan stores differently from the source."""
+    return {
+        assignment.name: parse_tier(assignment.storage)
+        for assignment in plan.assignments
+        if assignment.storage != model.weights[assignment.name].storage
+    }
 
-    tokens: np.ndarray
-    tuned: np.ndarray
-    validation: np.ndarray
 
+@dataclass
+class LayerwiseQuantizer:
+    """Quantizes the affine weights of a plan, a stage at a time, on `tokens` (sequences, length).
 
-class LayerRounder:
-    """Gives the tensors of `plan`'s weights, rounded and tuned as it says, on `text`.
-
-    Weights are asked for in the order of the model. What is not of an affine tier, or no input is
-    known of, is not given, nor an embedding where there are no gradients: it is rounded to nearest.
+    Left out, and so rounded to nearest by the writer: weights in other tiers, weights whose inputs
+    are not known, and embeddings of models that mlx cannot differentiate.
     """
 
-    def __init__(
-        self,
-        model: StreamingModel,
-        plan: Plan,
-        text: RoundingText,
-        folder: Path,
-        progress: Progress,
-    ) -> None:
-        self._model = model
-        self._method = plan.rounding
-        self._tokens = mx.array(text.tokens)
-        self._work = WorkDirectory(folder)
-        self._progress = progress
-        changed = {
-            choice.name: parse_tier(choice.storage)
-            for choice in plan.choices
-            if choice.storage != model.weights[choice.name].storage
-        }
-        self._tiers = {
+    model: StreamingModel
+    plan: Plan
+    tokens: mx.array
+    files: LayerFiles
+    progress: Stage
+
+    def __post_init__(self) -> None:
+        self._quantizer = find_quantizer(self.plan.quantizer)
+        self._work = self.files.work
+        differentiable = has_gradients(self.model.source)
+        self.tiers = {
             name: tier
-            for name, tier in changed.items()
+            for name, tier in changed_tiers(self.model, self.plan).items()
             if tier.mode == "affine"
-            and (model.weights[name].role != "embedding" or has_gradients(model.source))
+            and (differentiable or self.model.weights[name].role != "embedding")
         }
-        self._tuner = None
-        if plan.tuning_steps:
-            self._tuner = Tuner(
-                model,
-                changed,
-                lambda number: self._load(f"rounded-{number}"),
-                Tuning(plan.tuning_steps),
-                text.tuned,
-                text.validation,
-                self._work,
-                progress,
-            )
-        self._tuned = False
-        self._written: set[str] = set()
-        self._held: tuple[str, dict[str, Tensors]] = ("", {})
 
-    def __call__(self, name: str) -> Tensors | None:
-        """The tensors of a weight; None for one to be rounded to nearest."""
-        if name not in self._tiers:
-            return None
-        step = self._step_of(name)
-        if step is None:
-            return None
-        if self._held[0] != step:
-            self._held = (step, self._made(step))
-        return self._held[1].get(name)
-
-    def _step_of(self, name: str) -> str | None:
-        """The step in which a weight is rounded: its layer's, the head's, or the embedding's."""
-        for number, layer in enumerate(self._model.layers):
+    def stage_of(self, name: str) -> int | None:
+        """Return the stage of a weight; None if it belongs to no layer, embedding or head."""
+        for number, layer in enumerate(self.model.layers):
             if name.startswith(f"{layer.path}."):
-                return f"rounded-{number}"
-        steps = {"lm_head": "rounded-head", "embedding": _EMBEDDING}
-        return steps.get(self._model.weights[name].role)
+                return number
+        stages = {"lm_head": len(self.model.layers), "embedding": EMBEDDING}
+        return stages.get(self.model.weights[name].role)
 
-    def _made(self, step: str) -> dict[str, Tensors]:
-        """A step's tensors, tuned where they are to be."""
-        if self._tuner is None or step == _EMBEDDING:
-            return self._load(step)
-        if not self._tuned:
-            self._load("rounded-head")  # all layers before it
-            self._tuner.run()
-            self._tuned = True
-        if step == "rounded-head":
-            return self._load(step)
-        return self._tuner.tensors(int(step.split("-")[1]))
+    def load(self, stage: int) -> Done:
+        """Return the tensors of a stage, quantizing every stage before it that is missing."""
+        if not self.files.has(stage):
+            if stage == EMBEDDING:
+                self._quantize_embedding()
+            else:
+                self._quantize_up_to(stage)
+        return self.files.load(stage)
 
-    def _load(self, step: str) -> dict[str, Tensors]:
-        if step == _EMBEDDING and not self._work.has(f"{step}.npz"):
-            self._round_embedding()
-        if not self._work.has(f"{step}.npz"):
-            last = len(self._model.layers) if step == "rounded-head" else int(step.split("-")[1])
-            first = self._reached(last)
-            if first == 0:  # refuses models that cannot be driven layer by layer
-                self._model.run(self._tokens[:1], lambda *_: None)
-            for number in range(first, last + 1):
-                self._round(number)
-        found: dict[str, dict[int, np.ndarray]] = {}
-        for key, values in self._work.arrays(f"{step}.npz").items():
-            place, _, name = key.partition(" ")
-            found.setdefault(name, {})[int(place)] = values
-        return {name: tuple(parts[i] for i in sorted(parts)) for name, parts in found.items()}
-
-    def _reached(self, wanted: int) -> int:
-        """The last layer, up to `wanted`, whose input is known."""
-        known = [n for n in range(1, wanted + 1) if self._work.has(f"x-{n}.npy")]
-        return max(known, default=0)
-
-    def _round(self, number: int) -> None:
-        """Round a layer, and leave its output for the next; after the last one the head."""
-        layers = self._model.layers
-        done: dict[str, Tensors] = {}
-        if number == len(layers):
-            self._round_head(done)
-            step = "rounded-head"
-        else:
-            step = f"rounded-{number}"
-            dry = self._model.calls(self._tokens[:1])[number]
-            x = self._work.array(f"x-{number}.npy") if number else self._embedded()
-            layer = layers[number]
-            own = [w for n, w in self._model.weights.items() if n.startswith(f"{layer.path}.")]
-            with hooked(layer, [w.name for w in own]) as module:
-                call = Call(x, dry.args, dry.kwargs)
-                traces = [module.record(part) for part in call.parts()]
-            y = mx.concatenate([trace.y for trace in traces])
-            if not mx.isfinite(y).all().item():
-                raise SourceError(f"layer {number} ({layer.path}): its output is not finite.")
-            steps = [[replace(step, y=trace.y) for step in trace.steps] for trace in traces]
-            wanted = [w.name for w in own if w.name in self._tiers and has_inputs(w, steps[0])]
-            for group in shared_inputs(wanted, steps[0]):
-                self._round_group(group, inputs_of(group[0], steps), done)
-            self._work.save_array(f"x-{number + 1}.npy", y)
-        self._keep(step, done)
-        self._work.drop(f"x-{number}.npy")
-        free_memory()
-
-    def _embedded(self) -> mx.array:
-        return self._model.calls(self._tokens)[0].x
-
-    def _round_embedding(self) -> None:
-        done: dict[str, Tensors] = {}
-        count = max(1, EMBEDDING_TOKENS // self._tokens.shape[1])
-        tokens = self._tokens[:count]
-        tables = {name: t.weight for name, t in self._model.tables.items() if name in self._tiers}
-        names = [name for name, weight in tables.items() if weight.role == "embedding"]
-        with suppress(RuntimeError, ValueError):  # mlx does not differentiate all that it runs
-            found = embedding_hessians(self._model, names, tokens, self._work, self._progress)
-            for name, hessian in found.items():
-                if hessian.any().item():
-                    self._round_table(tables[name], hessian, done)
-        self._keep(_EMBEDDING, done)
-        drop_gradients(self._model, self._work)
-
-    def _round_table(self, weight: Weight, hessian: mx.array, done: dict[str, Tensors]) -> None:
-        """A matrix as tall as the vocabulary, some rows at a time."""
-        hessians, tier = Hessians(hessian[None]), self._tiers[weight.name]
-        parts: list[Tensors] = []
-        step = max(1, _AT_ONCE // weight.shape[-1])
-        for start in range(0, weight.shape[0], step):
-            rows = self._model.values(weight.name, start, min(start + step, weight.shape[0]))
-            self._require_finite(weight.name, rows)
-            some = rows.astype(mx.float32)[None]
-            made = rounded_under(some, hessians, tier, self._method, stored_float(weight))
-            packed = made.packed(tier)
-            mx.eval(packed)
-            parts.append(tuple(to_numpy(array)[0] for array in packed))
-            self._progress(0, weight.name)
-            free_memory()
-        columns = zip(*parts, strict=True)
-        done[weight.name] = tuple(np.concatenate(column) for column in columns)
-
-    def _require_finite(self, name: str, values: mx.array) -> None:
-        if bad := values.size - int(np.array(mx.isfinite(values).sum())):
-            raise DamagedError(
-                f"{name}: {bad} of {values.size} values are NaN or infinite and cannot be "
-                "quantized. The checkpoint is damaged: download it again."
+    def _quantize_up_to(self, last: int) -> None:
+        reached = [n for n in range(1, last + 1) if self._work.has(f"x-{n}.npy")]
+        first = max(reached, default=0)
+        if first == 0:  # refuse models that cannot be driven layer by layer
+            self.model.run(self.tokens[:1], lambda *_: None)
+        for number in range(first, last + 1):
+            done = (
+                self._quantize_head()
+                if number == len(self.model.layers)
+                else self._quantize_layer(number)
             )
+            self.files.save(number, done)
+            self._work.drop(f"x-{number}.npy")
+            self.progress(1, f"layer {number}")
+            free_memory()
 
-    def _round_head(self, done: dict[str, Tensors]) -> None:
-        head = self._model.head_weight
-        if head.name in self._tiers and head.role == "lm_head":
-            h = self._work.array(f"x-{len(self._model.layers)}.npy")
-            x = self._model.head_input(h)
-            for _, hessian in Inputs(x.reshape(-1, x.shape[-1]), None).hessians(1):
-                self._round_table(head, hessian[0], done)
+    def _quantize_layer(self, number: int) -> Done:
+        """Quantize a layer, and save its native output for the next one."""
+        layer = self.model.layers[number]
+        weights = [w for n, w in self.model.weights.items() if n.startswith(f"{layer.path}.")]
+        dry = self.model.calls(self.tokens[:1])[number]
+        x = self._work.array(f"x-{number}.npy") if number else self.model.calls(self.tokens)[0].x
+        with hooked(layer, [weight.name for weight in weights]) as module:
+            call = Call(x, dry.args, dry.kwargs)
+            traces = [module.record(batch) for batch in call.batches()]
+        y = mx.concatenate([trace.y for trace in traces])
+        if not mx.isfinite(y).all().item():
+            raise SourceError(f"layer {number} ({layer.path}): its output is not finite.")
+        calls = [[replace(step, y=trace.y) for step in trace.steps] for trace in traces]
+        names = [w.name for w in weights if w.name in self.tiers and has_inputs(w, calls[0])]
+        done: Done = {}
+        for group in shared_inputs(names, calls[0]):
+            done |= self._quantize_group(group, inputs_of(group[0], calls))
+        self._work.save_array(f"x-{number + 1}.npy", y)
+        return done
 
-    def _round_group(self, names: Sequence[str], inputs: Inputs, done: dict[str, Tensors]) -> None:
-        """Weights that see the same inputs."""
-        weights = [self._model.weights[name] for name in names]
-        values = [stacked(self._model.values(name)) for name in names]
+    def _quantize_group(self, names: Sequence[str], inputs: Inputs) -> Done:
+        """Quantize weights with the same inputs, which share their Hessians."""
+        weights = [self.model.weights[name] for name in names]
+        values = [stacked(self.model.values(name)) for name in names]
         for name, stack in zip(names, values, strict=True):
-            self._require_finite(name, stack)
-        parts: dict[str, list[Tensors]] = {name: [] for name in names}
-        for some, hessian in inputs.hessians(len(values[0])):
+            _require_finite(name, stack)
+        slices: dict[str, list[Tensors]] = {name: [] for name in names}
+        for experts, hessian in inputs.hessians(len(values[0])):
             hessians = Hessians(hessian)
             for weight, stack in zip(weights, values, strict=True):
-                tier = self._tiers[weight.name]
-                chunk = stack[some].astype(mx.float32)
-                dtype = stored_float(weight)
-                packed = rounded_under(chunk, hessians, tier, self._method, dtype).packed(tier)
-                mx.eval(packed)
-                parts[weight.name].append(tuple(to_numpy(array) for array in packed))
-                self._progress(0, weight.name)
+                slices[weight.name].append(self._packed(weight, stack[experts], hessians))
+                self.progress(0, weight.name)
             free_memory()
-        for name, found in parts.items():
-            columns = (np.concatenate(column) for column in zip(*found, strict=True))
-            done[name] = tuple(columns)
+        return {name: _concatenated(tensors) for name, tensors in slices.items()}
 
-    def _keep(self, step: str, done: Mapping[str, Tensors]) -> None:
-        arrays = {
-            f"{i} {name}": values for name, parts in done.items() for i, values in enumerate(parts)
-        }
-        self._work.save_arrays(f"{step}.npz", arrays)
+    def _packed(self, weight: Weight, values: mx.array, hessians: Hessians) -> Tensors:
+        tier, dtype = self.tiers[weight.name], scales_dtype(weight)
+        chunk = values.astype(mx.float32)
+        packed = quantize_rows(chunk, hessians, tier, self._quantizer, dtype).packed(tier)
+        mx.eval(packed)
+        return tuple(to_numpy(array) for array in packed)
 
-    def written(self, weights: Sequence[str]) -> None:
-        """Those weights are in a finished shard: what waited of them may go."""
-        mine = [name for name in weights if name in self._tiers]
-        self._written |= set(mine)
-        for step in {step for name in mine if (step := self._step_of(name))}:
-            own = {name for name in self._tiers if self._step_of(name) == step}
-            if own <= self._written:
-                self._work.drop(f"{step}.npz")
-                number = step.removeprefix("rounded-")
-                for parity in (0, 1):  # the best point stays, for a shard that is found damaged
-                    self._work.drop(f"tune-{number}-{parity}.npz")
+    def _quantize_head(self) -> Done:
+        head = self.model.head_weight
+        if head.name not in self.tiers or head.role != "lm_head":
+            return {}
+        x = self.model.head_input(self._work.array(f"x-{len(self.model.layers)}.npy"))
+        _, hessian = next(Inputs(x.reshape(-1, x.shape[-1]), None).hessians(1))
+        return {head.name: self._quantize_table(head, hessian)}
+
+    def _quantize_embedding(self) -> None:
+        done: Done = {}
+        tokens = self.tokens[: max(1, EMBEDDING_TOKENS // self.tokens.shape[1])]
+        tables = {n: t.weight for n, t in self.model.tables.items() if n in self.tiers}
+        names = [name for name, weight in tables.items() if weight.role == "embedding"]
+        with suppress(RuntimeError, ValueError):  # mlx cannot differentiate every operation
+            hessians = embedding_hessians(self.model, names, tokens, self._work, self.progress)
+            for name, hessian in hessians.items():
+                if hessian.any().item():
+                    done[name] = self._quantize_table(tables[name], hessian[None])
+        self.files.save(EMBEDDING, done)
+        drop_gradients(self.model, self._work)
+        self.progress(1, "embedding")
+
+    def _quantize_table(self, weight: Weight, hessian: mx.array) -> Tensors:
+        """Quantize a matrix as tall as the vocabulary under its `hessian` (1, in, in)."""
+        hessians = Hessians(hessian)
+        slices: list[Tensors] = []
+        step = max(1, memory_limits().block_values // weight.shape[-1])
+        for start in range(0, weight.shape[0], step):
+            rows = self.model.values(weight.name, start, min(start + step, weight.shape[0]))
+            _require_finite(weight.name, rows)
+            slices.append(tuple(x[0] for x in self._packed(weight, rows[None], hessians)))
+            self.progress(0, weight.name)
+            free_memory()
+        return _concatenated(slices)
+
+
+def _concatenated(slices: Sequence[Tensors]) -> Tensors:
+    return tuple(np.concatenate(column) for column in zip(*slices, strict=True))
+
+
+def _require_finite(name: str, values: mx.array) -> None:
+    if bad := values.size - int(np.array(mx.isfinite(values).sum())):
+        raise DamagedError(
+            f"{name}: {bad} of {values.size} values are NaN or infinite and cannot be "
+            "quantized. The checkpoint is damaged: download it again."
+        )

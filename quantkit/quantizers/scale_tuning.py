@@ -1,23 +1,24 @@
-"""The closing pass: scales and biases tuned by the KL divergence to the native model.
+"""Scale tuning: scales and biases are optimized by the KL divergence to the native model.
 
-The integers stay. Forward and backward run a layer at a time, as the profiler's do; scales, biases
-and optimizer state of the other layers wait on disk. Adam (Kingma and Ba 2015) works on relative
-changes: a scale in units of itself, a bias in units of the larger of itself and its scale.
+The integers stay. Forward and backward pass run a layer at a time, as in the profiler; scales,
+biases and optimizer state of the other layers wait on disk. Adam (Kingma and Ba 2015) works on
+relative changes: a scale in units of itself, a bias in units of the larger of itself and its scale.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from quantkit.backend import free_memory, mx
-from quantkit.formats.codec import rounded, to_mx, to_numpy
+from quantkit.formats.codec import fake_quantize, to_mx, to_numpy
 from quantkit.formats.tiers import Tier
-from quantkit.progress import Progress
-from quantkit.quantizers.rounding import stored_float
-from quantkit.storage.work_dir import Tensors, WorkDirectory
+from quantkit.progress import Stage
+from quantkit.quantizers.layer_files import LayerFiles
+from quantkit.quantizers.matrix import scales_dtype
+from quantkit.storage.work_dir import Tensors
 from quantkit.streaming.experts import switch_product
 from quantkit.streaming.layer_runner import StreamingModel
 from quantkit.streaming.layer_trace import Product, hooked
@@ -25,18 +26,22 @@ from quantkit.streaming.lm_head import divergence_gradient
 from quantkit.streaming.weight_loader import Call
 
 _B1, _B2, _EPS = 0.9, 0.999, 1e-8
-_LOOK = 10  # steps between two looks at the validation text
+_VALIDATE_EVERY = 10  # steps
 _STATE = "tuning.json"
-_MOVES = ("change", "mean", "square")  # of Adam: the relative change, and its slope's two moments
+_MOMENTS = (
+    "change",
+    "mean",
+    "square",
+)  # of Adam: the relative change, and two moments of its slope
 
-Parts = dict[str, mx.array]
-"""What is known of a layer's weights, as `weight q` (its integers) and `weight s start`, `unit`,
-`change`, `mean`, `square` for its scales, the same with `b` for its biases."""
+LayerState = dict[str, mx.array]
+"""The state of a layer: `weight q` (integers), and `weight s start`, `unit`, `change`, `mean`,
+`square` for its scales, the same with `b` for its biases."""
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """How long and how fast: `steps` of `tokens` each, at a `rate` that falls as a cosine."""
+    """The schedule: `steps` of `tokens` each, at a learning `rate` that falls as a cosine."""
 
     steps: int
     tokens: int = 1024
@@ -44,21 +49,29 @@ class Tuning:
 
     @property
     def all_tokens(self) -> int:
-        """Tokens of all steps: so many can be new."""
+        """The tokens of all steps, if no step repeats text."""
         return self.steps * self.tokens
 
 
+@dataclass(frozen=True)
+class TuningText:
+    """Token ids (sequences, length): `tune` for the steps, `validate` to choose the best point."""
+
+    tune: np.ndarray
+    validate: np.ndarray
+
+
 class _Experts:
-    """A stack of experts whose matrices are made of integers, scales and biases as they are asked
-    for, so that no gradient is as large as the stack."""
+    """A stack of experts whose matrices are dequantized on access, so that no gradient is as large
+    as the stack."""
 
     def __init__(self, q: mx.array, scales: mx.array, biases: mx.array, tier: Tier) -> None:
         self.shape = q.shape
-        self._parts = (q, scales, biases)
+        self._arrays = (q, scales, biases)
         self._tier = tier
 
     def __getitem__(self, which: slice) -> mx.array:
-        q, scales, biases = (part[which] for part in self._parts)
+        q, scales, biases = (array[which] for array in self._arrays)
         return _values(q, scales, biases, self._tier)
 
 
@@ -68,7 +81,7 @@ def _values(q: mx.array, scales: mx.array, biases: mx.array, tier: Tier) -> mx.a
 
 
 def _product(q: mx.array, tier: Tier, scales: mx.array, biases: mx.array) -> Product:
-    """A module's product with the weight that the parts stand for."""
+    """Return the product of a module with the dequantized weight."""
 
     def experts(module: Any, *args: Any, **kwargs: Any) -> mx.array:
         return switch_product(module, _Experts(q, scales, biases, tier), *args, **kwargs)
@@ -84,55 +97,54 @@ def _plain_product(weight: mx.array) -> Product:
     return plain
 
 
-class Tuner:
-    """Tunes what was rounded: `rounded` gives a layer's tensors by weight, all of affine tiers.
+class ScaleTuner:
+    """Tunes the scales and biases of the quantized layers in `files`.
 
-    `tiers` are those of all that is rounded; what `rounded` does not give, an embedding and a head
-    are rounded to nearest here.
-    `tokens` (sequences, length) are tuned on, `validation` ones decide which point is kept. Every
-    step leaves its state in the work folder, and an interrupted run goes on from the last one.
+    `tiers` are the tiers of all changed weights. Weights without calibrated tensors, the embedding
+    and the head take part as rounded to nearest. Every step leaves its state in the work directory,
+    from which an interrupted run resumes.
     """
 
     def __init__(
         self,
         model: StreamingModel,
         tiers: Mapping[str, Tier],
-        rounded: Callable[[int], dict[str, Tensors]],
+        files: LayerFiles,
         tuning: Tuning,
-        tokens: np.ndarray,
-        validation: np.ndarray,
-        work: WorkDirectory,
-        progress: Progress,
+        text: TuningText,
+        progress: Stage,
     ) -> None:
         self._model = model
         self._tiers = tiers
-        self._rounded = rounded
+        self._files = files
         self._tuning = tuning
-        self._tokens = tokens
-        self._validation = validation
-        self._work = work
+        self._tokens = text.tune
+        self._validation = text.validate
+        self._work = files.work
         self._progress = progress
         self._changed = [
             [name for name in tiers if name.startswith(f"{layer.path}.")] for layer in model.layers
         ]
 
     def run(self) -> None:
-        """Tune; the best point is then what `tensors` gives."""
+        """Tune all layers. `tensors` then returns the best point."""
         state = self._state()
+        self._progress(state["step"], "resumed")
         while state["step"] < self._tuning.steps:
-            if state["step"] % _LOOK == 0:
-                self._look(state)
+            if state["step"] % _VALIDATE_EVERY == 0:
+                self._validate(state)
             self._step(state["step"])
             state["step"] += 1
             self._work.save_table(_STATE, state)
-        self._look(state)
+            self._progress(1, f"step {state['step']} of {self._tuning.steps}")
+        self._validate(state)
 
     def tensors(self, number: int) -> dict[str, Tensors]:
-        """A layer's tensors, with the scales and biases of the best point."""
-        kept = self._work.arrays(f"best-{number}.npz")
+        """Return the tensors of a layer, with the scales and biases of the best point."""
+        best = self._work.arrays(f"best-{number}.npz")
         return {
-            name: (packed, kept[f"{name} s"], kept[f"{name} b"])
-            for name, (packed, _, _) in self._rounded(number).items()
+            name: (packed, best[f"{name} s"], best[f"{name} b"])
+            for name, (packed, _, _) in self._files.load(number).items()
         }
 
     def _state(self) -> dict[str, Any]:
@@ -140,23 +152,23 @@ class Tuner:
             return self._work.table(_STATE)
         return {"step": 0, "best": None, "seen": []}
 
-    def _look(self, state: dict[str, Any]) -> None:
-        """Measure on the validation text, and keep this point if it is the best so far."""
+    def _validate(self, state: dict[str, Any]) -> None:
+        """Measure the KL divergence on the validation text, and save a new best point."""
         step, seen = state["step"], state["seen"]
         if seen and seen[-1][0] == step:
             return
         tokens = mx.array(self._validation)
         other = self._forward(tokens, step)
         kl, _ = self._divergence("validation", tokens, other)
-        loss = float(np.array(kl).mean(dtype=np.float64))
-        if state["best"] is None or loss < state["best"]:
-            state["best"] = loss
+        mean = float(np.array(kl).mean(dtype=np.float64))
+        if state["best"] is None or mean < state["best"]:
+            state["best"] = mean
             for number in range(len(self._changed)):
-                stored = self._as_stored(number, self._parts(number, step))
+                stored = self._as_stored(number, self._layer_state(number, step))
                 self._work.save_arrays(f"best-{number}.npz", stored)
-        seen.append([step, loss])
+        seen.append([step, mean])
         self._work.save_table(_STATE, state)
-        self._progress(0, f"step {step}: {loss:.4f} on the validation text")
+        self._progress(0, f"step {step}: KL {mean:.4f} on the validation text")
 
     def _step(self, step: int) -> None:
         count = max(1, self._tuning.tokens // self._tokens.shape[1])
@@ -178,7 +190,7 @@ class Tuner:
         return divergence_gradient(self._model, self._native(key, tokens), other, tier)
 
     def _native(self, key: str | None, tokens: mx.array) -> mx.array:
-        """The native model's last layer output, kept under `key` for the next time round."""
+        """Return the native model's last layer output, cached under `key`."""
         if key is None:
             return self._model.run(tokens, lambda *_: None)
         name = f"native-{key}.npy"
@@ -189,7 +201,7 @@ class Tuner:
     def _forward(
         self, tokens: mx.array, step: int, inputs: list[mx.array] | None = None
     ) -> mx.array:
-        """The last layer's output, all that is tuned in its place; `inputs` gets every layer's."""
+        """Return the tuned model's last layer output; append the layers' inputs to `inputs`."""
         calls = self._model.calls(tokens)
         embeddings = {
             name: self._tiers[name]
@@ -200,61 +212,61 @@ class Tuner:
         for number, (layer, dry) in enumerate(zip(self._model.layers, calls, strict=True)):
             if inputs is not None:
                 inputs.append(x)
-            products = self._products(number, self._parts(number, step))
+            products = self._products(number, self._layer_state(number, step))
             with hooked(layer, self._changed[number]) as module:
                 outs = []
-                for part in replace(dry, x=x).parts():
-                    outs.append(module.run_with(part, products))
+                for batch in replace(dry, x=x).batches():
+                    outs.append(module.run_with(batch, products))
                     mx.eval(outs[-1])
             x = mx.concatenate(outs)
         return x
 
     def _backward(self, number: int, step: int, call: Call, g: mx.array) -> mx.array:
-        """Move a layer's scales and biases by one step; gives the gradient at its input."""
-        parts = self._parts(number, step)
-        keys = [f"{name} {part}" for name in self._rounded(number) for part in "sb"]
+        """Move a layer's scales and biases by one step; return the gradient at its input."""
+        state = self._layer_state(number, step)
+        keys = [f"{name} {kind}" for name in self._files.load(number) for kind in "sb"]
         with hooked(self._model.layers[number], self._changed[number]) as module:
 
             def run(x: mx.array, *changes: mx.array) -> mx.array:
-                tried = parts | {f"{k} change": c for k, c in zip(keys, changes, strict=True)}
+                tried = state | {f"{k} change": c for k, c in zip(keys, changes, strict=True)}
                 return module.run_with(replace(call, x=x), self._products(number, tried))
 
-            changes = [parts[f"{key} change"] for key in keys]
+            changes = [state[f"{key} change"] for key in keys]
             _, (at_input, *slopes) = mx.vjp(run, [call.x, *changes], [g])
             mx.eval(at_input, slopes)
-        self._move(parts, dict(zip(keys, slopes, strict=True)), step)
-        moved = {k: np.array(v) for k, v in parts.items() if k.rpartition(" ")[2] in _MOVES}
+        self._move(state, dict(zip(keys, slopes, strict=True)), step)
+        moved = {k: np.array(v) for k, v in state.items() if k.rpartition(" ")[2] in _MOMENTS}
         self._work.save_arrays(f"tune-{number}-{(step + 1) % 2}.npz", moved)
         free_memory()
         return at_input
 
-    def _move(self, parts: Parts, slopes: Mapping[str, mx.array], step: int) -> None:
-        """One step of Adam."""
+    def _move(self, state: LayerState, slopes: Mapping[str, mx.array], step: int) -> None:
+        """Take one step of Adam."""
         rate = self._tuning.rate * 0.5 * (1 + math.cos(math.pi * step / self._tuning.steps))
         for key, slope in slopes.items():
-            mean = _B1 * parts[f"{key} mean"] + (1 - _B1) * slope
-            square = _B2 * parts[f"{key} square"] + (1 - _B2) * mx.square(slope)
+            mean = _B1 * state[f"{key} mean"] + (1 - _B1) * slope
+            square = _B2 * state[f"{key} square"] + (1 - _B2) * mx.square(slope)
             fair, size = mean / (1 - _B1 ** (step + 1)), square / (1 - _B2 ** (step + 1))
-            parts[f"{key} change"] -= rate * fair / (mx.sqrt(size) + _EPS)
-            parts[f"{key} mean"], parts[f"{key} square"] = mean, square
-        mx.eval(parts)
+            state[f"{key} change"] -= rate * fair / (mx.sqrt(size) + _EPS)
+            state[f"{key} mean"], state[f"{key} square"] = mean, square
+        mx.eval(state)
 
-    def _products(self, number: int, parts: Parts) -> dict[str, Product]:
-        found = {}
+    def _products(self, number: int, state: LayerState) -> dict[str, Product]:
+        products = {}
         for name in self._changed[number]:
             tier, weight = self._tiers[name], self._model.weights[name]
-            if f"{name} q" in parts:
-                dtype = stored_float(weight)
-                s, b = (_stored(parts, f"{name} {part}", dtype) for part in "sb")
-                found[name] = _product(parts[f"{name} q"], tier, s, b)
-            elif len(weight.shape) == 2:  # rounded to nearest; stacks of another kind are left
-                found[name] = _plain_product(rounded(self._model.values(name), tier))
-        return found
+            if f"{name} q" in state:
+                dtype = scales_dtype(weight)
+                s, b = (_stored(state, f"{name} {kind}", dtype) for kind in "sb")
+                products[name] = _product(state[f"{name} q"], tier, s, b)
+            elif len(weight.shape) == 2:  # rounded to nearest; stacks of another kind stay native
+                products[name] = _plain_product(fake_quantize(self._model.values(name), tier))
+        return products
 
-    def _parts(self, number: int, step: int) -> Parts:
-        """A layer's integers, and all that is tuned of it, after `step` steps."""
-        parts: Parts = {}
-        for name, (packed, scales, biases) in self._rounded(number).items():
+    def _layer_state(self, number: int, step: int) -> LayerState:
+        """Return the integers, scales, biases and optimizer state of a layer after `step` steps."""
+        state: LayerState = {}
+        for name, (packed, scales, biases) in self._files.load(number).items():
             tier, weight = self._tiers[name], self._model.weights[name]
             rows = (*weight.shape[:-1], -1)
             s, b = (
@@ -263,29 +275,29 @@ class Tuner:
             ones = mx.ones_like(s)
             integers = (mx.array(packed).reshape(rows), ones, mx.zeros_like(ones))
             q = mx.dequantize(*integers, tier.group_size, tier.bits)
-            parts[f"{name} q"] = q.astype(mx.uint8)
-            for part, start, unit in (("s", s, s), ("b", b, mx.maximum(mx.abs(b), mx.abs(s)))):
-                key = f"{name} {part}"
-                parts |= {f"{key} start": start, f"{key} unit": unit}
-                parts |= {f"{key} {what}": mx.zeros_like(start) for what in _MOVES}
+            state[f"{name} q"] = q.astype(mx.uint8)
+            for kind, start, unit in (("s", s, s), ("b", b, mx.maximum(mx.abs(b), mx.abs(s)))):
+                key = f"{name} {kind}"
+                state |= {f"{key} start": start, f"{key} unit": unit}
+                state |= {f"{key} {moment}": mx.zeros_like(start) for moment in _MOMENTS}
         if step:
             saved = self._work.arrays(f"tune-{number}-{step % 2}.npz")
-            parts |= {key: mx.array(values) for key, values in saved.items()}
-        mx.eval(parts)
-        return parts
+            state |= {key: mx.array(values) for key, values in saved.items()}
+        mx.eval(state)
+        return state
 
-    def _as_stored(self, number: int, parts: Parts) -> dict[str, np.ndarray]:
-        """Scales and biases as they are stored."""
-        found = {}
-        for name in self._rounded(number):
-            dtype = stored_float(self._model.weights[name])
-            for part in "sb":
-                values = _stored(parts, f"{name} {part}", dtype).astype(dtype)
-                found[f"{name} {part}"] = to_numpy(values)
-        return found
+    def _as_stored(self, number: int, state: LayerState) -> dict[str, np.ndarray]:
+        """Return scales and biases in their stored dtype."""
+        arrays = {}
+        for name in self._files.load(number):
+            dtype = scales_dtype(self._model.weights[name])
+            for kind in "sb":
+                values = _stored(state, f"{name} {kind}", dtype).astype(dtype)
+                arrays[f"{name} {kind}"] = to_numpy(values)
+        return arrays
 
 
-def _stored(parts: Parts, key: str, dtype: mx.Dtype) -> mx.array:
-    """Scales or biases as they will be stored, in float32; the gradient goes straight through."""
-    moved = parts[f"{key} start"] + parts[f"{key} unit"] * parts[f"{key} change"]
+def _stored(state: LayerState, key: str, dtype: mx.Dtype) -> mx.array:
+    """Return scales or biases rounded to `dtype`, in float32, with a straight-through gradient."""
+    moved = state[f"{key} start"] + state[f"{key} unit"] * state[f"{key} change"]
     return moved + mx.stop_gradient(moved.astype(dtype).astype(mx.float32) - moved)

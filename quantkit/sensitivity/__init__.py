@@ -1,1 +1,1 @@
-"""What each weight loses in each tier: predicted from one backward pass, or measured."""
+"""Sensitivity: the KL cost of every weight in every tier, predicted or measured."""

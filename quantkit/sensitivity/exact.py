@@ -1,4 +1,4 @@
-"""The KL divergence of single changes, really measured: the whole model is run for each of them."""
+"""The measured KL divergence of single changes: the whole model runs for each of them."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -6,54 +6,57 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from quantkit.backend import mx
-from quantkit.sensitivity.entries import Entry, Key
+from quantkit.sensitivity.entries import Entry, EntryKey
 from quantkit.sensitivity.work import ProfileWork
-from quantkit.streaming import measure_kl as joint
 from quantkit.streaming.layer_runner import StreamingModel
+from quantkit.streaming.measure_kl import measure_kl
 
 
-def measured(
+def measure_entries(
     model: StreamingModel,
     tokens: mx.array,
     entries: Sequence[Entry],
     done: Callable[[str], None],
-) -> dict[Key, np.ndarray]:
-    """Mean KL divergence of each entry for every sequence of `tokens` (sequences, length)."""
+) -> dict[EntryKey, np.ndarray]:
+    """Return the mean KL divergence (sequences,) of each entry, on tokens (sequences, length)."""
     order = {layer.path: number for number, layer in enumerate(model.layers)}
-    waiting = sorted(entries, key=lambda entry: _layer(entry, order))
-    losses = joint.measured(
+    ordered = sorted(entries, key=lambda entry: _layer(entry, order))
+    divergences = measure_kl(
         model,
         tokens,
-        [{entry.weight.name: entry.tier} for entry in waiting],
-        lambda number: done(waiting[number].weight.name),
+        [{entry.weight.name: entry.tier} for entry in ordered],
+        lambda number: done(ordered[number].weight.name),
     )
-    return {entry.key: loss for entry, loss in zip(waiting, losses, strict=True)}
+    return {entry.key: kl for entry, kl in zip(ordered, divergences, strict=True)}
 
 
-def measured_in_steps(
+def measure_resumably(
     model: StreamingModel,
     tokens: mx.array,
     entries: Sequence[Entry],
     work: ProfileWork,
     done: Callable[[str], None],
-) -> tuple[dict[Key, np.ndarray], float]:
-    """The same, one layer's entries after the other, each kept in `work` for an interrupted run to
-    go on from; and the seconds that they took."""
-    parts: dict[int | None, list[Entry]] = {}
+) -> tuple[dict[EntryKey, np.ndarray], float]:
+    """Measure one layer's entries after the other, and save each layer's results in `work`.
+
+    `tokens` are (sequences, length). Returns the mean KL divergences (sequences,) by entry, and the
+    seconds of the measurements, those of interrupted runs included.
+    """
+    by_layer: dict[int | None, list[Entry]] = {}
     for entry in entries:
-        parts.setdefault(entry.weight.layer, []).append(entry)
-    found: dict[Key, np.ndarray] = {}
+        by_layer.setdefault(entry.weight.layer, []).append(entry)
+    divergences: dict[EntryKey, np.ndarray] = {}
     seconds = 0.0
-    for layer, part in parts.items():
+    for layer, in_layer in by_layer.items():
         name = f"measured-{layer}.json"
         if not work.has(name):
             started = time.monotonic()
-            losses = measured(model, tokens, part, done)
-            rows = {key: values.tolist() for key, values in losses.items()}
+            measured = measure_entries(model, tokens, in_layer, done)
+            rows = {key: values.tolist() for key, values in measured.items()}
             work.save_costs(name, rows, time.monotonic() - started)
         seconds += work.table(name)["seconds"]
-        found |= work.losses(name)
-    return found, seconds
+        divergences |= work.costs(name)
+    return divergences, seconds
 
 
 def _layer(entry: Entry, order: dict[str, int]) -> int:

@@ -1,47 +1,49 @@
-"""Reading a profile back: from a folder, or by its Hub id."""
+"""Read a profile: from a folder, or by its Hub id."""
 
 from dataclasses import replace
 from pathlib import Path
 
 from quantkit.artifacts.inventory import Inventory
-from quantkit.artifacts.profile import PROFILE_FILE, SensitivityProfile
+from quantkit.artifacts.sensitivity import SensitivityProfile
 from quantkit.checkpoint import hub
 from quantkit.errors import ProfileError
-from quantkit.formats.tiers import kept_name, parse_tier
+from quantkit.formats.tiers import native_name, parse_tier
 from quantkit.sensitivity.entries import native_cost
 from quantkit.storage.json_files import load_json
-from quantkit.storage.paths import user_path
+from quantkit.storage.paths import PROFILE_FILE, user_path
 
 
 def load_profile(name: str, inventory: Inventory) -> SensitivityProfile:
-    """The profile in a folder, or the one published as `user/name`, for this very checkpoint.
+    """Load the profile in a folder, or published as `user/name`, for this very checkpoint.
 
-    Raises ProfileError for another checkpoint's profile or one that lacks a weight, HubError.
+    Raises ProfileError for a profile of another checkpoint, or without some weight; HubError.
     """
     folder = user_path(name)
     if not folder.exists():
         if not hub.is_repo_id(name):
-            raise ProfileError(f"{name}: no such folder, and not a Hub id (user/name).")
+            raise ProfileError(f"{name}: neither a folder nor a Hub id (user/name).")
         folder = hub.fetch_file(name, PROFILE_FILE).parent
     return read_profile(folder, inventory)
 
 
 def _in_types_of(inventory: Inventory, profile: SensitivityProfile) -> SensitivityProfile:
-    """`profile` with unquantized weights in the float type that `inventory` gives them: the same
-    values, rounded to another type, count as kept."""
+    """Return `profile` with unquantized weights in the float type of `inventory`.
+
+    The same values in another float type count as native.
+    """
     native = {weight.name: native_cost(weight) for weight in inventory.weights}
     weights = []
-    for known in profile.weights:
-        kept, wanted = kept_name(known.storage), native.get(known.name)
-        if wanted is not None and parse_tier(known.storage).mode == "float":
-            losses = tuple(wanted if loss.tier == kept else loss for loss in known.losses)
-            known = replace(known, storage=wanted.tier, losses=losses)
-        weights.append(known)
+    for profiled in profile.weights:
+        native_tier, wanted = native_name(profiled.storage), native.get(profiled.name)
+        if wanted is not None and parse_tier(profiled.storage).mode == "float":
+            costs = tuple(wanted if cost.tier == native_tier else cost for cost in profiled.costs)
+            profiled = replace(profiled, storage=wanted.tier, costs=costs)
+        weights.append(profiled)
     return replace(profile, weights=tuple(weights))
 
 
 def read_profile(folder: Path, inventory: Inventory) -> SensitivityProfile:
-    """Raises ProfileError."""
+    """Read the profile in a local folder. Raises ProfileError."""
     path = folder if folder.is_file() else folder / PROFILE_FILE
     profile = SensitivityProfile.from_json(load_json(path, ProfileError), str(folder))
     if profile.source.structure != inventory.source.structure:
@@ -54,10 +56,10 @@ def read_profile(folder: Path, inventory: Inventory) -> SensitivityProfile:
         if file.sha256 is not None and published.get(file.name) not in (None, file.sha256):
             raise ProfileError(
                 f"{folder}: was measured on another {file.name} (sha256 "
-                f"{published[file.name]}, here {file.sha256}). Profile this checkpoint anew."
+                f"{published[file.name]}, here {file.sha256}). Profile this checkpoint again."
             )
     profile = _in_types_of(inventory, profile)
     lacking = {weight.name for weight in inventory.weights} - {w.name for w in profile.weights}
     if lacking:
-        raise ProfileError(f"{folder}: lacks {min(lacking)}. Make it anew.")
+        raise ProfileError(f"{folder}: lacks {min(lacking)}. Make it again.")
     return profile

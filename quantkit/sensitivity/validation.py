@@ -1,24 +1,24 @@
-"""How far a profile's predictions can be trusted: some entries, really measured."""
+"""Validate a profile: some entries are measured on held-out text."""
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from quantkit.artifacts.profile import SensitivityProfile
+from quantkit.artifacts.sensitivity import SensitivityProfile
 from quantkit.backend import mx
 from quantkit.sensitivity.entries import Entry
-from quantkit.sensitivity.exact import measured
+from quantkit.sensitivity.exact import measure_entries
 from quantkit.streaming.layer_runner import StreamingModel
 
 
 @dataclass(frozen=True)
-class Check:
-    """Predicted against measured over `entries` random entries of the table, on text held out.
+class ProfileValidation:
+    """Predicted and measured KL costs of some random entries, on held-out text.
 
-    `seconds_predicted` is what the whole profile took, `seconds_measured` what measuring all of
-    its entries would take, extrapolated from those that were.
+    `pairs` are (weight, tier, predicted, measured). `seconds_predicted` is the time of the whole
+    profile, `seconds_measured` the extrapolated time to measure all of its entries.
     """
 
     entries: int
@@ -28,37 +28,40 @@ class Check:
     seconds_measured: float
     pairs: tuple[tuple[str, str, float, float], ...]
 
+    def extrapolated(self, entries: int, seconds: float) -> "ProfileValidation":
+        """Return the times for all `entries` of a profile that took `seconds`."""
+        measured = self.seconds_measured / self.entries * entries
+        return replace(self, seconds_predicted=seconds, seconds_measured=measured)
 
-def check(
+
+def validate(
     model: StreamingModel,
     profile: SensitivityProfile,
     entries: Sequence[Entry],
     held_out: np.ndarray,
-    count: int,
-    seconds: float,
     done: Callable[[str], None],
-) -> Check:
-    """Measure `count` of `entries`, drawn at random by the profile's seed, on `held_out` tokens."""
-    drawn = np.random.default_rng(profile.calibration.seed).permutation(len(entries))[:count]
-    chosen = [entries[i] for i in sorted(drawn.tolist())]
+) -> ProfileValidation:
+    """Measure `entries` on `held_out` tokens (sequences, length)."""
     started = time.monotonic()
-    truth = measured(model, mx.array(held_out), chosen, done)
+    truth = measure_entries(model, mx.array(held_out), entries, done)
     taken = time.monotonic() - started
-    losses = {(w.name, loss.tier): loss.kl for w in profile.weights for loss in w.losses}
-    pairs = [(*e.key, losses[e.key], float(truth[e.key].mean())) for e in chosen]
-    guess, real = (np.array([pair[i] for pair in pairs]) for i in (2, 3))
-    return Check(
-        entries=len(chosen),
-        spearman=spearman(guess, real),
-        median_ratio=float(np.median(guess / np.maximum(real, 1e-12))),
-        seconds_predicted=seconds,
-        seconds_measured=taken / len(chosen) * len(entries),
+    costs = {(w.name, cost.tier): cost.kl for w in profile.weights for cost in w.costs}
+    pairs = [(*e.key, costs[e.key], float(truth[e.key].mean())) for e in entries]
+    predicted, measured = (np.array([pair[i] for pair in pairs]) for i in (2, 3))
+    return ProfileValidation(
+        entries=len(entries),
+        spearman=spearman(predicted, measured),
+        median_ratio=float(np.median(predicted / np.maximum(measured, 1e-12))),
+        seconds_predicted=0.0,
+        seconds_measured=taken,
         pairs=tuple(pairs),
     )
 
 
 def spearman(a: np.ndarray, b: np.ndarray) -> float:
-    """Spearman's rank correlation; equal values share the mean of their ranks. 0 for constants."""
+    """Return Spearman's rank correlation of two arrays (n,), with mean ranks for ties; 0 for
+    constants.
+    """
     ranks = [_ranks(values) - (len(values) - 1) / 2 for values in (a, b)]
     scale = float(np.sqrt((ranks[0] ** 2).sum() * (ranks[1] ** 2).sum()))
     return float((ranks[0] * ranks[1]).sum()) / scale if scale else 0.0

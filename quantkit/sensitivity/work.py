@@ -1,25 +1,29 @@
-"""What an interrupted profile goes on from: the parts of its table."""
+"""The work directory of a profile: measured costs beside arrays and tables."""
 
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from quantkit.sensitivity.entries import Key
+from quantkit.sensitivity.entries import EntryKey
 from quantkit.storage.work_dir import WorkDirectory
 
 
 class ProfileWork(WorkDirectory):
-    """A folder of named parts, losses among them."""
+    """A work directory with KL costs."""
 
-    def save_costs(self, name: str, losses: Mapping[Key, Sequence[float]], seconds: float) -> None:
-        """Losses per entry and sequence, and the seconds they took. Raises OutputError."""
-        rows = {"\t".join(key): list(values) for key, values in losses.items()}
-        self.save_table(name, {"seconds": seconds, "losses": rows})
+    def save_costs(
+        self, name: str, costs: Mapping[EntryKey, Sequence[float]], seconds: float
+    ) -> None:
+        """Save KL costs per entry and sequence, and the seconds of their measurement. Raises
+        OutputError.
+        """
+        rows = {"\t".join(key): list(values) for key, values in costs.items()}
+        self.save_table(name, {"seconds": seconds, "costs": rows})
 
-    def losses(self, name: str) -> dict[Key, np.ndarray]:
-        """What `save_costs` saved."""
-        found = {}
-        for key, values in self.table(name)["losses"].items():
+    def costs(self, name: str) -> dict[EntryKey, np.ndarray]:
+        """Read the costs (sequences,) per entry that `save_costs` wrote."""
+        costs = {}
+        for key, values in self.table(name)["costs"].items():
             weight, tier = key.split("\t")
-            found[weight, tier] = np.array(values, np.float32)
-        return found
+            costs[weight, tier] = np.array(values, np.float32)
+        return costs

@@ -1,1 +1,1 @@
-"""Files: where they lie, how they are written, and the scratch of runs that resume."""
+"""Files: their paths, atomic writing, hashing, and the directories of resumable runs."""

@@ -1,6 +1,5 @@
-"""JSON and text files: read with clear errors, written atomically, hashed in canonical form."""
+"""JSON and text files: read with clear errors, written atomically."""
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -10,22 +9,16 @@ from typing import Any
 
 from quantkit.errors import InputError, OutputError, PlanError
 
-FORMAT_VERSION = 2  # of the plans and reports that quantkit writes
-
-
-def digest(value: Any) -> str:
-    """sha256 of a JSON value in canonical form (sorted keys, no spaces)."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
+FORMAT_VERSION = 3  # of the plans and reports that quantkit writes
 
 
 def dump_json(value: Any) -> str:
-    """JSON as quantkit writes it: indented, in the order given, newline at the end."""
+    """Format JSON as quantkit writes it: indented, in the given order, with a final newline."""
     return json.dumps(value, indent=2) + "\n"
 
 
 def read_text(path: Path, error: type[InputError] = InputError) -> str:
-    """A file's text. Raises `error` when it is missing, no plain file, or not UTF-8."""
+    """Return a file's text. Raises `error` if it is missing, not a plain file, or not UTF-8."""
     if path.exists() and not path.is_file():
         raise error(f"{path}: not a plain file.")
     try:
@@ -39,7 +32,7 @@ def read_text(path: Path, error: type[InputError] = InputError) -> str:
 
 
 def load_json(path: Path, error: type[InputError] = InputError) -> dict[str, Any]:
-    """The object in a JSON file. Raises `error` when it is missing or not a JSON object."""
+    """Return the object in a JSON file. Raises `error` if it is missing or holds something else."""
     try:
         value = json.loads(read_text(path, error).removeprefix("\ufeff"))
     except (ValueError, RecursionError) as exc:
@@ -50,7 +43,7 @@ def load_json(path: Path, error: type[InputError] = InputError) -> dict[str, Any
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write `text` to `path` so that a reader sees all of it or none, even after a power cut.
+    """Write `text` to `path` completely or not at all, even across a power cut.
 
     Raises OutputError.
     """
@@ -58,13 +51,13 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def encoded(text: str) -> bytes:
-    """UTF-8, even of a name that is none on the disk."""
+    """Return `text` in UTF-8; surrogates of undecodable file names become escapes."""
     return text.encode("utf-8", errors="backslashreplace")
 
 
 def write_bytes_atomically(path: Path, content: bytes) -> None:
-    """The same for bytes."""
-    path = path.resolve()  # through a link to what it means
+    """Write `content` to `path` completely or not at all. Raises OutputError."""
+    path = path.resolve()  # follow links
     if path.exists() and not path.is_file():
         raise OutputError(f"{path}: is a folder or a device. Choose a file.")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -81,11 +74,11 @@ def write_bytes_atomically(path: Path, content: bytes) -> None:
 
 
 def require_kind(data: Mapping[str, Any], kind: str, where: str) -> None:
-    """Raises PlanError unless `data` is a `kind` of the version this quantkit reads."""
+    """Check that `data` is a `kind` of the version that this quantkit reads. Raises PlanError."""
     if data.get("kind") != kind:
         raise PlanError(f"{where}: expected a quantkit {kind}, found {data.get('kind')!r}.")
     if data.get("version") != FORMAT_VERSION:
         raise PlanError(
             f"{where}: {kind} of version {data.get('version')!r}, this quantkit reads "
-            f"{FORMAT_VERSION}. Make it anew with this version."
+            f"{FORMAT_VERSION}. Make it again with this version."
         )

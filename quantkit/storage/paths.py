@@ -1,4 +1,4 @@
-"""Where things lie: the data that ships with quantkit, and its cache."""
+"""Paths: names of quantkit's own files, its shipped data, and its cache."""
 
 import os
 import tempfile
@@ -6,34 +6,40 @@ from pathlib import Path
 
 from quantkit.errors import InputError
 
+REPORT_FILE = "quantkit.json"  # inside a repo
+PROFILE_FILE = "profile.json"  # inside the folder of a sensitivity profile
 
-def data_folder(name: str) -> Path:
-    """The folder `recipes` or `evals`: in the wheel, or in the checkout quantkit runs from.
+
+def recipes_folder() -> Path:
+    """Return the folder of the shipped recipes: from the wheel, or from the checkout.
 
     Raises InputError when the installation lacks it.
     """
     package = Path(__file__).parents[1]
-    for folder in (package / "_data" / name, package.parent / name):
+    for folder in (package / "_data" / "recipes", package.parent / "recipes"):
         if folder.is_dir():
             return folder
-    raise InputError(f"this installation of quantkit lacks its folder {name}/. Install it again.")
+    raise InputError("this installation of quantkit lacks its recipes. Install it again.")
 
 
 def user_path(name: str) -> Path:
-    """`name` with a leading ~ expanded; left as it is where nobody goes by that name."""
+    """Return `name` with a leading ~ expanded, unchanged for an unknown user."""
     return Path(os.path.expanduser(name))  # noqa: PTH111  (Path's own raises for ~nobody)
 
 
 def plain_path(path: Path) -> Path:
-    """`path` from the root, without the ".." that Path keeps."""
+    """Return the absolute path without "..", which Path would keep."""
     return Path(os.path.abspath(path))  # noqa: PTH100
 
 
 def cache_folder() -> Path:
-    """`$QUANTKIT_CACHE`, else `quantkit` under `$XDG_CACHE_HOME` or ~/.cache, or in the folder for
-    temporary files where there is no home. May not exist yet."""
-    if own := os.environ.get("QUANTKIT_CACHE"):
-        return user_path(own)
+    """Return the cache, which may not exist yet.
+
+    `$QUANTKIT_CACHE`, else `quantkit` under `$XDG_CACHE_HOME` or ~/.cache; without a home, a folder
+    under the system's temporary one.
+    """
+    if chosen := os.environ.get("QUANTKIT_CACHE"):
+        return user_path(chosen)
     if shared := os.environ.get("XDG_CACHE_HOME"):
         return Path(shared) / "quantkit"
     if (home := home_folder()) is not None:
@@ -42,8 +48,10 @@ def cache_folder() -> Path:
 
 
 def home_folder() -> Path | None:
-    """The user's home; None where HOME is not set and the system does not know the user, as in
-    containers that run under an arbitrary number."""
+    """Return the user's home, None if HOME is unset and the system does not know the user.
+
+    The latter happens in containers that run under an arbitrary user id.
+    """
     try:
         return Path.home()
     except RuntimeError:

@@ -1,4 +1,4 @@
-"""What an interrupted run goes on from: arrays and tables, each written whole or not at all."""
+"""The work directory: scratch from which an interrupted run resumes, each file atomic."""
 
 import json
 import os
@@ -20,20 +20,21 @@ Tensors = tuple[np.ndarray, ...]
 
 @dataclass(frozen=True)
 class WorkDirectory:
-    """A folder of named parts."""
+    """A folder of named arrays and tables."""
 
     folder: Path
 
     def has(self, name: str) -> bool:
+        """Return whether a file exists."""
         return (self.folder / name).exists()
 
     def save_array(self, name: str, values: mx.array) -> None:
-        """Raises OutputError when the disk is full."""
+        """Write an array of any shape. Raises OutputError when the disk is full."""
         with self._written(name) as file:
             np.save(file, np.array(values))
 
     def save_arrays(self, name: str, arrays: Mapping[str, np.ndarray]) -> None:
-        """Raises OutputError when the disk is full."""
+        """Write named arrays of any shape. Raises OutputError when the disk is full."""
         with self._written(name) as file:
             np.savez(file, **arrays)  # type: ignore[arg-type]
 
@@ -50,24 +51,26 @@ class WorkDirectory:
             temporary.unlink(missing_ok=True)
             raise OutputError(
                 f"{self.folder / name}: cannot be written ({exc.strerror}). Make room, and run the "
-                "same command again to go on."
+                "same command again to resume."
             ) from exc
 
     def array(self, name: str) -> mx.array:
+        """Read an array of any shape that `save_array` wrote."""
         return mx.array(np.load(self.folder / name))
 
     def save_table(self, name: str, value: Mapping[str, Any]) -> None:
-        """Raises OutputError."""
+        """Write a JSON object. Raises OutputError."""
         write_atomically(self.folder / name, json.dumps(value))
 
     def table(self, name: str) -> dict[str, Any]:
+        """Read a JSON object. Raises OutputError."""
         return load_json(self.folder / name, OutputError)
 
     def arrays(self, name: str) -> dict[str, np.ndarray]:
-        """What `save_arrays` saved."""
-        with np.load(self.folder / name) as found:
-            return {key: found[key] for key in found.files}
+        """Read the named arrays, of any shape, that `save_arrays` wrote."""
+        with np.load(self.folder / name) as archive:
+            return {key: archive[key] for key in archive.files}
 
     def drop(self, name: str) -> None:
-        """Remove a part, if it is there."""
+        """Remove a file, if it exists."""
         (self.folder / name).unlink(missing_ok=True)

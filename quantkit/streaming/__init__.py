@@ -1,1 +1,1 @@
-"""Running any mlx-lm model a layer at a time."""
+"""Run any mlx-lm model a layer at a time."""

@@ -1,9 +1,8 @@
-"""Whether stock mlx-lm builds the attention that a model's own config asks for.
+"""Check that stock mlx-lm builds the attention that a model's own config specifies.
 
-A config in a form that mlx-lm does not read loses its RoPE scaling without a word, and no
-comparison finds it when both sides are built from the same config. So the config is read here a
-second time, independently of the reading that the repo was written by, and held against what the
-modules of mlx-lm's model really compute.
+mlx-lm silently drops RoPE settings in a form that it does not read, and a comparison of two models
+from the same config cannot reveal it. So this module reads the config a second time, independently
+of `model_config`, and compares it to the computations of mlx-lm's modules.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,7 +28,7 @@ _KEYS = (
 
 @dataclass(frozen=True)
 class Rope:
-    """RoPE settings of one layer: the base, None for the family's own, and the scaling."""
+    """The RoPE settings of one layer: the base, None for the family's default, and the scaling."""
 
     theta: float | None
     scaling: Mapping[str, Any]
@@ -40,43 +39,45 @@ class Rope:
 
 
 def attention_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of a config that decide on RoPE and on sliding windows, as they stand,
-    with those of a nested `text_config`."""
-    found = {key: config[key] for key in _KEYS if key in config}
+    """Return the RoPE and sliding-window settings of a config, verbatim, with those in
+    `text_config`.
+    """
+    differences = {key: config[key] for key in _KEYS if key in config}
     if isinstance(text := config.get("text_config"), Mapping):
-        found["text_config"] = attention_settings(text)
-    return found
+        differences["text_config"] = attention_settings(text)
+    return differences
 
 
 def require_same_attention(checkpoint: Checkpoint) -> None:
-    """Raise SourceError where stock mlx-lm builds another attention than the checkpoint's config
-    asks for: what is measured or written of it would be wrong in a way that no file shows."""
+    """Check that mlx-lm builds the attention that the checkpoint's config specifies.
+
+    Raises SourceError: measurements and repos would be wrong in a way that no file shows.
+    """
     wanted = attention_settings(checkpoint.stated_config)
-    if found := attention_differences(wanted, build_model(checkpoint.config)):
-        more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+    if differences := attention_differences(wanted, build_model(checkpoint.config)):
+        more = f" (and {len(differences) - 1} more)" if len(differences) > 1 else ""
         raise SourceError(
-            f"config.json: {found[0]}{more}. mlx-lm {version('mlx-lm')} does not support these "
-            "settings of RoPE or attention for this architecture."
+            f"config.json: {differences[0]}{more}. mlx-lm {version('mlx-lm')} does not support "
+            "these settings of RoPE or attention for this architecture."
         )
 
 
 def attention_differences(wanted: Mapping[str, Any], model: Any) -> list[str]:
-    """Return what `model`, mlx-lm's, does otherwise than a config asks for, a line per difference.
+    """Return the differences between a config and `model`, mlx-lm's, a line each.
 
-    `wanted` are the `attention_settings` of the source's config. Layers whose rotations mlx-lm does
-    not make with its common RoPE modules, or of which the config says nothing, are left out.
+    `wanted` are the `attention_settings` of the source's config. Layers without mlx-lm's common
+    RoPE modules, or without settings in the config, are left out.
     """
     settings, layers, kinds = _by_layer(wanted, model)
-    found = [
+    differences = [
         *_rope_differences(settings, layers, kinds),
         *_cache_differences(settings, model, kinds),
     ]
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(differences))
 
 
 def compared_layers(wanted: Mapping[str, Any], model: Any) -> tuple[int, int]:
-    """Return of how many layers `attention_differences` can compare the rotations, and how many
-    layers there are."""
+    """Return how many layers `attention_differences` can compare, and how many there are."""
     settings, layers, kinds = _by_layer(wanted, model)
     compared = [
         bool(_ropes(settings, kind, number)) and any(True for _ in _rope_modules(layer))
@@ -88,8 +89,7 @@ def compared_layers(wanted: Mapping[str, Any], model: Any) -> tuple[int, int]:
 def _by_layer(
     wanted: Mapping[str, Any], model: Any
 ) -> tuple[dict[str, Any], list[Any], list[str | None]]:
-    """Return the settings of the language model, its layers, and each one's kind, None where the
-    config does not say."""
+    """Return the settings of the language model, its layers, and their kinds, None if unknown."""
     settings = {**wanted, **(wanted.get("text_config") or {})}
     layers, kinds = list(model.layers), settings.get("layer_types")
     if not isinstance(kinds, list) or len(kinds) != len(layers):
@@ -112,19 +112,21 @@ def _rope_differences(
                 else:
                     others.append((number, kind, accepted[0], module))
             except (KeyError, TypeError, ValueError) as exc:
-                what = f"which mlx-lm cannot build ({first_line(exc)})"
-                yield f"layer {number}: the config asks for {accepted[0]}, {what}"
+                fault = f"which mlx-lm cannot build ({first_line(exc)})"
+                yield f"layer {number}: the config specifies {accepted[0]}, {fault}"
     for number, kind, rope, module in others:
-        # Some families (OLMo 3) scale full attention only; then others read the same settings.
+        # Some families (OLMo 3) scale only full attention, by the same settings.
         may_be_plain = kind == SLIDING and is_realised and not _stated(settings)[1]
         if may_be_plain and _same_rotation(module, Rope(rope.theta, {}), longest):
             continue
-        yield f"layer {number}: the config asks for {rope}; mlx-lm builds another"
+        yield f"layer {number}: the config specifies {rope}; mlx-lm builds another"
 
 
 def _stated(settings: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
-    """Return the RoPE settings as transformers 5 reads them, and whether they are given for every
-    layer type. `rope_scaling` replaces `rope_parameters` whole, but for settings by layer type."""
+    """Return the RoPE settings as transformers 5 reads them, and whether they are per layer type.
+
+    `rope_scaling` replaces `rope_parameters` whole, unless these are per layer type.
+    """
     forms = [settings.get(key) for key in ("rope_parameters", "rope_scaling")]
     parameters, scaling = (dict(form) if isinstance(form, Mapping) else {} for form in forms)
     for stated in (parameters, scaling):
@@ -136,38 +138,40 @@ def _stated(settings: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
 
 
 def _ropes(settings: Mapping[str, Any], kind: str | None, number: int) -> list[Rope]:
-    """Return the RoPE settings that layer `number` of a `kind` may have: one, or those of every
-    kind where the kind is not known. Empty where the config does not say."""
-    own, by_kind = _stated(settings)
+    """Return the RoPE settings that layer `number` of a `kind` may have.
+
+    One, or one per kind if its kind is unknown; empty if the config does not say.
+    """
+    stated, by_kind = _stated(settings)
     local = next((settings[key] for key in _LOCAL if settings.get(key)), None)
     if kind is None:
-        names = list(own) if by_kind else [FULL, *([SLIDING] if local else [])]
+        names = list(stated) if by_kind else [FULL, *([SLIDING] if local else [])]
         return [rope for name in names for rope in _ropes(settings, name, number)]
     if by_kind:
-        own = own.get(kind, {})
+        stated = stated.get(kind, {})
     elif kind == SLIDING and local:
         return [Rope(float(local), {})]
-    theta = own.get("rope_theta") or settings.get("rope_theta")
+    theta = stated.get("rope_theta") or settings.get("rope_theta")
     if isinstance(theta, list):
         theta = theta[number] if number < len(theta) else None
-    scaling = {key: value for key, value in own.items() if key != "rope_theta"}
+    scaling = {key: value for key, value in stated.items() if key != "rope_theta"}
     if "rope_type" in scaling or "type" in scaling:  # mlx-lm reads `type` first
         name = scaling.pop("type", None)
         name = scaling.get("rope_type", name)
         scaling["rope_type"] = "longrope" if name == "su" else name
     kind_of_scaling = scaling.get("rope_type", "default")
     trained = "original_max_position_embeddings"
-    if kind_of_scaling == "longrope" and trained in settings:  # where transformers 4 has it
+    if kind_of_scaling == "longrope" and trained in settings:  # the place of transformers 4
         scaling.setdefault(trained, settings[trained])
-    if kind_of_scaling == "dynamic" or (by_kind and not own):
+    if kind_of_scaling == "dynamic" or (by_kind and not stated):
         return []
-    if theta is None:  # the family's own base; that scaling is there can be seen all the same
+    if theta is None:  # the family's default base, which scaling can be detected without
         return [] if kind_of_scaling == "default" else [Rope(None, scaling)]
     return [Rope(float(theta), scaling)]
 
 
 def _rope_modules(layer: Any) -> Iterator[Any]:
-    """Yield the RoPE modules of a layer that mlx-lm's `initialize_rope` can have made."""
+    """Yield the RoPE modules of a layer that mlx-lm's `initialize_rope` may have built."""
     from mlx.nn import RoPE
     from mlx_lm.models import rope_utils
 
@@ -177,7 +181,7 @@ def _rope_modules(layer: Any) -> Iterator[Any]:
 
 
 def _same_rotation(module: Any, rope: Rope, longest: int | None) -> bool:
-    """Return whether `module` rotates as a module made from `rope` does, at several positions."""
+    """Return whether `module` rotates like a module made from `rope`, at several positions."""
     from mlx_lm.models.rope_utils import SuScaledRoPE, initialize_rope
 
     dims = getattr(module, "dims", None) or module.dim
@@ -187,7 +191,7 @@ def _same_rotation(module: Any, rope: Rope, longest: int | None) -> bool:
         dims, rope.theta, getattr(module, "traditional", False), dict(rope.scaling) or None, longest
     )
     if isinstance(expected, SuScaledRoPE) and type(module) is SuScaledRoPE:
-        # The factor on long inputs is a setting that each family reads by itself.
+        # Each family reads the factor on long inputs by itself.
         return bool(mx.allclose(module._freqs, expected._freqs).item())
     x = 1 + mx.arange(2 * dims).reshape(1, 1, 2, dims) / dims
     return all(
@@ -197,7 +201,7 @@ def _same_rotation(module: Any, rope: Rope, longest: int | None) -> bool:
 
 
 def _is_plain(module: Any) -> bool:
-    """Return whether a RoPE module scales nothing."""
+    """Return whether a RoPE module has no scaling."""
     from mlx.nn import RoPE
 
     return type(module) is RoPE and getattr(module, "scale", 1.0) == 1.0
@@ -206,8 +210,10 @@ def _is_plain(module: Any) -> bool:
 def _cache_differences(
     settings: Mapping[str, Any], model: Any, kinds: Sequence[str | None]
 ) -> Iterator[str]:
-    """Yield layers whose KV cache keeps another window than the config says; models that keep
-    everything for all layers mask the window instead, and are left out."""
+    """Yield layers whose KV cache has another window than the config.
+
+    Models that cache everything in all layers mask the window instead, and are left out.
+    """
     from mlx_lm.models.cache import RotatingKVCache, make_prompt_cache
 
     caches = make_prompt_cache(model)
@@ -224,6 +230,6 @@ def _cache_differences(
             not isinstance(window, int) or window < 1 or cache.max_size != window
         ):
             if not isinstance(window, int) or window < 1:
-                yield f"layer {number}: sliding_window is {window!r}, no positive whole number"
+                yield f"layer {number}: sliding_window is {window!r}, not a positive whole number"
             else:
                 yield f"layer {number}: the config's window is {window}; mlx-lm's {cache.max_size}"

@@ -1,6 +1,6 @@
-"""Experts on the CPU: one plain product per expert instead of mlx's gathered ones.
+"""Experts on the CPU: one plain product per expert instead of mlx's gathered products.
 
-`gather_mm` and `gather_qmm` are slow on the CPU; a float32 matmul goes through BLAS.
+`gather_mm` and `gather_qmm` are slow on the CPU; a float32 matmul uses BLAS.
 """
 
 from typing import Any
@@ -11,7 +11,7 @@ from quantkit.backend import mx
 
 
 def plain_switch_linear(module: Any) -> Any:
-    """A stand-in for mlx-lm's SwitchLinear with the same parameters, for float32 weights."""
+    """Return a replacement for mlx-lm's SwitchLinear with its parameters, for float32 weights."""
     from mlx.nn import Module
 
     class PlainSwitchLinear(Module):  # type: ignore[misc]
@@ -24,7 +24,7 @@ def plain_switch_linear(module: Any) -> Any:
         def __call__(
             self, x: mx.array, indices: mx.array, sorted_indices: bool = False
         ) -> mx.array:
-            """x (..., 1, in) and indices (...) give (..., 1, out), as SwitchLinear does."""
+            """Return (..., 1, out) for x (..., 1, in) and indices (...), as SwitchLinear does."""
             return switch_product(self, self.weight, x, indices, sorted_indices)
 
     return PlainSwitchLinear()
@@ -33,8 +33,11 @@ def plain_switch_linear(module: Any) -> Any:
 def switch_product(
     module: Any, weight: Any, x: mx.array, indices: mx.array, sorted_indices: bool = False
 ) -> mx.array:
-    """What mlx-lm's SwitchLinear `module` gives with `weight` (experts, out, in): an array, or what
-    has its shape and gives an expert's matrix for a slice."""
+    """Return the output (..., 1, out) of mlx-lm's SwitchLinear `module` for `x` (..., 1, in).
+
+    `indices` (...) are the experts; `weight` (experts, out, in) is an array, or an object of that
+    shape whose slices are arrays.
+    """
     out = (_sorted_product if sorted_indices else _gathered_product)(x, indices, weight)
     if "bias" in module:
         out = out + mx.expand_dims(module.bias[indices], -2)
@@ -42,16 +45,18 @@ def switch_product(
 
 
 def _sorted_product(x: mx.array, indices: mx.array, weight: Any) -> mx.array:
-    """x (n, 1, in), its rows in the order of their experts `indices` (n)."""
+    """Multiply x (n, 1, in), whose rows are sorted by their experts `indices` (n)."""
     counts = np.bincount(np.array(indices), minlength=weight.shape[0])
-    parts = mx.split(x[:, 0], np.cumsum(counts)[:-1].tolist())
-    # A slice is looked at where it lies; weight[e] would be a copy.
-    used = [part @ weight[e : e + 1].squeeze(0).T for e, part in enumerate(parts) if counts[e]]
+    by_expert = mx.split(x[:, 0], np.cumsum(counts)[:-1].tolist())
+    # A slice is a view; weight[e] would be a copy.
+    used = [
+        rows_ @ weight[e : e + 1].squeeze(0).T for e, rows_ in enumerate(by_expert) if counts[e]
+    ]
     return mx.expand_dims(mx.concatenate(used), -2)
 
 
 def _gathered_product(x: mx.array, indices: mx.array, weight: Any) -> mx.array:
-    """Few rows: x (..., 1 or k, 1, in) against the experts `indices` (..., k)."""
+    """Multiply x (..., 1 or k, 1, in) by the experts `indices` (..., k), for few rows."""
     width = x.shape[-1]
     rows = mx.broadcast_to(x, (*indices.shape, 1, width)).reshape(-1, 1, width)
     flat = indices.reshape(-1)

@@ -1,13 +1,12 @@
-"""Any mlx-lm model, run with the weights of one layer in memory at a time.
+"""Run any mlx-lm model with the weights of one layer in memory at a time.
 
 The model is mlx-lm's own, built but never loaded. Its layers, and the modules around them, are
-wrapped: a wrapper fetches its module's weights from the source when it is called, evaluates the
-output, and lets the weights go. So `model(tokens)` streams through the checkpoint, whatever the
-model's masks and caches are. Of an embedding only the rows that are looked up are read; a head
-reads its rows in blocks.
+wrapped: a wrapper fetches its module's weights from the source, evaluates the output, and releases
+the weights. So `model(tokens)` streams through the checkpoint, with the model's own masks and
+caches. An embedding reads only the rows of its tokens, a head reads its rows in blocks.
 
-All values are float32, so that what is measured is the weights' doing; only on a GPU are packed
-experts left packed, for mlx's kernels. On the CPU experts are plain products.
+Activations are float32, so that measurements show the effect of the weights alone. Packed experts
+stay packed on a GPU, for mlx's kernels; on the CPU experts are plain products.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -17,7 +16,7 @@ from importlib.metadata import version
 from typing import Any
 
 from quantkit.artifacts.inventory import Weight
-from quantkit.backend import mx, on_cpu
+from quantkit.backend import memory_limits, mx, on_cpu
 from quantkit.checkpoint.generic import build_model
 from quantkit.checkpoint.source import Source
 from quantkit.errors import SourceError
@@ -25,11 +24,11 @@ from quantkit.formats.codec import decode, decode_mxfp4, to_mx
 from quantkit.formats.dtypes import FLOATS
 from quantkit.formats.tiers import MXFP4, Tier, parse_tier
 from quantkit.streaming.experts import plain_switch_linear
-from quantkit.streaming.weight_loader import BLOCK_VALUES, Call, StreamedModule, Table
+from quantkit.streaming.weight_loader import Call, Embedding, Head, StreamedModule, VocabularyTable
 
 
 class _EnoughError(Exception):
-    """The last layer has run; what the model does after it is not wanted."""
+    """The last layer has run, and the rest of the model is not needed."""
 
 
 class StreamingModel:
@@ -39,27 +38,28 @@ class StreamingModel:
         """Raises SourceError for an architecture whose layers cannot be wrapped."""
         self.source = source
         self.weights = source.weights
-        self._kept_shapes = {tensor.name: tensor.shape for tensor in source.inventory.kept}
+        self._unquantized_shapes = {
+            tensor.name: tensor.shape for tensor in source.inventory.unquantized
+        }
         self._names = list(source.views)
         self.model = _build(source)
         self.model.eval()
         paths = {id(module): path for path, module in self.model.named_modules()}
-        held = _list_of_layers(self.model)
-        self.layers = [StreamedModule(m, paths[id(m)], self.fetch) for m in held]
-        self.tables: dict[str, Table] = {}
+        layers = _list_of_layers(self.model)
+        self.layers = [StreamedModule(m, paths[id(m)], self.fetch) for m in layers]
+        self.tables: dict[str, VocabularyTable] = {}
         self._wrap_around()
-        held[:] = self.layers
+        layers[:] = self.layers
 
     def __call__(self, tokens: mx.array) -> mx.array:
         logits: mx.array = self.model(tokens)
         return logits
 
     def run(self, tokens: mx.array, seen: Callable[[int, Call, mx.array], None]) -> mx.array:
-        """The output of the last layer (batch, tokens, hidden).
+        """Return the output of the last layer (batch, tokens, hidden) for tokens (batch, tokens).
 
-        `seen` is told the number of every layer, what it was called with and what it gave. Raises
-        SourceError if the model does more between two layers than pass the one's output on, or if
-        a layer gives NaN.
+        `seen` receives the number, the call and the output of every layer. Raises SourceError if
+        the model changes the output between two layers, or if a layer returns NaN.
         """
         last: list[mx.array] = []
 
@@ -90,12 +90,15 @@ class StreamingModel:
     def _require_passed_on(self, number: int, last: list[mx.array], call: Call) -> None:
         if last and not mx.array_equal(last[0], call.x):
             raise SourceError(
-                f"{self.source.inventory.model_type}: does more between layers {number - 1} and "
-                f"{number} than pass the output on; such models cannot be profiled."
+                f"{self.source.inventory.model_type}: changes the output between layers "
+                f"{number - 1} and {number}; such models cannot be profiled."
             )
 
     def calls(self, tokens: mx.array) -> list[Call]:
-        """What each layer is called with, none being run: all see the first one's input."""
+        """Return the call of each layer for tokens (batch, tokens), without running any layer.
+
+        All calls have the first layer's input.
+        """
         calls: list[Call] = []
 
         def keep(call: Call) -> mx.array:
@@ -112,57 +115,67 @@ class StreamingModel:
         return calls
 
     def head(self, h: mx.array) -> mx.array:
-        """Logits for `h`, the output of the last layer: all that the model does after it."""
+        """Return logits (batch, tokens, vocabulary) for `h` (batch, tokens, hidden), the last
+        layer's output.
+        """
         some = mx.zeros(h.shape[:2], mx.int32)
         with self._instead([lambda call: call.x] * (len(self.layers) - 1) + [lambda _: h]):
             logits: mx.array = self.model(some)
         return logits
 
     def head_block(self, h: mx.array, rows: range, tier: Tier | None = None) -> mx.array:
-        """Logits of some rows of the vocabulary only, the head rounded to `tier`."""
-        with self.tables[self.head_weight.name].seen_as(rows, tier):
+        """Return logits (batch, tokens, len(rows)) for some rows of the vocabulary.
+
+        `h` (batch, tokens, hidden) is the last layer's output; the head is rounded to `tier`.
+        """
+        with self.tables[self.head_weight.name].restricted(rows, tier):
             return self.head(h)
 
     def head_input(self, h: mx.array) -> mx.array:
-        """What the head itself sees (batch, tokens, hidden) for `h`, the last layer's output."""
+        """Return the input (batch, tokens, hidden) of the head for `h`, the last layer's output."""
         self.head_block(h, range(1))
-        (x,) = self.tables[self.head_weight.name].heard
-        return x
+        return self.tables[self.head_weight.name].last_input
 
     def embedded(self, tokens: mx.array, tiers: Mapping[str, Tier]) -> mx.array:
-        """The first layer's input, embeddings rounded to `tiers`, by name."""
+        """Return the first layer's input (batch, tokens, hidden), embeddings rounded to `tiers`
+        by name.
+        """
         with ExitStack() as stack:
             for name, tier in tiers.items():
                 table = self.tables[name]
-                stack.enter_context(table.seen_as(table.rows, tier))
+                stack.enter_context(table.restricted(table.rows, tier))
             return self.calls(tokens)[0].x
 
     def behind_embedding(self, name: str, tokens: mx.array, g: mx.array) -> mx.array:
-        """The gradient at the output of the embedding `name`, `g` being that at the first layer's
-        input: models scale what is looked up, or add to it."""
+        """Return the gradient (batch, tokens, width) at the output of the embedding `name`.
+
+        `g` (batch, tokens, hidden) is the gradient at the first layer's input: models scale the
+        embedded tokens, or add to them.
+        """
         table = self.tables[name]
+        assert isinstance(table, Embedding), name
 
         def first(change: mx.array) -> mx.array:
-            with table.moved_by(change):
+            with table.shifted(change):
                 return self.calls(tokens)[0].x
 
         nothing = mx.zeros((*tokens.shape, table.weight.shape[-1]))
-        _, (found,) = mx.vjp(first, [nothing], [g])
-        return found
+        _, (gradient,) = mx.vjp(first, [nothing], [g])
+        return gradient
 
     def head_blocks(self, tokens: int) -> Iterator[range]:
-        """The rows of the vocabulary in blocks that are small for so many tokens, too."""
+        """Yield blocks of rows of the vocabulary whose logits fit in memory for so many tokens."""
         rows, width = self.head_weight.shape
-        step = max(1, BLOCK_VALUES // max(width, tokens))
+        step = max(1, memory_limits().block_values // max(width, tokens))
         for start in range(0, rows, step):
             yield range(start, min(start + step, rows))
 
     @property
     def head_weight(self) -> Weight:
-        """The output head: the embedding itself where that is tied."""
+        """The output head, which is the embedding if that is tied."""
         weights = [table.weight for table in self.tables.values()]
         heads = [weight for weight in weights if weight.role == "lm_head"]
-        # Beside the vocabulary there may be a table of positions, which are fewer.
+        # A table of positions may exist beside the vocabulary, and is smaller.
         return (heads or sorted(weights, key=lambda weight: -weight.shape[0]))[0]
 
     @contextmanager
@@ -176,20 +189,25 @@ class StreamingModel:
                 layer.instead = None
 
     def fetch(self, path: str) -> dict[str, mx.array]:
-        """The parameters of the module at `path`, named relative to it, to compute with."""
+        """Return the parameters of the module at `path`, by relative names, in the shape of the
+        model.
+        """
         prefix = f"{path}."
-        found = {}
+        values = {}
         for name in self._names:
             if name.startswith(prefix):
                 value = self.parameter(name)
                 if value is not None:
-                    mx.eval(value)  # or what it is computed from stays, of every weight at once
-                    found[name[len(prefix) :]] = value
-        return found
+                    mx.eval(value)  # or the inputs of all weights stay in memory
+                    values[name[len(prefix) :]] = value
+        return values
 
     def values(self, name: str, start: int = 0, stop: int | None = None) -> mx.array:
-        """A weight's values (..., out, in), or some of its rows (rows, in), in its float type;
-        those of affine tiers in float32, with scales and biases as kernels take them."""
+        """Return the values (..., out, in) of a weight, or of some of its rows (rows, in).
+
+        The dtype is the weight's float type. Affine tiers give float32, with scales and biases
+        widened as in MLX's kernels.
+        """
         weight = self.weights[name]
         tier = parse_tier(weight.storage)
         whole = stop is None
@@ -198,41 +216,47 @@ class StreamingModel:
             packed, scales = (self.source.read(f"{name}.{p}", *rows) for p in ("weight", "scales"))
             values = decode_mxfp4(packed, scales)
         elif tier.quantized:
-            values = decode(tuple(self._parts(name, *rows)), tier, "F32")
+            values = decode(tuple(self._packed_tensors(name, *rows)), tier, "F32")
         else:
             values = to_mx(self.source.read(f"{name}.weight", *rows), tier.name.upper())
         return values.reshape(weight.shape) if whole else values
 
-    def _parts(self, name: str, start: int, stop: int) -> Iterator[mx.array]:
-        """Rows of the tensors that hold a packed weight; scales and biases in float32 if float."""
-        for part in ("weight", "scales", "biases"):
-            if (view := self.source.views.get(f"{name}.{part}")) is not None:
+    def _packed_tensors(self, name: str, start: int, stop: int) -> Iterator[mx.array]:
+        """Yield rows of the tensors of a packed weight; float scales and biases in float32."""
+        for suffix in ("weight", "scales", "biases"):
+            if (view := self.source.views.get(f"{name}.{suffix}")) is not None:
                 values = to_mx(view.read(self.source.checkpoint, start, stop), view.dtype)
                 yield values.astype(mx.float32) if view.dtype in FLOATS else values
 
-    def _rows(self, name: str, part: str, start: int, stop: int) -> mx.array:
-        if part == "weight":
+    def _rows(self, name: str, suffix: str, start: int, stop: int) -> mx.array:
+        if suffix == "weight":
             return self.values(name, start, stop)
-        view = self.source.views[f"{name}.{part}"]
-        return to_mx(self.source.read(f"{name}.{part}", 0, view.rows), view.dtype)[..., start:stop]
+        view = self.source.views[f"{name}.{suffix}"]
+        return to_mx(self.source.read(f"{name}.{suffix}", 0, view.rows), view.dtype)[
+            ..., start:stop
+        ]
 
     def parameter(self, name: str) -> mx.array | None:
-        """A stored tensor as the model computes with it; None for the scales of an unpacked one."""
-        owner, _, part = name.rpartition(".")
+        """Return a stored tensor, in the model's shape, as the model computes with it.
+
+        None for the scales of a weight that is not computed packed.
+        """
+        owner, _, suffix = name.rpartition(".")
         weight = self.weights.get(owner)
-        held = weight is not None and part in ("weight", "scales", "biases")
-        if weight is not None and held and not keeps_packed(weight):
-            return self.values(owner).astype(mx.float32) if part == "weight" else None
+        if suffix not in ("weight", "scales", "biases"):
+            weight = None
+        if weight is not None and not keeps_packed(weight):
+            return self.values(owner).astype(mx.float32) if suffix == "weight" else None
         view = self.source.views[name]
         values = to_mx(self.source.read(name, 0, view.rows), view.dtype)
         if view.dtype in FLOATS:
             values = values.astype(mx.float32)
-        if weight is not None and held:
+        if weight is not None:
             return values.reshape(*weight.shape[:-1], -1)
-        return values.reshape(self._kept_shapes[name])
+        return values.reshape(self._unquantized_shapes[name])
 
     def _wrap_around(self) -> None:
-        """Wrap the leaf modules outside of the layers (embedding, norm, head)."""
+        """Wrap the leaf modules outside the layers (embedding, norm, head)."""
         inside = tuple(f"{layer.path}." for layer in self.layers)
         owned = {name.rpartition(".")[0] for name in self._names}
         for path, module in list(self.model.named_modules()):
@@ -243,48 +267,53 @@ class StreamingModel:
     def _wrapped(self, path: str, module: Any) -> StreamedModule:
         weight = self.weights.get(path)
         if weight is not None and weight.role in ("embedding", "lm_head"):
-            self.tables[path] = Table(module, weight, partial(self._rows, path))
+            table = Head if weight.role == "lm_head" else Embedding
+            self.tables[path] = table(module, weight, partial(self._rows, path))
             return self.tables[path]
         return StreamedModule(module, path, self.fetch)
 
 
 def has_gradients(source: Source) -> bool:
-    """Whether the installed mlx-lm differentiates the model: mixtures of experts from 0.32 on."""
-    number = tuple(int(part) for part in version("mlx-lm").split(".")[:2])
+    """Return whether the installed mlx-lm can differentiate the model.
+
+    Mixtures of experts need mlx-lm 0.32.
+    """
+    number = tuple(int(digits) for digits in version("mlx-lm").split(".")[:2])
     return not source.inventory.experts or number >= (0, 32)
 
 
 def submodule(module: Any, path: str) -> Any:
-    """The module at `path` inside of `module`; itself for an empty path."""
-    for part in path.split(".") if path else ():
+    """Return the module at `path` inside `module`, or `module` itself for an empty path."""
+    for name in path.split(".") if path else ():
         if isinstance(module, list):
-            module = module[int(part)]
+            module = module[int(name)]
         else:
-            module = module[part] if part in module else getattr(module, part)
+            module = module[name] if name in module else getattr(module, name)
     return module
 
 
 def _list_of_layers(model: Any) -> list[Any]:
-    """The list, in whichever module, that holds the layers. Raises SourceError for none."""
+    """Return the list, in whichever module, that holds the layers. Raises SourceError."""
     first = model.layers[0]  # `layers` itself may be a copy, cut for pipelines
     for _, module in model.named_modules():
         for value in module.values():
             if isinstance(value, list) and any(entry is first for entry in value):
                 return value
     raise SourceError(
-        f"{model.model_type}: quantkit cannot run this architecture a layer at a time: "
-        "its layers are in no list."
+        f"{model.model_type}: quantkit cannot run this architecture a layer at a time, "
+        "since its layers are not in a list."
     )
 
 
 def keeps_packed(weight: Weight) -> bool:
-    """Whether the model computes with the packed values of `weight`."""
+    """Return whether the model computes with the packed values of `weight`."""
     return parse_tier(weight.storage).quantized and not on_cpu()
 
 
 def _build(source: Source) -> Any:
-    """mlx-lm's model with modules of the kinds that `StreamingModel.fetch` fills; nothing is
-    evaluated."""
+    """Build mlx-lm's model with the kinds of modules that `StreamingModel.fetch` fills,
+    unevaluated.
+    """
     from mlx.nn import quantize
     from mlx.utils import tree_unflatten
     from mlx_lm.models.switch_layers import SwitchLinear

@@ -1,8 +1,9 @@
-"""One layer, remembered module by module, so that a changed weight re-runs only what it touches.
+"""One layer, recorded module by module, so that a changed weight re-runs only the modules behind
+it.
 
-In a layer the modules that hold weights (projections, router, experts) are called one after the
-other. When one of them changes, those called before it give what they gave; so do its siblings,
-called with the very same input (keys and values beside a query). Only what comes after is run.
+The modules of a layer that hold weights (projections, router, experts) are called in order. If one
+of them changes, the modules before it return their recorded outputs; so do its siblings, which have
+the very same input (keys and values beside a query). Only the modules behind it run again.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,123 +12,127 @@ from dataclasses import dataclass
 from typing import Any
 
 from quantkit.backend import mx
-from quantkit.formats.affine import Rounded
-from quantkit.formats.codec import encode, rounded
+from quantkit.formats.affine import AffineWeight
+from quantkit.formats.codec import encode, fake_quantize
 from quantkit.formats.tiers import Tier
 from quantkit.streaming.layer_runner import submodule
 from quantkit.streaming.weight_loader import Call, StreamedModule
 
-Listener = Callable[[str, mx.array, "mx.array | None"], None]
-"""Told the name of a weight, its input, and which experts see it (None for a plain matrix)."""
+Observer = Callable[[str, mx.array, "mx.array | None"], None]
+"""Called with a weight's name, its input, and the experts of the input (None for a matrix)."""
 
 Product = Callable[..., mx.array]
-"""Stands in for a weight's module: called with that, and what it was to be called with."""
+"""Replaces a weight's module: called with the module and its arguments."""
 
 
 @dataclass(frozen=True)
-class Step:
-    """One call of a module: whose, with what, and its output."""
+class ModuleCall:
+    """One call of a module: the weight's name, the arguments, and the output `y`."""
 
     name: str
     args: tuple[Any, ...]
     y: mx.array
 
-    def is_sibling(self, other: "Step") -> bool:
-        """Whether both were called with the very same arrays."""
+    def is_sibling(self, other: "ModuleCall") -> bool:
+        """Return whether both calls have the very same arrays as arguments."""
         same = all(a is b for a, b in zip(self.args, other.args, strict=False))
         return same and len(self.args) == len(other.args)
 
 
 @dataclass(frozen=True)
-class Trace:
-    """One run of a layer: what it was called with, the calls inside of it, and its output."""
+class LayerTrace:
+    """One run of a layer: its call, the calls of its modules, and its output `y`."""
 
     call: Call
-    steps: tuple[Step, ...]
+    steps: tuple[ModuleCall, ...]
     y: mx.array
 
     def touched_by(self, name: str) -> set[int]:
-        """The steps whose output a change to the weight `name` may change."""
-        own = [number for number, step in enumerate(self.steps) if step.name == name]
-        first = self.steps[own[0]]
+        """Return the numbers of the calls whose output a change of the weight `name` may change."""
+        calls_of = [number for number, step in enumerate(self.steps) if step.name == name]
+        first = self.steps[calls_of[0]]
         return {
             number
             for number, step in enumerate(self.steps)
-            if number >= own[0] and (number in own or not step.is_sibling(first))
+            if number >= calls_of[0] and (number in calls_of or not step.is_sibling(first))
         }
 
     def output(self, name: str | None) -> mx.array:
-        """The output of the weight called `name`, of the whole layer for None."""
+        """Return the output (..., width) of the weight `name`, or of the whole layer for None."""
         return self.y if name is None else next(s.y for s in self.steps if s.name == name)
 
 
 class _ReachedError(Exception):
-    """The output that was wanted is there; the rest of the layer need not run."""
+    """The readout is reached, and the rest of the layer is not needed."""
 
     def __init__(self, y: mx.array) -> None:
         self.y = y
 
 
-class _Tap:
-    """Stands in a layer for a module that holds a weight, and lets `hear` decide what it gives."""
+class _Hook:
+    """Replaces a module that holds a weight, and lets `handle` compute its output."""
 
     def __init__(self, name: str, module: Any) -> None:
         self.name = name
         self.module = module
-        self.hear: Callable[[_Tap, tuple[Any, ...], dict[str, Any]], mx.array] | None = None
+        self.handle: Callable[[_Hook, tuple[Any, ...], dict[str, Any]], mx.array] | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.hear is None:
+        if self.handle is None:
             return self.module(*args, **kwargs)
-        return self.hear(self, args, kwargs)
+        return self.handle(self, args, kwargs)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.module, name)
 
 
 class HookedLayer:
-    """A layer with its weights in memory, and an ear at every one of them."""
+    """A layer with its weights in memory, and a hook on every one of them."""
 
-    def __init__(self, module: Any, taps: Mapping[str, _Tap]) -> None:
+    def __init__(self, module: Any, hooks: Mapping[str, _Hook]) -> None:
         self.module = module
-        self._taps = taps
+        self._hooks = hooks
 
     def run(self, call: Call) -> mx.array:
-        """The layer's output."""
+        """Return the layer's output (batch, tokens, hidden), evaluated."""
         y = self._run(call)
         mx.eval(y)
         return y
 
-    def record(self, call: Call, listen: Listener | None = None) -> Trace:
-        """Run the layer and remember."""
-        steps: list[Step] = []
+    def record(self, call: Call, observer: Observer | None = None) -> LayerTrace:
+        """Run the layer and record the calls of its modules."""
+        steps: list[ModuleCall] = []
 
-        def hear(tap: _Tap, args: tuple[Any, ...], kwargs: dict[str, Any]) -> mx.array:
-            y: mx.array = tap.module(*args, **kwargs)
-            steps.append(Step(tap.name, args, y))
+        def handle(hook: _Hook, args: tuple[Any, ...], kwargs: dict[str, Any]) -> mx.array:
+            y: mx.array = hook.module(*args, **kwargs)
+            steps.append(ModuleCall(hook.name, args, y))
             return y
 
-        with self._hearing(hear):
+        with self._handled(handle):
             y = self._run(call)
         mx.eval(y, [step.y for step in steps])
-        if listen:
+        if observer:
             for step in steps:
-                listen(step.name, step.args[0], step.args[1] if len(step.args) > 1 else None)
-        return Trace(call, tuple(steps), y)
+                observer(step.name, step.args[0], step.args[1] if len(step.args) > 1 else None)
+        return LayerTrace(call, tuple(steps), y)
 
     def gradients(
-        self, trace: Trace, g: mx.array, names: Sequence[str]
+        self, trace: LayerTrace, g: mx.array, names: Sequence[str]
     ) -> tuple[mx.array, dict[str, mx.array]]:
-        """(gradient at the layer's input, at the outputs of `names`), for `g` at its output."""
+        """Return the gradients at the layer's input and at the outputs of `names`.
+
+        `g` (batch, tokens, hidden) is the gradient at the layer's output; results have the shapes
+        of the input and the outputs.
+        """
 
         def run(x: mx.array, *offsets: mx.array) -> mx.array:
             added = dict(zip(names, offsets, strict=True))
 
-            def hear(tap: _Tap, args: tuple[Any, ...], kwargs: dict[str, Any]) -> mx.array:
-                y: mx.array = tap.module(*args, **kwargs)
-                return y + added[tap.name] if tap.name in added else y
+            def handle(hook: _Hook, args: tuple[Any, ...], kwargs: dict[str, Any]) -> mx.array:
+                y: mx.array = hook.module(*args, **kwargs)
+                return y + added[hook.name] if hook.name in added else y
 
-            with self._hearing(hear):
+            with self._handled(handle):
                 return self._run(Call(x, trace.call.args, trace.call.kwargs))
 
         zeros = [mx.zeros_like(trace.output(name)) for name in names]
@@ -135,51 +140,63 @@ class HookedLayer:
         mx.eval(at_input, at_names)
         return at_input, dict(zip(names, at_names, strict=True))
 
-    def rerun(self, trace: Trace, name: str, until: str | None) -> mx.array:
-        """The output of `until` (None: of the layer) now that the weight `name` has changed."""
+    def rerun(self, trace: LayerTrace, name: str, readout: str | None) -> mx.array:
+        """Return the output (..., width) of `readout` (None: of the layer) after a change of
+        `name`.
+        """
         touched = trace.touched_by(name)
         steps = iter(enumerate(trace.steps))
 
-        def hear(tap: _Tap, args: tuple[Any, ...], kwargs: dict[str, Any]) -> mx.array:
+        def handle(hook: _Hook, args: tuple[Any, ...], kwargs: dict[str, Any]) -> mx.array:
             number, step = next(steps)
-            y: mx.array = tap.module(*args, **kwargs) if number in touched else step.y
-            if tap.name == until:
+            y: mx.array = hook.module(*args, **kwargs) if number in touched else step.y
+            if hook.name == readout:
                 raise _ReachedError(y)
             return y
 
         try:
-            with self._hearing(hear):
+            with self._handled(handle):
                 return self._run(trace.call)
         except _ReachedError as reached:
             return reached.y
 
     def run_with(self, call: Call, products: Mapping[str, Product]) -> mx.array:
-        """The layer's output, not evaluated, some weights' modules replaced by functions."""
+        """Return the layer's output (batch, tokens, hidden), lazily, with some modules replaced."""
 
-        def hear(tap: _Tap, args: tuple[Any, ...], kwargs: dict[str, Any]) -> mx.array:
-            product = products.get(tap.name)
+        def handle(hook: _Hook, args: tuple[Any, ...], kwargs: dict[str, Any]) -> mx.array:
+            product = products.get(hook.name)
             if product is None:
-                y: mx.array = tap.module(*args, **kwargs)
+                y: mx.array = hook.module(*args, **kwargs)
                 return y
-            return product(tap.module, *args, **kwargs)
+            return product(hook.module, *args, **kwargs)
 
-        with self._hearing(hear):
+        with self._handled(handle):
             return self._run(call)
 
     @contextmanager
     def changed(
-        self, name: str, values: mx.array, tier: Tier, made: Rounded | None = None
+        self, name: str, values: mx.array, tier: Tier, quantized: AffineWeight | None = None
     ) -> Iterator[None]:
-        """The weight `name` rounded to `tier`, from its `values` (..., out, in): to nearest, or as
-        `made` already is."""
-        module = self._taps[name].module
+        """Change the weight `name` to `tier` for a while.
+
+        Its `values` (..., out, in) are rounded to nearest, unless it is `quantized` already.
+        """
+        module = self._hooks[name].module
         before = dict(module)
         settings = {k: getattr(module, k, None) for k in ("group_size", "bits", "mode")}
         try:
             if "scales" in module:
-                _pack(module, encode(values, tier) if made is None else made.packed(tier), tier)
+                _pack(
+                    module,
+                    encode(values, tier) if quantized is None else quantized.packed(tier),
+                    tier,
+                )
             else:
-                module.weight = rounded(values, tier) if made is None else made.values(tier)
+                module.weight = (
+                    fake_quantize(values, tier)
+                    if quantized is None
+                    else quantized.dequantized(tier)
+                )
             yield
         finally:
             for key in [key for key in module if key not in before]:
@@ -194,16 +211,16 @@ class HookedLayer:
         return y
 
     @contextmanager
-    def _hearing(
-        self, hear: Callable[[_Tap, tuple[Any, ...], dict[str, Any]], mx.array]
+    def _handled(
+        self, handle: Callable[[_Hook, tuple[Any, ...], dict[str, Any]], mx.array]
     ) -> Iterator[None]:
-        for tap in self._taps.values():
-            tap.hear = hear
+        for hook in self._hooks.values():
+            hook.handle = handle
         try:
             yield
         finally:
-            for tap in self._taps.values():
-                tap.hear = None
+            for hook in self._hooks.values():
+                hook.handle = None
 
 
 def _pack(module: Any, tensors: tuple[mx.array, ...], tier: Tier) -> None:
@@ -219,17 +236,17 @@ def _pack(module: Any, tensors: tuple[mx.array, ...], tier: Tier) -> None:
 
 @contextmanager
 def hooked(layer: StreamedModule, names: Sequence[str]) -> Iterator[HookedLayer]:
-    """`layer` with its weights in memory; `names` are those of the weights to tap."""
+    """Keep the weights of `layer` in memory, with hooks on the weights `names`."""
     with layer.loaded() as module:
-        taps = {}
+        hooks = {}
         for name in names:
             parent, _, last = name.removeprefix(f"{layer.path}.").rpartition(".")
             owner = submodule(module, parent)
-            taps[name] = _Tap(name, owner[last])
-            setattr(owner, last, taps[name])
+            hooks[name] = _Hook(name, owner[last])
+            setattr(owner, last, hooks[name])
         try:
-            yield HookedLayer(module, taps)
+            yield HookedLayer(module, hooks)
         finally:
-            for name, tap in taps.items():
+            for name, hook in hooks.items():
                 parent, _, last = name.removeprefix(f"{layer.path}.").rpartition(".")
-                setattr(submodule(module, parent), last, tap.module)
+                setattr(submodule(module, parent), last, hook.module)

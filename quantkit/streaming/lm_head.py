@@ -1,7 +1,6 @@
-"""What comes after the last layer, a block of the vocabulary at a time.
+"""The output head, a block of the vocabulary at a time.
 
-Logits of a vocabulary of 201,088 would take more memory than a layer; here no more than a block of
-them is ever held.
+Logits of 201,088 tokens would take more memory than a layer; here only a block of them exists.
 """
 
 from collections.abc import Sequence
@@ -16,10 +15,10 @@ _LARGEST = 80.0  # exponents above it overflow float32
 
 
 def label_gradients(model: StreamingModel, h: mx.array, u: mx.array) -> list[mx.array]:
-    """d log p(y) / d h, each (batch, tokens, hidden), for labels y drawn from the model.
+    """Return d log p(y) / d h, each (batch, tokens, hidden), for labels y drawn from the model.
 
-    `h` is the last layer's output; `u` (draws, batch, tokens) are uniform in [0, 1), one for every
-    label: y is where the cumulated probability passes it.
+    `h` (batch, tokens, hidden) is the last layer's output; `u` (draws, batch, tokens) are uniform
+    in [0, 1): y is the token at which the cumulated probability exceeds u.
     """
     largest, total = _normalizer(model, h)
     below = mx.zeros(h.shape[:2])
@@ -33,12 +32,12 @@ def label_gradients(model: StreamingModel, h: mx.array, u: mx.array) -> list[mx.
         p = mx.exp(logits(h) - largest[..., None]) / total[..., None]
         cumulated = below[..., None] + mx.cumsum(p, axis=-1)
         for draw, level in enumerate(u):
-            # y is the first place at which the cumulated probability is above the level.
+            # y is the first token at which the cumulated probability exceeds the level.
             place = (cumulated <= level[..., None]).sum(axis=-1, keepdims=True)
             here = (place < len(rows)) & (level >= below)[..., None]
             hit = (mx.arange(len(rows)) == place) & here
-            _, (part,) = mx.vjp(logits, [h], [hit.astype(mx.float32) - p])
-            gradients[draw] = gradients[draw] + part
+            _, (gradient_part,) = mx.vjp(logits, [h], [hit.astype(mx.float32) - p])
+            gradients[draw] = gradients[draw] + gradient_part
         below = cumulated[..., -1]
         mx.eval(gradients, below)
         free_memory()
@@ -46,7 +45,7 @@ def label_gradients(model: StreamingModel, h: mx.array, u: mx.array) -> list[mx.
 
 
 def _normalizer(model: StreamingModel, h: mx.array) -> tuple[mx.array, mx.array]:
-    """(largest logit, sum of exp(logit - largest)) for every token."""
+    """Return (largest logit, sum of exp(logit - largest)) for every token."""
     peak, targets = _Peak(h.shape[:2]), mx.zeros(h.shape[:2], mx.int32)
     for rows in model.head_blocks(h.shape[0] * h.shape[1]):
         peak.see(model.head_block(h, rows), rows, targets)
@@ -55,8 +54,11 @@ def _normalizer(model: StreamingModel, h: mx.array) -> tuple[mx.array, mx.array]
 
 @dataclass(frozen=True)
 class ChangedModel:
-    """A changed model from its last layer on: that layer's output (batch, tokens, hidden), the tier
-    that the head is rounded to if any, and whose head it is if not the native one's."""
+    """A changed model behind its last layer.
+
+    `h` (batch, tokens, hidden) is the output of its last layer, `tier` the tier of its head,
+    `model` the owner of its head, by default the native model.
+    """
 
     h: mx.array
     tier: Tier | None = None
@@ -65,33 +67,38 @@ class ChangedModel:
 
 @dataclass(frozen=True)
 class TokenComparison:
-    """A changed model beside the native one, every array (batch, tokens).
+    """A changed model compared to the native one, every array (batch, tokens).
 
-    `kl` is KL(native || changed) in nats, `same_top` whether both hold the same token for the most
-    likely, `native_nll` and `loss` are -log p of the target token.
+    `kl` is KL(native || changed) in nats, `same_top` whether both predict the same token,
+    `native_nll` and `nll` are -log p of the target token.
     """
 
     kl: mx.array
     same_top: mx.array
     native_nll: mx.array
-    loss: mx.array
+    nll: mx.array
 
 
 def divergence(
     model: StreamingModel, h: mx.array, others: Sequence[ChangedModel]
 ) -> list[mx.array]:
-    """KL(native || changed) in nats for every token (batch, tokens), for each of `others`."""
+    """Return KL(native || changed) in nats, each (batch, tokens), for each of `others`.
+
+    `h` (batch, tokens, hidden) is the output of the native model's last layer.
+    """
     targets = mx.zeros(h.shape[:2], mx.int32)
-    return [found.kl for found in compared(model, h, others, targets)]
+    return [comparison.kl for comparison in compared(model, h, others, targets)]
 
 
 def compared(
     model: StreamingModel, h: mx.array, others: Sequence[ChangedModel], targets: mx.array
 ) -> list[TokenComparison]:
-    """Each of `others` beside the native model, whose last layer gave `h`.
+    """Compare each of `others` to the native model, whose last layer gave `h` (batch, tokens,
+    hidden).
 
-    With d = changed - native logits, KL is log(1 + sum p (e^d - 1)) - sum p d, which stays exact
-    where d is small; where the sum is not, the log is taken of both normalizers.
+    `targets` are (batch, tokens). With d = changed - native logits, KL is log(1 + sum p (e^d - 1))
+    - sum p d, which stays exact for small d; for a large sum, the log is the difference of both
+    normalizers.
     """
     native = _Peak(h.shape[:2])
     peaks = [_Peak(h.shape[:2]) for _ in others]
@@ -113,28 +120,30 @@ def compared(
             shift[i] = shift[i] * scale + (p * d).sum(axis=-1)
             mx.eval(grown[i], shift[i])
         free_memory()
-    found = []
+    comparison = []
     for peak, a, b in zip(peaks, grown, shift, strict=True):
         growth = a / native.total
         far_off = peak.normalizer - native.normalizer
         change = mx.where(mx.abs(growth) < _SMALL, mx.log1p(mx.maximum(growth, -_SMALL)), far_off)
-        found.append(
+        comparison.append(
             TokenComparison(
                 kl=change - b / native.total,
                 same_top=peak.token == native.token,
                 native_nll=native.normalizer - native.at_target,
-                loss=native.normalizer + change - peak.at_target,
+                nll=native.normalizer + change - peak.at_target,
             )
         )
-    return found
+    return comparison
 
 
 def divergence_gradient(
     model: StreamingModel, h: mx.array, other: mx.array, tier: Tier | None = None
 ) -> tuple[mx.array, mx.array]:
-    """(KL(native || changed) of every token, its gradient with respect to `other`), for the last
-    layer's output `h` of the native model and `other` of the changed one; the changed head is
-    rounded to `tier`. The gradient of a logit is q - p."""
+    """Return KL(native || changed) (batch, tokens), and its gradient with respect to `other`.
+
+    `h` and `other` (batch, tokens, hidden) are the outputs of the last layers; the changed head is
+    rounded to `tier`. The gradient of a logit is q - p.
+    """
     shape, targets = h.shape[:2], mx.zeros(h.shape[:2], mx.int32)
     native, changed = _Peak(shape), _Peak(shape)
     for rows in model.head_blocks(shape[0] * shape[1]):
@@ -149,16 +158,18 @@ def divergence_gradient(
         log_p = model.head_block(h, rows) - native.normalizer[..., None]
         p, log_q = mx.exp(log_p), logits(other) - changed.normalizer[..., None]
         kl = kl + (p * (log_p - log_q)).sum(axis=-1)
-        _, (part,) = mx.vjp(logits, [other], [mx.exp(log_q) - p])
-        gradient = gradient + part
+        _, (gradient_part,) = mx.vjp(logits, [other], [mx.exp(log_q) - p])
+        gradient = gradient + gradient_part
         mx.eval(kl, gradient)
         free_memory()
     return kl, gradient
 
 
 class _Peak:
-    """Of the logits so far, for every token: the largest and its token, the sum of exp(logit -
-    largest), and the logit of the target."""
+    """Running statistics of the logits of every token.
+
+    The largest logit and its token, the sum of exp(logit - largest), and the logit of the target.
+    """
 
     def __init__(self, shape: tuple[int, ...]) -> None:
         self.top = mx.full(shape, -mx.inf)
@@ -168,12 +179,14 @@ class _Peak:
 
     @property
     def normalizer(self) -> mx.array:
-        """log of the sum of exp(logit)."""
+        """log of the sum of exp(logit) (batch, tokens)."""
         return self.top + mx.log(self.total)
 
     def see(self, z: mx.array, rows: range, targets: mx.array) -> mx.array:
-        """Add logits `z` (batch, tokens, rows) of some rows of the vocabulary; gives their
-        exp(logit - largest)."""
+        """Add logits `z` (batch, tokens, rows) of some rows of the vocabulary.
+
+        Returns their exp(logit - largest), of the same shape.
+        """
         place = z.argmax(axis=-1)
         highest = mx.take_along_axis(z, place[..., None], axis=-1)[..., 0]
         self.token = mx.where(highest > self.top, place.astype(mx.int32) + rows.start, self.token)
@@ -182,7 +195,7 @@ class _Peak:
         self.total = self.total * mx.exp(before - self.top) + p.sum(axis=-1)
         here = (targets >= rows.start) & (targets < rows.stop)
         index = mx.where(here, targets - rows.start, 0)
-        found = mx.take_along_axis(z, index[..., None], axis=-1)[..., 0]
-        self.at_target = mx.where(here, found, self.at_target)
+        comparison = mx.take_along_axis(z, index[..., None], axis=-1)[..., 0]
+        self.at_target = mx.where(here, comparison, self.at_target)
         mx.eval(self.top, self.total, self.token, self.at_target)
         return p

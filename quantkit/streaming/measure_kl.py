@@ -1,6 +1,6 @@
-"""The KL divergence of changed models, really measured: several sets of rounded weights at once.
+"""Measure the KL divergence of several changed models at once.
 
-The changed streams go through the layers together, so that each layer is loaded once for all.
+Their streams pass through the layers together, so that each layer is loaded once.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -8,7 +8,7 @@ from contextlib import ExitStack
 
 import numpy as np
 
-from quantkit.backend import mx
+from quantkit.backend import memory_limits, mx
 from quantkit.formats.tiers import Tier
 from quantkit.streaming.layer_runner import StreamingModel
 from quantkit.streaming.layer_trace import HookedLayer, hooked
@@ -16,26 +16,24 @@ from quantkit.streaming.lm_head import ChangedModel, divergence
 from quantkit.streaming.weight_loader import Call
 
 Tiers = Mapping[str, Tier]
-"""Weight -> the tier it is rounded to; all that is not named is native."""
-
-_TOGETHER = 1_000_000_000  # bytes of changed streams
+"""Weight -> the tier that it is rounded to; other weights stay native."""
 
 
-def measured(
+def measure_kl(
     model: StreamingModel, tokens: mx.array, changes: Sequence[Tiers], done: Callable[[int], None]
 ) -> list[np.ndarray]:
-    """Mean KL divergence for every sequence of `tokens` (sequences, length), for each of `changes`.
+    """Return the mean KL divergence of every sequence, an array (sequences,) for each of `changes`.
 
-    `done` is told the number of each one that is measured.
+    `tokens` are (sequences, length). `done` receives the number of each measured change.
     """
     start = model.calls(tokens)
-    model.run(tokens[:1], lambda *_: None)  # refuses models that cannot be driven layer by layer
-    together = max(1, _TOGETHER // start[0].x.nbytes)
-    found: list[np.ndarray] = []
+    model.run(tokens[:1], lambda *_: None)  # refuse models that cannot be driven layer by layer
+    together = max(1, memory_limits().stream_bytes // start[0].x.nbytes)
+    divergences: list[np.ndarray] = []
     for first in range(0, len(changes), together):
         wave = changes[first : first + together]
-        found += _wave(model, tokens, start, wave, lambda n, first=first: done(first + n))  # type: ignore[misc]
-    return found
+        divergences += _wave(model, tokens, start, wave, lambda n, first=first: done(first + n))  # type: ignore[misc]
+    return divergences
 
 
 def _wave(
@@ -49,9 +47,11 @@ def _wave(
     streams = _before_the_layers(model, tokens, changes)
     for layer, dry in zip(model.layers, start, strict=True):
         inside = f"{layer.path}."
-        own = [[name for name in tiers if name.startswith(inside)] for tiers in changes]
-        with hooked(layer, list(dict.fromkeys(name for names in own for name in names))) as module:
-            for number, (tiers, names) in enumerate(zip(changes, own, strict=True)):
+        in_layer = [[name for name in tiers if name.startswith(inside)] for tiers in changes]
+        with hooked(
+            layer, list(dict.fromkeys(name for names in in_layer for name in names))
+        ) as module:
+            for number, (tiers, names) in enumerate(zip(changes, in_layer, strict=True)):
                 if names or number in streams:
                     call = Call(streams.get(number, x), dry.args, dry.kwargs)
                     with ExitStack() as stack:
@@ -60,26 +60,26 @@ def _wave(
                             stack.enter_context(module.changed(name, values, tiers[name]))
                         streams[number] = _through(module, call)
             x = _through(module, Call(x, dry.args, dry.kwargs))
-    found = []
+    divergences = []
     for number, tiers in enumerate(changes):
         changed = ChangedModel(streams.get(number, x), tiers.get(model.head_weight.name))
         (kl,) = divergence(model, x, [changed])
-        found.append(np.array(kl.mean(axis=1), np.float32))
+        divergences.append(np.array(kl.mean(axis=1), np.float32))
         done(number)
-    return found
+    return divergences
 
 
 def _through(module: HookedLayer, call: Call) -> mx.array:
-    return mx.concatenate([module.run(part) for part in call.parts()])
+    return mx.concatenate([module.run(batch) for batch in call.batches()])
 
 
 def _before_the_layers(
     model: StreamingModel, tokens: mx.array, changes: Sequence[Tiers]
 ) -> dict[int, mx.array]:
-    """The first layer's input under every change that rounds an embedding."""
+    """Return the first layer's input for every change that rounds an embedding."""
     streams = {}
     names = [name for name, table in model.tables.items() if table.weight.role == "embedding"]
     for number, tiers in enumerate(changes):
-        if own := {name: tiers[name] for name in names if name in tiers}:
-            streams[number] = model.embedded(tokens, own)
+        if in_layer := {name: tiers[name] for name in names if name in tiers}:
+            streams[number] = model.embedded(tokens, in_layer)
     return streams

@@ -1,4 +1,4 @@
-"""Modules whose weights are in memory only while they are called."""
+"""Modules whose weights are in memory only during a call."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -8,12 +8,9 @@ from typing import Any
 import numpy as np
 
 from quantkit.artifacts.inventory import Weight
-from quantkit.backend import free_memory, mx
-from quantkit.formats.codec import rounded
+from quantkit.backend import free_memory, memory_limits, mx
+from quantkit.formats.codec import fake_quantize
 from quantkit.formats.tiers import Tier
-
-_TOKENS_AT_ONCE = 4096
-BLOCK_VALUES = 32_000_000  # of a head, or of its logits, in memory at a time
 
 Rows = Callable[[str, int, int], mx.array]
 """(weight or bias, first row, last row) -> values (rows, width) in their stored float type."""
@@ -21,23 +18,23 @@ Rows = Callable[[str, int, int], mx.array]
 
 @dataclass(frozen=True)
 class Call:
-    """What a layer was called with: its input (batch, tokens, hidden), and masks and caches."""
+    """The call of a layer: its input `x` (batch, tokens, hidden), masks and caches."""
 
     x: mx.array
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
-    def parts(self) -> "Iterator[Call]":
-        """The same for a few sequences at a time."""
-        sequences = max(1, _TOKENS_AT_ONCE // self.x.shape[1])
+    def batches(self) -> "Iterator[Call]":
+        """Yield the same call for a few sequences at a time."""
+        sequences = max(1, memory_limits().tokens // self.x.shape[1])
         for start in range(0, len(self.x), sequences):
             yield replace(self, x=self.x[start : start + sequences])
 
 
 class StreamedModule:
-    """A module whose weights are there only while it is called.
+    """A module whose weights are in memory only during a call.
 
-    Whatever else is asked of it is answered by the module.
+    Other attributes are those of the module.
     """
 
     def __init__(self, module: Any, path: str, fetch: Callable[[str], dict[str, mx.array]]) -> None:
@@ -52,20 +49,20 @@ class StreamedModule:
         return self.instead(call) if self.instead else self.run(call)
 
     def run(self, call: Call) -> mx.array:
-        """The module's output, evaluated, its weights fetched and let go again."""
+        """Fetch the weights, and return the evaluated output (batch, tokens, hidden)."""
         with self.loaded():
-            parts = []
-            for part in call.parts():
-                parts.append(self.module(part.x, *part.args, **part.kwargs))
-                mx.eval(parts[-1])
-        return parts[0] if len(parts) == 1 else mx.concatenate(parts)
+            outputs = []
+            for batch in call.batches():
+                outputs.append(self.module(batch.x, *batch.args, **batch.kwargs))
+                mx.eval(outputs[-1])
+        return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.module, name)
 
     @contextmanager
     def loaded(self) -> Iterator[Any]:
-        """The module with its weights in memory; nests."""
+        """Keep the weights in memory for a while; nests."""
         if self._depth == 0:
             self._empty = self.module.parameters()
             self.module.load_weights(list(self._fetch(self.path).items()))
@@ -79,11 +76,11 @@ class StreamedModule:
                 free_memory()
 
 
-class Table(StreamedModule):
-    """An embedding or a head: a row for every token of the vocabulary, read as they are needed.
+class VocabularyTable(StreamedModule):
+    """An embedding or a head: one row per token of the vocabulary, read when needed.
 
-    `rows` are those of which a head gives logits; `tier` is one to round its values to; `moved` is
-    added to what is looked up; `heard` holds the input of the last call as a head.
+    `rows` are the rows of which a head gives logits, `tier` a tier to round them to, and
+    `last_input` (..., hidden) the input of the last product.
     """
 
     def __init__(self, module: Any, weight: Weight, read: Rows) -> None:
@@ -91,16 +88,12 @@ class Table(StreamedModule):
         self.weight = weight
         self.rows = range(weight.shape[0])
         self.tier: Tier | None = None
-        self.moved: mx.array | None = None
-        self.heard: list[mx.array] = []
+        self.last_input = mx.zeros(0)
         self._read = read
 
-    def __call__(self, x: mx.array, *_: Any, **__: Any) -> mx.array:
-        return self.as_linear(x) if x.dtype == mx.float32 else self._look_up(x)
-
     @contextmanager
-    def seen_as(self, rows: range, tier: Tier | None) -> Iterator[None]:
-        """With other `rows` and `tier` for a while."""
+    def restricted(self, rows: range, tier: Tier | None) -> Iterator[None]:
+        """Use other `rows` and another `tier` for a while."""
         before = self.rows, self.tier
         self.rows, self.tier = rows, tier
         try:
@@ -108,37 +101,54 @@ class Table(StreamedModule):
         finally:
             self.rows, self.tier = before
 
-    @contextmanager
-    def moved_by(self, change: mx.array) -> Iterator[None]:
-        """With `change` (batch, tokens, width) added to what is looked up of tokens."""
-        self.moved = change
-        try:
-            yield
-        finally:
-            self.moved = None
-
     def as_linear(self, x: mx.array) -> mx.array:
-        """Logits (..., rows) for `x` (..., hidden)."""
-        self.heard = [x]
-        step = max(1, BLOCK_VALUES // self.weight.shape[1])
-        parts = []
+        """Return logits (..., rows) for `x` (..., hidden)."""
+        self.last_input = x
+        step = max(1, memory_limits().block_values // self.weight.shape[1])
+        blocks = []
         for start in range(self.rows.start, self.rows.stop, step):
             stop = min(start + step, self.rows.stop)
-            part = x @ self._values(start, stop).T
+            block = x @ self._values(start, stop).T
             if "bias" in self.module:
-                part = part + self._read("bias", start, stop).reshape(-1).astype(mx.float32)
-            mx.eval(part)
-            parts.append(part)
-        return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=-1)
-
-    def _look_up(self, tokens: mx.array) -> mx.array:
-        ids, places = np.unique(np.array(tokens), return_inverse=True)
-        rows = mx.concatenate([self._values(i, i + 1) for i in ids.tolist()])
-        found = rows[mx.array(places.reshape(tokens.shape))]
-        if self.moved is not None and self.moved.shape == found.shape:
-            return found + self.moved
-        return found
+                block = block + self._read("bias", start, stop).reshape(-1).astype(mx.float32)
+            mx.eval(block)
+            blocks.append(block)
+        return blocks[0] if len(blocks) == 1 else mx.concatenate(blocks, axis=-1)
 
     def _values(self, start: int, stop: int) -> mx.array:
         values = self._read("weight", start, stop)
-        return rounded(values, self.tier) if self.tier else values.astype(mx.float32)
+        return fake_quantize(values, self.tier) if self.tier else values.astype(mx.float32)
+
+
+class Head(VocabularyTable):
+    """An output head."""
+
+    def __call__(self, x: mx.array, *_: Any, **__: Any) -> mx.array:
+        """Return logits (..., rows) for `x` (..., hidden)."""
+        return self.as_linear(x)
+
+
+class Embedding(VocabularyTable):
+    """An embedding, which a tied model also uses as its head."""
+
+    def __init__(self, module: Any, weight: Weight, read: Rows) -> None:
+        super().__init__(module, weight, read)
+        self._offset: mx.array | None = None
+
+    def __call__(self, x: mx.array, *_: Any, **__: Any) -> mx.array:
+        """Return the rows (..., hidden) of the tokens `x` (...), in float32."""
+        ids, places = np.unique(np.array(x), return_inverse=True)
+        rows = mx.concatenate([self._values(i, i + 1) for i in ids.tolist()])
+        embedded = rows[mx.array(places.reshape(x.shape))]
+        if self._offset is not None and self._offset.shape == embedded.shape:
+            return embedded + self._offset
+        return embedded
+
+    @contextmanager
+    def shifted(self, offset: mx.array) -> Iterator[None]:
+        """Add `offset` (batch, tokens, hidden) to the embedded tokens for a while."""
+        self._offset = offset
+        try:
+            yield
+        finally:
+            self._offset = None

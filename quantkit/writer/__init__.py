@@ -1,1 +1,1 @@
-"""Carrying a plan out: source in, repo out, a block at a time, resumable and atomic."""
+"""Write a repo from a source and a plan: a block at a time, resumable and atomic."""

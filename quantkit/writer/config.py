@@ -1,4 +1,4 @@
-"""The repo's config.json: the source's own, edited as raw JSON, and the files that go along."""
+"""The config.json of a repo, edited from the source's raw JSON, and the companion files."""
 
 import os
 from collections import Counter
@@ -37,23 +37,23 @@ _MODALITIES = {  # words in the names of tensors and settings
 
 
 def edit_config(config: Mapping[str, Any], inventory: Inventory, plan: Plan) -> dict[str, Any]:
-    """`config` with mlx-lm's `quantization` (and its copy `quantization_config`) for `plan`.
+    """Return `config` with mlx-lm's `quantization` (and its copy `quantization_config`).
 
-    Every quantized module has an entry of its own, since not every mlx-lm infers missing ones; the
-    top level, required, repeats the tier that holds most weights.
+    Every quantized module has an entry, since not every mlx-lm infers missing ones. The required
+    top level repeats the tier with the most parameters.
     """
     left_out = {"quantization", "quantization_config", "_name_or_path"}  # the last: a user's path
-    held_in: Counter[str] = Counter(weight.dtype for weight in inventory.weights)
-    edited = with_dtype(config, held_in.most_common(1)[0][0]) if held_in else dict(config)
+    dtypes: Counter[str] = Counter(weight.dtype for weight in inventory.weights)
+    edited = with_dtype(config, dtypes.most_common(1)[0][0]) if dtypes else dict(config)
     left_out.update(_settings_without_tensors(config, inventory))
     edited = {key: value for key, value in edited.items() if key not in left_out}
     tiers = _quantized(inventory, plan)
     if tiers:
-        held: Counter[Tier] = Counter()
+        parameters: Counter[Tier] = Counter()
         for weight in inventory.weights:
             if weight.name in tiers:
-                held[tiers[weight.name]] += weight.parameters
-        top = max(held, key=lambda tier: (held[tier], tier.name))
+                parameters[tiers[weight.name]] += weight.parameters
+        top = max(parameters, key=lambda tier: (parameters[tier], tier.name))
         entries = {name: tier.config_entry() for name, tier in tiers.items()}
         edited["quantization"] = {**top.config_entry(), **entries}
         edited["quantization_config"] = edited["quantization"]
@@ -62,18 +62,18 @@ def edit_config(config: Mapping[str, Any], inventory: Inventory, plan: Plan) -> 
 
 def _quantized(inventory: Inventory, plan: Plan) -> dict[str, Tier]:
     tiers = {}
-    for weight, choice in zip(inventory.weights, plan.choices, strict=True):
-        tier = parse_tier(choice.storage)
+    for weight, assignment in zip(inventory.weights, plan.assignments, strict=True):
+        tier = parse_tier(assignment.storage)
         if tier.quantized:
             tiers[weight.name] = tier
     return tiers
 
 
 def _settings_without_tensors(config: Mapping[str, Any], inventory: Inventory) -> Iterator[str]:
-    """Yield the keys of a config that belong to an image or audio encoder that the repo does not
-    hold: apps that find them take it for a vision-language model, and fail to load it.
+    """Yield the config keys of image and audio encoders that the repo lacks.
 
-    Settings that mlx-lm's own model requires stay.
+    Apps that find such keys load the repo as a vision-language model, and fail. Settings that
+    mlx-lm's model requires stay.
     """
     absent = _absent_modalities(inventory)
     words = [word for modality in absent for word in _MODALITIES[modality]]
@@ -83,13 +83,13 @@ def _settings_without_tensors(config: Mapping[str, Any], inventory: Inventory) -
 
 
 def _absent_modalities(inventory: Inventory) -> list[str]:
-    names = [w.name for w in inventory.weights] + [t.name for t in inventory.kept]
-    parts = {part.partition("_")[0] for name in names for part in name.split(".")}
-    return [modality for modality, words in _MODALITIES.items() if not parts.intersection(words)]
+    names = [w.name for w in inventory.weights] + [t.name for t in inventory.unquantized]
+    present = {word.partition("_")[0] for name in names for word in name.split(".")}
+    return [m for m, words in _MODALITIES.items() if not present.intersection(words)]
 
 
 def _required_settings(config: Mapping[str, Any]) -> set[str]:
-    """Return the keys without which mlx-lm's model cannot be built from `config`."""
+    """Return the config keys that mlx-lm's model requires."""
     from mlx_lm.utils import _get_classes
 
     parameters = signature(_get_classes(dict(config))[1]).parameters.values()
@@ -97,31 +97,30 @@ def _required_settings(config: Mapping[str, Any]) -> set[str]:
 
 
 def companions(folder: Path, inventory: Inventory) -> list[str]:
-    """Names of the source's files that belong in the repo: tokenizer, chat templates, generation,
-    licence; those of image and audio processors only where the repo holds such encoders.
+    """Return the names of the source's files that belong in the repo.
 
-    Raises SourceError when one is a broken link, or there is no tokenizer: mlx-lm would load
-    neither.
+    These are tokenizer, chat templates, generation settings and licence; image and audio processors
+    only if the repo has such encoders. Raises SourceError for a broken link or a missing tokenizer.
     """
     not_copied = (*_NOT_COPIED, *(_PROCESSORS if len(_absent_modalities(inventory)) == 2 else ()))
-    found = sorted(
+    paths = sorted(
         path
         for path in folder.iterdir()
         if any(fnmatchcase(path.name, pattern) for pattern in _COMPANIONS)
         and not any(fnmatchcase(path.name, pattern) for pattern in not_copied)
         and not path.is_dir()
     )
-    found += sorted(folder.glob(CHAT_TEMPLATES))
-    for path in found:
+    paths += sorted(folder.glob(CHAT_TEMPLATES))
+    for path in paths:
         if not path.is_file():
-            raise SourceError(f"{path.name}: a broken link, or no plain file, in {folder}.")
+            raise SourceError(f"{path.name}: a broken link, or not a plain file, in {folder}.")
         if not os.access(path, os.R_OK):
             raise SourceError(f"{path.name}: may not be read. Check its permissions in {folder}.")
-    if not {path.name for path in found}.intersection(_TOKENIZERS) and not any(
-        path.suffix == ".tiktoken" for path in found
+    if not {path.name for path in paths}.intersection(_TOKENIZERS) and not any(
+        path.suffix == ".tiktoken" for path in paths
     ):
         raise SourceError(
-            f"{folder}: holds no tokenizer ({', '.join(_TOKENIZERS)}), without which mlx-lm does "
-            "not load a model. Copy it from the base model."
+            f"{folder}: has no tokenizer ({', '.join(_TOKENIZERS)}), which mlx-lm needs to load "
+            "a model. Copy it from the base model."
         )
-    return [path.relative_to(folder).as_posix() for path in found]
+    return [path.relative_to(folder).as_posix() for path in paths]

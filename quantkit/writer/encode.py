@@ -1,8 +1,7 @@
 """The bytes of a unit, block by block: read, decode, encode.
 
-At most a few blocks are in memory at a time, whatever the tensor's size; scales and biases, which
-follow the integers in the file, are held until those are out (at g64, a 32nd of the weight in
-BF16).
+Only a few blocks are in memory at a time. Scales and biases follow the integers in the file, so
+they wait in memory until the integers are written (at g64, a 32nd of the weight in BF16).
 """
 
 from collections import deque
@@ -25,17 +24,17 @@ _AHEAD = 4  # blocks being encoded while the oldest is written
 
 
 def unit_blocks(
-    source: Source, unit: Unit, storage: str | None, rounded: Tensors | None = None
+    source: Source, unit: Unit, storage: str | None, quantized: Tensors | None = None
 ) -> Iterator[np.ndarray]:
-    """The bytes of `unit`, in the order of its tensors.
+    """Yield the bytes of `unit` as flat arrays (n,), in the order of its tensors.
 
-    `storage` names the tier the source holds the weight in; None for a kept tensor. `rounded` are
-    the tensors where they are made already; else they are rounded to nearest. Raises
-    DamagedError, naming the tensor and the count, if a value or an MXFP4 scale is NaN or
+    `storage` is the tier in which the source stores the weight, None for an unquantized tensor.
+    `quantized` are the tensors from a quantizer; without them the weight is rounded to nearest.
+    Raises DamagedError, naming the tensor and the count, if a value or an MXFP4 scale is NaN or
     infinite.
     """
-    if unit.tier is not None and rounded is not None:
-        for spec, values in zip(unit.tensors, rounded, strict=True):
+    if unit.tier is not None and quantized is not None:
+        for spec, values in zip(unit.tensors, quantized, strict=True):
             _require_in_range(unit.name, unit.tier, spec.dtype, values)
             yield values.reshape(-1)
         return
@@ -50,20 +49,20 @@ def unit_blocks(
             elif spec.dtype in FLOATS and (bad := nonfinite(block, spec.dtype)):
                 raise DamagedError(
                     f"{spec.name}: {bad} values are NaN or infinite as {spec.dtype}. The "
-                    "checkpoint is damaged, or its values are too large for this type (--dtype)."
+                    "checkpoint is damaged, or its values are too large for this type (`dtype`)."
                 )
             yield block
 
 
 def _encoded(source: Source, unit: Unit, tier: Tier, storage: Tier) -> Iterator[np.ndarray]:
     pending: deque[tuple[mx.array, ...]] = deque()
-    rest: list[tuple[np.ndarray, ...]] = []
+    scales: list[tuple[np.ndarray, ...]] = []
 
     def oldest() -> np.ndarray:
         first, *others = (to_numpy(array) for array in pending.popleft())
         for spec, values in zip(unit.tensors, (first, *others), strict=True):
             _require_in_range(unit.name, tier, spec.dtype, values)
-        rest.append(tuple(others))
+        scales.append(tuple(others))
         return first
 
     lanes = streams()
@@ -80,14 +79,14 @@ def _encoded(source: Source, unit: Unit, tier: Tier, storage: Tier) -> Iterator[
             yield oldest()
     while pending:
         yield oldest()
-    for column in zip(*rest, strict=True):
+    for column in zip(*scales, strict=True):
         yield from column
     mx.clear_cache()
 
 
 @dataclass(frozen=True)
 class _Rows:
-    """Some rows of a weight as stored: MXFP4 with their `scales`, else floats of type `dtype`."""
+    """Rows of a weight as stored: MXFP4 with their `scales`, or floats of type `dtype`."""
 
     values: np.ndarray
     scales: np.ndarray | None
@@ -125,7 +124,7 @@ def _nonfinite_error(source: Source, name: str, storage: Tier) -> DamagedError:
 
 
 def _require_in_range(name: str, tier: Tier, dtype: str, values: np.ndarray) -> None:
-    """Raises TierError where finite values became infinite: too large for F16, say."""
+    """Check for finite values that became infinite, such as in F16. Raises TierError."""
     if dtype in FLOATS and (bad := nonfinite(values, dtype)):
         raise TierError(f"{name}: {bad} values are too large for tier {tier} ({dtype}).")
 

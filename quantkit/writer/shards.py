@@ -1,7 +1,7 @@
-"""Output shards: what goes where, decided to the byte before anything is written; and writing them.
+"""Output shards: their layout, decided to the byte before writing, and their writer.
 
-A shard is written front to back, so that its hash is ready when it is, and only takes its final
-name once it is on disk.
+A shard is written front to back, so that its hash is ready at its end, and takes its final name
+once it is on disk.
 """
 
 import hashlib
@@ -21,16 +21,16 @@ from quantkit.artifacts.report import ShardRecord
 from quantkit.errors import OutputError
 from quantkit.formats.files import header_bytes
 from quantkit.formats.tiers import TensorSpec, Tier, parse_tier
-from quantkit.staging import sync_folder
+from quantkit.storage.output_dir import sync_folder
 
 _QUEUE = 8  # blocks on their way to the disk
 
 
 @dataclass(frozen=True)
 class Unit:
-    """Tensors written together: those of one weight, or one kept tensor.
+    """The tensors of one weight, or one unquantized tensor.
 
-    `tier` is the physical tier to encode in, None where the stored values go over as they are.
+    `tier` is the physical tier to encode in, None if the stored values are copied.
     """
 
     name: str
@@ -60,9 +60,9 @@ class Shard:
 
 
 def lay_out(inventory: Inventory, plan: Plan, shard_bytes: int) -> tuple[Shard, ...]:
-    """Fill shards greedily in the model's order, each up to `shard_bytes` of tensors.
+    """Fill shards greedily in the order of the model, each with up to `shard_bytes` of tensors.
 
-    A unit larger than that gets a shard of its own.
+    A larger unit gets a shard of its own.
     """
     shards: list[list[Unit]] = [[]]
     filled = 0
@@ -82,15 +82,15 @@ def lay_out(inventory: Inventory, plan: Plan, shard_bytes: int) -> tuple[Shard, 
 
 
 def _units(inventory: Inventory, plan: Plan) -> list[Unit]:
-    """Units in the order of the model: embedding, layers, norm, head."""
+    """Return the units in the order of the model: embedding, layers, norm, head."""
     placed: list[tuple[int, Unit]] = []
-    for weight, choice in zip(inventory.weights, plan.choices, strict=True):
+    for weight, assignment in zip(inventory.weights, plan.assignments, strict=True):
         storage = parse_tier(weight.storage)
-        physical = parse_tier(choice.storage)
+        physical = parse_tier(assignment.storage)
         specs = physical.tensors(weight.name, weight.shape, weight.dtype)
         tier = None if physical == storage else physical
         placed.append((_place(weight.layer, weight.role), Unit(weight.name, specs, tier)))
-    for tensor in inventory.kept:
+    for tensor in inventory.unquantized:
         spec = TensorSpec(tensor.name, tensor.dtype, tensor.shape)
         placed.append((_place(tensor.layer, tensor.role), Unit(tensor.name, (spec,), None)))
     return [unit for _, unit in sorted(placed, key=lambda pair: pair[0])]
@@ -105,7 +105,7 @@ def _place(layer: int | None, role: str) -> int:
 class ShardWriter:
     """Writes one shard in a thread of its own: hashing and disk overlap with computing.
 
-    Use as a context manager and call `finish`; leaving it earlier drops what was written.
+    Use as a context manager and call `finish`; leaving it earlier drops the shard.
     """
 
     def __init__(self, folder: Path, shard: Shard) -> None:
@@ -132,12 +132,12 @@ class ShardWriter:
         self._temporary.unlink(missing_ok=True)
 
     def write(self, block: np.ndarray | bytes) -> None:
-        """Append `block`. Raises OutputError if the disk refused an earlier one."""
+        """Append `block`, an array of any shape. Raises OutputError if an earlier block failed."""
         self._check()
         self._queue.put(block)
 
     def finish(self) -> ShardRecord:
-        """Wait for the disk, then give the shard its name. Raises OutputError."""
+        """Wait for the disk, then rename the shard. Raises OutputError."""
         self._queue.put(None)
         self._thread.join()
         self._check()
@@ -153,7 +153,7 @@ class ShardWriter:
     def _check(self) -> None:
         if isinstance(self._error, OSError):
             raise OutputError(
-                f"{self._path}: cannot be written ({self._error.strerror}). What was finished is "
+                f"{self._path}: cannot be written ({self._error.strerror}). Finished shards are "
                 "kept: make room and run again."
             ) from self._error
         if self._error is not None:
@@ -171,7 +171,7 @@ class ShardWriter:
                 os.fsync(file.fileno())
         except Exception as exc:  # noqa: BLE001  (handed to the thread that writes)
             self._error = exc
-            for _ in self._blocks():  # whoever writes must not wait for ever
+            for _ in self._blocks():  # the writing thread must not block for ever
                 pass
 
     def _blocks(self) -> Iterator[np.ndarray | bytes]:

@@ -1,24 +1,27 @@
-"""Source and plan in, repo out."""
+"""Write a plan's repo: source and plan in, shards and their companions out."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from threading import Event
 from typing import Protocol
 
 from quantkit.artifacts.inventory import SourceFile, SourceId, with_hashes
 from quantkit.artifacts.plan import Plan
-from quantkit.artifacts.report import REPORT_FILE, Report, ShardRecord
+from quantkit.artifacts.report import Report, ShardRecord, shard_record
 from quantkit.backend import on_cpu
-from quantkit.checkpoint.checkpoint import INDEX_FILE, hash_file
+from quantkit.checkpoint.checkpoint import INDEX_FILE
+from quantkit.checkpoint.provenance import input_key, versions
 from quantkit.checkpoint.source import Source, file_hashes
 from quantkit.errors import DamagedError, InputError, OutputError, SourceError, TierError
-from quantkit.progress import Progress
-from quantkit.staging import OutputDirectory, require_apart, require_free, source_marks, versions
+from quantkit.progress import Progress, Stage
+from quantkit.storage.hashing import hash_file
+from quantkit.storage.input_key import InputKey
 from quantkit.storage.json_files import load_json, write_atomically
-from quantkit.storage.paths import plain_path
+from quantkit.storage.output_dir import OutputDirectory, require_apart, require_free
+from quantkit.storage.paths import REPORT_FILE, plain_path
 from quantkit.storage.work_dir import Tensors
 from quantkit.writer.config import companions, edit_config
 from quantkit.writer.encode import unit_blocks
@@ -27,121 +30,139 @@ from quantkit.writer.shards import Shard, ShardWriter, lay_out
 SHARD_BYTES = 5_000_000_000
 
 
+class Quantization(Protocol):
+    """Calibrated quantization of the weights of a plan."""
+
+    def weights(
+        self, shards: Sequence[Sequence[str]], folder: Path, progress: Progress
+    ) -> Iterator[tuple[str, Tensors | None]]:
+        """Yield (name, tensors) for every name in `shards`; None means rounding to nearest.
+
+        Asking for a weight of the next shard means that the last one is complete.
+        """
+        ...
+
+    def work_bytes(self, shard_bytes: int) -> int:
+        """Return the disk space, in bytes, that the work directory needs."""
+        ...
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """A repo to write: the source, its plan, and the quantization of calibrated weights.
+
+    `hashes` name the inputs of the quantization, `shard_bytes` is the largest shard, headers aside.
+    """
+
+    source: Source
+    plan: Plan
+    out: Path
+    quantization: Quantization | None = None
+    hashes: Mapping[str, str] = field(default_factory=dict)
+    shard_bytes: int = SHARD_BYTES
+    force: bool = False
+
+    @property
+    def shards(self) -> tuple[Shard, ...]:
+        """The layout of the repo."""
+        return lay_out(self.source.inventory, self.plan, self.shard_bytes)
+
+    @property
+    def key(self) -> InputKey:
+        """The key of everything that the bytes of the shards depend on."""
+        hashes = {
+            "plan": self.plan.tiers_sha256,
+            "shard size": str(self.shard_bytes),
+            "device": "cpu" if on_cpu() else "gpu",
+        }
+        return input_key(self.source, {**hashes, **self.hashes})
+
+
 @dataclass(frozen=True)
 class Written:
-    """What was written, for whoever describes it: the source with its files' hashes, the shards,
-    and the other files that mlx-lm reads."""
+    """The written files: the source with its files' hashes, the shards, and their companions."""
 
     source: SourceId
     shards: tuple[ShardRecord, ...]
     files: tuple[SourceFile, ...]
 
 
-Documents = Callable[[Written], Mapping[str, str]]
-"""Makes the files that describe a repo (name -> text) once its shards are written."""
-
-
-class Rounder(Protocol):
-    """Gives the tensors of weights, asked for in the order of the model."""
-
-    def __call__(self, name: str) -> Tensors | None:
-        """None for a weight that is to be rounded to nearest."""
-        ...
-
-    def written(self, weights: Sequence[str]) -> None:
-        """Those weights are in a finished shard."""
-        ...
-
-
 @dataclass(frozen=True)
-class Rounding:
-    """Calibrated rounding: `depends` names all that its results depend on, `make` gives the rounder
-    that works in a folder, in which it needs `space` bytes."""
+class RewriteOutcome:
+    """The outcome: `complete` if the repo existed already, `resumed` if a run was resumed."""
 
-    depends: Mapping[str, str]
-    make: Callable[[Path, Progress], Rounder]
-    space: int
+    complete: bool = False
+    resumed: bool = False
 
 
-def rewrite(
-    source: Source,
-    plan: Plan,
-    out: Path,
-    documents: Documents,
-    *,
-    rounding: Rounding | None = None,
-    shard_bytes: int = SHARD_BYTES,
-    force: bool = False,
-    progress: Progress | None = None,
-) -> None:
-    """Write the repo that `plan` describes to `out`, which appears finished or not at all.
+Documents = Callable[[Written], Mapping[str, str]]
+"""Return the files that describe a repo (name -> text), given its written files."""
 
-    Weights are rounded by `rounding`, to nearest where that is None. A killed run is taken up where
-    it was by the next with the same source, plan, rounding and shard size; a repo that is there
-    already, whole, is left alone unless `force`. `progress` is called with bytes of
-    `plan.total_bytes`. Raises OutputError (nothing replaced), DamagedError (nothing left behind) or
-    SourceError.
+
+def rewrite(job: Rewrite, documents: Documents, progress: Progress | None = None) -> RewriteOutcome:
+    """Write the repo, which appears at `job.out` complete or not at all.
+
+    A killed run is resumed by the next one with the same inputs. An intact repo from the same
+    inputs stays as it is, unless `force` is set. Raises OutputError (nothing was replaced),
+    DamagedError (no output was left behind) or SourceError.
     """
-    folder = source.checkpoint.path("")
-    progress = progress or _silent
-    out = plain_path(out)
+    progress = progress or Progress()
+    out, folder = plain_path(job.out), job.source.checkpoint.path("")
     require_apart(out, folder)
-    beside = companions(folder, source.inventory)
-    shards = lay_out(source.inventory, plan, shard_bytes)
-    depends = _depends(source, plan, shard_bytes) | dict(rounding.depends if rounding else {})
-    staging = OutputDirectory(out, depends, force)
-    if not force and is_current(out, source, plan, shards, beside):
-        progress(plan.total_bytes, out.name)
-        staging.tidy()
-        return
-    require_free(out, force)
-    with staging:
+    beside = companions(folder, job.source.inventory)
+    output = OutputDirectory(out, job.key, job.force)
+    if not job.force and is_current(job, beside):
+        output.tidy()
+        return RewriteOutcome(complete=True)
+    require_free(out, job.force)
+    with output:
+        resumed = output.resumed
         try:
-            read, records = _write_shards(source, plan, shards, staging, rounding, progress)
+            source, records = _write_shards(job, output, progress)
         except (DamagedError, TierError):
-            staging.discard()
+            output.discard()
             raise
-        staging.write("config.json", edit_config(source.checkpoint.config, source.inventory, plan))
-        staging.write(INDEX_FILE, _index(shards, plan))
+        config, inventory = job.source.checkpoint.config, job.source.inventory
+        output.write("config.json", edit_config(config, inventory, job.plan))
+        output.write(INDEX_FILE, _index(job.shards, job.plan))
         for name in beside:
-            staging.copy(folder / name, name)
+            output.copy(folder / name, name)
         names = sorted(["config.json", INDEX_FILE, *beside])
-        files = tuple(_file_record(staging.repo, name) for name in names)
-        for name, text in documents(Written(read, records, files)).items():
-            write_atomically(staging.repo / name, text)
-        staging.commit()
+        files = tuple(_file_record(output.repo, name) for name in names)
+        for name, text in documents(Written(source, records, files)).items():
+            write_atomically(output.repo / name, text)
+        output.commit()
+    return RewriteOutcome(resumed=resumed)
 
 
-def is_current(
-    out: Path, source: Source, plan: Plan, shards: tuple[Shard, ...], beside: Sequence[str]
-) -> bool:
-    """Whether `out` holds, unharmed, just what this rewrite would write: from the same values, in
-    the same tiers and shards, by the same versions, and the same files `beside` them. Reads both
-    source and repo to know."""
-    if not (out / REPORT_FILE).is_file():
+def is_current(job: Rewrite, beside: Sequence[str]) -> bool:
+    """Return whether `job.out` is intact and equals the result of this rewrite.
+
+    Compares versions, plan, shards, the `beside` companions, and the hashes of source and repo.
+    """
+    if not (job.out / REPORT_FILE).is_file():
         return False
     try:
-        report = Report.from_json(load_json(out / REPORT_FILE), REPORT_FILE)
+        report = Report.from_json(load_json(job.out / REPORT_FILE), REPORT_FILE)
     except InputError:
         return False
-    same_shards = [(s.name, s.tensor_bytes) for s in report.shards] == [
-        (shard.name, shard.tensor_bytes) for shard in shards
-    ]
-    held, planned = ((p.choices, p.kept) for p in (report.plan, plan))
-    if not same_shards or held != planned or report.versions != versions():
+    there = [(shard.name, shard.tensor_bytes) for shard in report.shards]
+    if there != [(shard.name, shard.tensor_bytes) for shard in job.shards]:
         return False
-    made, wanted = ((p.rounding, p.tuning_steps, p.calibration_texts) for p in (report.plan, plan))
-    if made != wanted:
+    if report.versions != versions() or _decisions(report.plan) != _decisions(job.plan):
         return False
-    if report.plan.source.structure != plan.source.structure:
-        return False
-    # A chat template that was mended, say.
-    path = source.checkpoint.path
+    path = job.source.checkpoint.path  # a mended chat template makes a repo outdated
     if not all(_has_hash(path(name), report.sha256s.get(name)) for name in beside):
         return False
-    if not all(_has_hash(out / name, sha256) for name, sha256 in report.sha256s.items()):
+    if not all(_has_hash(job.out / name, sha256) for name, sha256 in report.sha256s.items()):
         return False
-    return report.plan.source.files == with_hashes(plan.source, file_hashes(source)).files
+    return report.plan.source.files == with_hashes(job.plan.source, file_hashes(job.source)).files
+
+
+def _decisions(plan: Plan) -> tuple[object, ...]:
+    """Return everything in a plan that the bytes of a repo depend on."""
+    quantizer = (plan.quantizer, plan.tuning_steps, plan.calibration_texts)
+    return (plan.source.structure, plan.assignments, plan.unquantized, *quantizer)
 
 
 def _has_hash(path: Path, sha256: str | None) -> bool:
@@ -149,68 +170,73 @@ def _has_hash(path: Path, sha256: str | None) -> bool:
 
 
 def _write_shards(
-    source: Source,
-    plan: Plan,
-    shards: tuple[Shard, ...],
-    staging: OutputDirectory,
-    rounding: Rounding | None,
-    progress: Progress,
+    job: Rewrite, output: OutputDirectory, progress: Progress
 ) -> tuple[SourceId, tuple[ShardRecord, ...]]:
-    """Gives the source with the hashes of its files, and the records of the shards."""
-    missing = [shard for shard in shards if staging.finished(shard.name) is None]
-    try:
-        space = sum(shard.tensor_bytes for shard in missing)
-        staging.require_space(space + (rounding.space if rounding and missing else 0))
-    except OutputError:
-        if len(missing) == len(shards):
-            staging.discard()
-        raise
-    rounder = rounding.make(staging.work, progress) if rounding and missing else None
-    records = []
-    with _hashing(source) as hashes:
-        for shard in shards:
-            record = staging.finished(shard.name)
-            if record is None:
-                record = _write_shard(source, shard, rounder, staging, progress)
-                staging.add(record)
+    """Return the source with the hashes of its files, and the records of the shards."""
+    missing = [shard for shard in job.shards if output.finished(shard.name) is None]
+    _require_space(job, output, missing)
+    weights = None
+    if job.quantization and missing:
+        names = [[unit.name for unit in shard.units if unit.tier] for shard in missing]
+        weights = job.quantization.weights(names, output.work, progress)
+    stage = progress.stage(f"Writing {job.out.name}", job.plan.total_bytes)
+    with _hashing(job.source) as hashes:
+        for shard in job.shards:
+            if output.finished(shard.name):
+                stage(shard.tensor_bytes, shard.name)
             else:
-                progress(shard.tensor_bytes, shard.name)
-            if rounder:
-                rounder.written([unit.name for unit in shard.units])
-            records.append(record)
-        return with_hashes(plan.source, hashes.result()), tuple(records)
+                output.add(asdict(_write_shard(job, shard, weights, output, stage)))
+        records = tuple(shard_record(output.finished(s.name) or {}) for s in job.shards)
+        return with_hashes(job.plan.source, hashes.result()), records
+
+
+def _require_space(job: Rewrite, output: OutputDirectory, missing: Sequence[Shard]) -> None:
+    """Check the free space on the disk. Raises OutputError, leaving behind only finished shards."""
+    space = sum(shard.tensor_bytes for shard in missing)
+    if job.quantization and missing:
+        space += job.quantization.work_bytes(job.shard_bytes)
+    try:
+        output.require_space(space)
+    except OutputError:
+        if len(missing) == len(job.shards):
+            output.discard()
+        raise
 
 
 @contextmanager
 def _hashing(source: Source) -> Iterator["Future[dict[str, str]]"]:
-    """The hashes of the source's shards, computed while they are read anyway."""
+    """Compute the hashes of the source's shards in a thread, while they are read anyway."""
     stopped = Event()
 
-    def go_on(_done: int, name: str) -> None:
+    def require_running(_done: int, name: str) -> None:
         if stopped.is_set():
             raise SourceError(f"{name}: hashing was stopped.")
 
     with ThreadPoolExecutor(1) as pool:
         try:
-            yield pool.submit(file_hashes, source, go_on)
+            yield pool.submit(file_hashes, source, require_running)
         finally:
             stopped.set()
 
 
 def _write_shard(
-    source: Source,
+    job: Rewrite,
     shard: Shard,
-    rounder: Rounder | None,
-    staging: OutputDirectory,
-    progress: Progress,
+    weights: Iterator[tuple[str, Tensors | None]] | None,
+    output: OutputDirectory,
+    stage: Stage,
 ) -> ShardRecord:
-    with ShardWriter(staging.repo, shard) as writer:
+    with ShardWriter(output.repo, shard) as writer:
         for unit in shard.units:
-            weight = source.weights.get(unit.name)
-            rounded = rounder(unit.name) if rounder and unit.tier is not None else None
-            for block in unit_blocks(source, unit, weight.storage if weight else None, rounded):
+            weight = job.source.weights.get(unit.name)
+            tensors = None
+            if unit.tier is not None and weights is not None:
+                name, tensors = next(weights)
+                assert name == unit.name, f"{name} came for {unit.name}"
+            storage = weight.storage if weight else None
+            for block in unit_blocks(job.source, unit, storage, tensors):
                 writer.write(block)
-                progress(block.nbytes, unit.name)
+                stage(block.nbytes, unit.name)
         return writer.finish()
 
 
@@ -225,18 +251,3 @@ def _index(shards: tuple[Shard, ...], plan: Plan) -> dict[str, object]:
     }
     metadata = {"total_size": plan.total_bytes, "total_parameters": plan.parameters}
     return {"metadata": metadata, "weight_map": dict(sorted(names.items()))}
-
-
-def _depends(source: Source, plan: Plan, shard_bytes: int) -> dict[str, str]:
-    """All that the bytes of the shards depend on, each under a name a person understands."""
-    return {
-        **source_marks(source),
-        "plan": plan.tiers_sha256,
-        "shard size": str(shard_bytes),
-        "device": "cpu" if on_cpu() else "gpu",
-        **{f"version of {package}": number for package, number in versions().items()},
-    }
-
-
-def _silent(_done: int, _name: str) -> None:
-    pass

@@ -10,12 +10,11 @@ from pathlib import Path
 import pytest
 from mlx_lm.utils import load_tokenizer
 
+from quantkit.calibration.calibration_set import CalibrationSpec, read_calibration_set
 from quantkit.calibration.chat_template import NoTextError, normalize_messages, render_chat
-from quantkit.calibration.text import CalibrationSpec, read_text
 from quantkit.checkpoint.source import open_source
 from quantkit.errors import InputError
-from tests import tiny
-from tests.support import standin
+from tests.support import standin, tiny
 
 DAY = date(2025, 8, 5)
 USER = {"role": "user", "content": "2 + 2?"}
@@ -198,8 +197,8 @@ def test_rows_without_text_are_skipped_and_counted(tmp_path, checkpoint):
     text = tmp_path / "text.jsonl"
     text.write_text("".join(json.dumps(row) + "\n" for row in [*ROWS.values(), *rows]))
     source = open_source(str(checkpoint))
-    found = read_text(source.checkpoint, CalibrationSpec(str(text), 100_000, 8))
-    assert found.about.skipped_rows == len(ROWS)
+    found = read_calibration_set(source.checkpoint, CalibrationSpec(str(text), 100_000, 8))
+    assert found.text.skipped_rows == len(ROWS)
     assert len(found.tokens) > 10
 
 
@@ -209,12 +208,12 @@ def test_null_text_is_never_the_word_none(tmp_path, checkpoint, text, cli):
     path = tmp_path / "text.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     source = open_source(str(checkpoint))
-    found = read_text(source.checkpoint, CalibrationSpec(str(path), 100_000, 8))
-    assert found.about.skipped_rows == 1
+    found = read_calibration_set(source.checkpoint, CalibrationSpec(str(path), 100_000, 8))
+    assert found.text.skipped_rows == 1
     assert set(found.tokens.ravel().tolist()) <= {5, 6, 7, 8, 9}
     done = cli("profile", checkpoint, "-o", tmp_path / "out", "--calibration", path, "--tokens", 64,
                "--sequence-length", 8, "--tiers", "q8g64")  # fmt: skip
-    assert "text.jsonl: 1 rows without usable text were skipped" in done.stderr
+    assert "text.jsonl: skipped 1 rows without text" in done.stderr
 
 
 def test_nothing_but_rows_without_text(tmp_path, checkpoint, cli):
@@ -269,7 +268,7 @@ def test_the_same_under_other_versions_of_transformers(folder, render, tmp_path_
 CALLS = [{"function": CALL}]
 UNUSABLE = {
     "calls that are no list": {"role": "assistant", "content": "x", "tool_calls": 5},
-    "a call that is no object": {"role": "assistant", "content": "x", "tool_calls": ["add"]},
+    "a call that is not an object": {"role": "assistant", "content": "x", "tool_calls": ["add"]},
     "a result without a call": {"role": "tool", "content": "4"},
     "content and thinking beside calls": {
         "role": "assistant", "content": "x", "thinking": "y", "tool_calls": CALLS,
@@ -293,7 +292,7 @@ def chats(tmp_path_factory):
     def read(folder, rows):
         path = folder / "rows.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return read_text(source.checkpoint, CalibrationSpec(str(path), 100_000, 32))
+        return read_calibration_set(source.checkpoint, CalibrationSpec(str(path), 100_000, 32))
 
     return read
 
@@ -302,7 +301,7 @@ def chats(tmp_path_factory):
 def test_one_row_does_not_end_the_run(chats, tmp_path, case):
     row = {"messages": [USER, {**UNUSABLE, **USABLE}[case]]}
     found = chats(tmp_path, [{"messages": [USER]}] * 9 + [row])
-    assert found.about.skipped_rows == (case in UNUSABLE)
+    assert found.text.skipped_rows == (case in UNUSABLE)
 
 
 @pytest.mark.parametrize("case", UNUSABLE)
@@ -315,14 +314,14 @@ def test_nothing_but_rows_that_cannot_be_rendered_is_an_error(chats, tmp_path, c
 def test_tools_of_a_row_in_any_form(chats, tmp_path, tools):
     rows = [{"messages": [USER], "tools": tools}] * 9
     found = chats(tmp_path, rows)
-    assert found.about.skipped_rows == 0
+    assert found.text.skipped_rows == 0
     assert len(found.tokens)
 
 
 def test_messages_as_a_json_string(chats, tmp_path):
     plain = chats(tmp_path, [{"messages": [USER]}] * 9)
     packed = chats(tmp_path, [{"messages": json.dumps([USER])}] * 9)
-    assert packed.about.sha256 == plain.about.sha256
+    assert packed.text.sha256 == plain.text.sha256
 
 
 def test_json_that_no_reader_takes(cli, checkpoint, tmp_path):

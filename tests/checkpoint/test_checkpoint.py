@@ -9,7 +9,7 @@ import pytest
 from quantkit.checkpoint.checkpoint import open_folder
 from quantkit.checkpoint.source import file_hashes, open_source
 from quantkit.errors import SourceError
-from tests import tiny
+from tests.support import tiny
 
 INDEX = "model.safetensors.index.json"
 FIRST = "model-00000-of-00001.safetensors"
@@ -50,23 +50,26 @@ def duplicate(folder):
 
 
 BAD = {
-    "no config": (lambda f: (f / "config.json").unlink(), "not a model folder: it has no config"),
+    "no config": (
+        lambda f: (f / "config.json").unlink(),
+        "not a model folder: config.json is missing",
+    ),
     "config is no JSON": (lambda f: (f / "config.json").write_text("{"), "config.json: not valid"),
     "config is a list": (lambda f: (f / "config.json").write_text("[]"), "expected a JSON object"),
-    "no model_type": (lambda f: (f / "config.json").write_text("{}"), "has no model_type"),
+    "no model_type": (lambda f: (f / "config.json").write_text("{}"), "model_type is missing"),
     "no weights": (
         lambda f: [(f / name).unlink() for name in (INDEX, FIRST, SECOND)],
-        "neither model.safetensors.index.json nor model\\*.safetensors is there; found no weights",
+        "neither model.safetensors.index.json nor model\\*.safetensors exists; found no weights",
     ),
     "missing shard": (lambda f: (f / FIRST).unlink(), f"{FIRST}: missing from"),
     "truncated shard": (truncate, f"{FIRST}: truncated: tensor"),
     "index without map": (lambda f: (f / INDEX).write_text("{}"), "has no weight_map"),
     "parent folder": (places("../evil.safetensors"), r"in '\.\./evil.safetensors', which is no"),
-    "absolute path": (places("/etc/passwd"), "in '/etc/passwd', which is no plain file name"),
-    "dots": (places(".."), "no plain file name"),
-    "backslashes": (places("..\\evil.safetensors"), "no plain file name"),
-    "number": (places(3), "no plain file name"),
-    "subfolder": (places("sub/model.safetensors"), "no plain file name"),
+    "absolute path": (places("/etc/passwd"), "in '/etc/passwd', which is not a plain file name"),
+    "dots": (places(".."), "not a plain file name"),
+    "backslashes": (places("..\\evil.safetensors"), "not a plain file name"),
+    "number": (places(3), "not a plain file name"),
+    "subfolder": (places("sub/model.safetensors"), "not a plain file name"),
     "wrong shard": (places(SECOND), f"{SECOND}: tensor 'lm_head.weight' is missing, though"),
     "not in index": (
         lambda f: edit_index(f, lambda index: index["weight_map"].pop("lm_head.weight")),
@@ -79,18 +82,18 @@ BAD = {
         ),
         "1000000000000 layers, but the shards hold",
     ),
-    "no text for a name": (places("\ud800"), "no plain file name"),
+    "no text for a name": (places("\ud800"), "not a plain file name"),
     "pipe for a shard": (lambda f: pipe(f / FIRST), f"{FIRST}: not a plain file"),
-    "pipe for a config": (lambda f: pipe(f / "config.json"), "it has no config.json"),
+    "pipe for a config": (lambda f: pipe(f / "config.json"), "config.json is missing"),
     "quantization_config is text": (
         lambda f: (f / "config.json").write_text(
             json.dumps({"model_type": "llama", "quantization_config": "mxfp4"})
         ),
-        "quantization_config is no object",
+        "quantization_config is not an object",
     ),
     "layer_types is a number": (
         lambda f: (f / "config.json").write_text(json.dumps({**tiny.CONFIG, "layer_types": 5})),
-        "layer_types is no list of names",
+        "layer_types is not a list of names",
     ),
     "not UTF-8": (lambda f: (f / "config.json").write_bytes(b"\xff\xfe{"), "not UTF-8 text"),
     "already an mlx quant": (

@@ -13,12 +13,12 @@ from quantkit.checkpoint.model_config import mlx_quantization, stated_dtype, wit
 from quantkit.checkpoint.source import open_source
 from quantkit.errors import SourceError
 from quantkit.evaluation.verify import verify
-from quantkit.jobs.pipeline import quantize as write_repo
 from quantkit.planning.recipe import load_recipe, plan_by_recipe
 from quantkit.publish.report import read_report
 from quantkit.streaming.attention import attention_differences, attention_settings
-from tests import tiny
+from tests.support import tiny
 from tests.support.families import LLAMA
+from tests.support.repo import write_repo
 
 YARN = {
     "rope_type": "yarn",
@@ -115,7 +115,7 @@ def test_losing_what_is_asked_for_is_found(form):
     for model in (lost, other):
         found = attention_differences(attention_settings(config), model)
         assert len(found) == 4
-        assert "layer 0: the config asks for rope_theta 150000, yarn scaling" in found[0]
+        assert "layer 0: the config specifies rope_theta 150000, yarn scaling" in found[0]
 
 
 GEMMA = {
@@ -154,7 +154,7 @@ def test_layer_types_that_mlx_lm_does_not_tell_apart_are_refused(tmp_path):
     source = tiny.write_gpt_oss(
         tmp_path / "src", config={**tiny.CONFIG, "rope_scaling": None, "rope_parameters": settings}
     )
-    with pytest.raises(SourceError, match="layer 0: the config asks for rope_theta 10000"):
+    with pytest.raises(SourceError, match="layer 0: the config specifies rope_theta 10000"):
         rewritten(source, tmp_path / "out")
     assert not list(tmp_path.glob("out*"))
 
@@ -166,7 +166,7 @@ def test_nothing_is_measured_of_a_model_that_mlx_lm_builds_otherwise(cli, checkp
     for command in (("profile", source, "-o", tmp_path / "out"), ("compare", source, checkpoint)):
         done = cli(*command)
         assert done.exit_code == 2, done.output
-        assert "the config asks for rope_theta 10000" in done.stderr
+        assert "the config specifies rope_theta 10000" in done.stderr
     assert not list(tmp_path.glob("out*"))
 
 
@@ -215,7 +215,7 @@ def test_verify_finds_what_was_lost(tmp_path):
     path = tmp_path / "out" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "rope_scaling": None}))
     report = json.loads((tmp_path / "out" / "quantkit.json").read_text())
-    from quantkit.checkpoint.checkpoint import hash_file
+    from quantkit.storage.hashing import hash_file
 
     for file in report["files"]:
         if file["name"] == "config.json":
@@ -225,7 +225,7 @@ def test_verify_finds_what_was_lost(tmp_path):
     assert [name for name, check in checks.items() if check.ok is False] == [
         "attention as the source's"
     ]
-    assert "asks for rope_theta 10000, yarn scaling" in checks["attention as the source's"].detail
+    assert "specifies rope_theta 10000, yarn scaling" in checks["attention as the source's"].detail
 
 
 WINDOWS = {
@@ -290,7 +290,7 @@ def test_no_quantization_is_none(tmp_path, checkpoint, value):
 @pytest.mark.parametrize("value", [[], "mxfp4", 4])
 def test_quantization_that_is_no_object(refused, tmp_path, value):
     source = tiny.write_gpt_oss(tmp_path / "src", config={**tiny.CONFIG, "quantization": value})
-    assert "config.json: quantization is no object" in refused(source)
+    assert "config.json: quantization is not an object" in refused(source)
 
 
 FAMILIES = {
@@ -463,4 +463,4 @@ def test_bases_that_are_no_numbers(refused, tmp_path, theta):
     config = {**tiny.CONFIG, "rope_theta": theta}
     message = refused(tiny.write_gpt_oss(tmp_path / "src", config=config))
     assert "config.json: rope_theta is" in message
-    assert "no positive number" in message
+    assert "not a positive number" in message

@@ -11,11 +11,11 @@ from quantkit.backend import mx
 from quantkit.checkpoint.source import STORED, open_source
 from quantkit.evaluation.verify import verify
 from quantkit.formats.tiers import TensorSpec
-from quantkit.jobs.pipeline import quantize as write_repo
 from quantkit.planning.recipe import load_recipe, plan_by_recipe
 from quantkit.publish.report import read_report
-from tests import tiny
+from tests.support import tiny
 from tests.support.families import LLAMA, MOE, tensors, write_from_model
+from tests.support.repo import write_repo
 
 MERGED = ("self_attn.q_proj.weight", "norm.weight", "v_proj.bias", "lm_head.weight")
 KLEAR = {
@@ -126,11 +126,11 @@ def test_what_a_model_keeps_in_f32_stays(tmp_path):
     config = {**KLEAR, "torch_dtype": "bfloat16"}
     source = write_from_model(tmp_path / "src", config, lambda name: "F32")
     found = rewritten(source, tmp_path / "out")
-    kept = {name for name, value in found.items() if value.dtype == mx.float32}
-    assert kept == {"model.layers.0.mlp.expert_bias"}
+    unquantized = {name for name, value in found.items() if value.dtype == mx.float32}
+    assert unquantized == {"model.layers.0.mlp.expert_bias"}
     mlx_lm.convert(str(source), str(tmp_path / "theirs"), quantize=False)
     theirs = tensors(tmp_path / "theirs")
-    assert {name for name, value in theirs.items() if value.dtype == mx.float32} == kept
+    assert {name for name, value in theirs.items() if value.dtype == mx.float32} == unquantized
     unpacked = [
         name for name in found if name in theirs and theirs[name].dtype == found[name].dtype
     ]
@@ -143,12 +143,12 @@ def test_a_profile_serves_every_type(cli, tmp_path, checkpoint):
     text = tmp_path / "text.jsonl"
     text.write_text('{"text": "w4 w5 w6 w7 w8 w9"}\n' * 100)
     cli("profile", checkpoint, "-o", profile, *options, "--tiers", "q4g64", "--calibration", text)
-    budget = ("--profile", profile, "-b", "9bpw", "--rounding", "rtn", "--json")
+    budget = ("--profile", profile, "-b", "9bpw", "--quantizer", "rtn", "--json")
     for dtype in ("float16", "bfloat16"):
         planned = cli("plan", checkpoint, *budget, "--dtype", dtype)
         assert planned.exit_code == 0, planned.output
-        kept = {w["tier"] for w in json.loads(planned.stdout)["weights"]}
-        assert {"f16", "bf16"} & kept == {dtype[0] + ("f16" if dtype[0] == "b" else "16")}
+        unquantized = {w["tier"] for w in json.loads(planned.stdout)["weights"]}
+        assert {"f16", "bf16"} & unquantized == {dtype[0] + ("f16" if dtype[0] == "b" else "16")}
 
 
 TOO_LARGE = {"norm": "model.norm.weight", "weight": "model.layers.0.self_attn.q_proj.weight"}

@@ -11,7 +11,7 @@ from quantkit.checkpoint.gpt_oss import stored_tensors
 from quantkit.checkpoint.source import open_source
 from quantkit.errors import SourceError
 from quantkit.formats.codec import to_numpy
-from tests import tiny
+from tests.support import tiny
 
 DATA = Path(__file__).parent.parent / "data"
 PUBLISHED = {"20b": (459, 20_914_757_184, 13_761_264_768), "120b": (687, 116_829_156_672, 65_248_815_744)}  # fmt: skip
@@ -167,5 +167,5 @@ def test_broken_checkpoint(tmp_path, refused, case):
 def test_config_that_says_nothing(tmp_path, key, value):
     folder = tiny.write_gpt_oss(tmp_path / "src")
     (folder / "config.json").write_text(json.dumps({**tiny.CONFIG, key: value}))
-    with pytest.raises(SourceError, match=f"config.json: '{key}' is missing or no positive"):
+    with pytest.raises(SourceError, match=f"config.json: '{key}' is missing or not a positive"):
         open_source(str(folder))

@@ -47,13 +47,13 @@ def test_safetensors_reads_what_we_write(path):
 
 
 HOSTILE = {
-    "empty file": (None, b"", None, "truncated or no safetensors"),
+    "empty file": (None, b"", None, "truncated or not a safetensors"),
     "length beyond the file": ({}, b"", 10_000, "header of 10000 bytes in a file of 10"),
-    "length beyond memory": ({}, b"", 2**63, "truncated or no safetensors"),
+    "length beyond memory": ({}, b"", 2**63, "truncated or not a safetensors"),
     "not JSON": (b"{nonsense", b"", None, "not valid JSON"),
     "deep JSON": (b"[" * 100_000, b"", None, "not valid JSON"),
-    "no object": (b"[1, 2]", b"", None, "no JSON object"),
-    "entry is no object": ({"a": 3}, b"", None, "'a' has no complete header entry"),
+    "no object": (b"[1, 2]", b"", None, "not a JSON object"),
+    "entry is not an object": ({"a": 3}, b"", None, "'a' has no complete header entry"),
     "no offsets": ({"a": {"dtype": "U8", "shape": [1]}}, b"x", None, "'a' has no complete header entry"),
     "negative shape": ({"a": entry(0, 4, [-4])}, b"xxxx", None, "'a' has an invalid header entry"),
     "negative offset": ({"a": entry(-4, 0, [4])}, b"xxxx", None, "'a' has an invalid header entry"),

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from quantkit.checkpoint.source import file_hashes, open_source
-from tests import hub, tiny
+from tests.support import hub, tiny
 
 
 @pytest.fixture(scope="module")
@@ -73,8 +73,7 @@ def test_repo_without_weights(online, tmp_path):
     with hub.serving({"openai/bare": tmp_path / "bare"}) as (endpoint, _):
         message = one_line(online(endpoint, "inspect", "openai/bare"))
     assert (
-        "openai/bare: neither model.safetensors.index.json nor model*.safetensors is there"
-        in message
+        "openai/bare: neither model.safetensors.index.json nor model*.safetensors exists" in message
     )
 
 

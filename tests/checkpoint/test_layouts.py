@@ -12,11 +12,11 @@ from quantkit.checkpoint.foreign import recognize_files, recognize_tensors
 from quantkit.checkpoint.source import open_source
 from quantkit.errors import SourceError
 from quantkit.evaluation.verify import verify
-from quantkit.jobs.pipeline import quantize as write_repo
 from quantkit.planning.recipe import load_recipe, plan_by_recipe
 from quantkit.publish.report import read_report
-from tests import hub, tiny
+from tests.support import hub, tiny
 from tests.support.families import LLAMA, tensors, write
+from tests.support.repo import write_repo
 
 INDEX, WHOLE = "model.safetensors.index.json", "model.safetensors"
 FIRST, SECOND = (f"model-{n:05d}-of-00001.safetensors" for n in (0, 1))
@@ -177,7 +177,7 @@ def test_folders_without_a_config(refused, tmp_path, name):
     (tmp_path / "src").mkdir()
     (tmp_path / "src" / name).write_text("{}")
     said = refused(tmp_path / "src")
-    assert "it has no config.json; found" in said
+    assert "config.json is missing; found" in said
     assert recognize_files([name]) in said
 
 
@@ -194,7 +194,7 @@ TENSORS = {
     "bitsandbytes": ("model.layers.0.mlp.up_proj.weight.absmax", "bitsandbytes"),
     "a wrapper": ("module.model.embed_tokens.weight", "a wrapped PyTorch model"),
     "one per expert": ("model.layers.0.mlp.experts.0.up_proj.weight", "one tensor per expert"),
-    "nobody's": ("model.memory.bank", "which no layout of gpt-oss has"),
+    "nobody's": ("model.memory.bank", "which belongs to no layout of gpt-oss"),
 }
 
 

@@ -7,7 +7,7 @@ from collections import namedtuple
 import pytest
 
 from quantkit.cli.main import app
-from tests import tiny
+from tests.support import tiny
 
 COMMANDS = sorted(command.callback.__name__ for command in app.registered_commands)
 
@@ -29,10 +29,10 @@ def test_readme_knows_every_command():
 def test_inspect(cli, checkpoint):
     shown = cli("inspect", checkpoint)
     assert shown.exit_code == 0
-    assert "gpt_oss, 4 layers, 4 experts of which 2 per token" in shown.stdout
+    assert "gpt_oss, 4 layers, 4 experts, 2 per token" in shown.stdout
     value = json.loads(cli("inspect", checkpoint, "--json").stdout)
     assert value["total_bytes"] == sum(
-        item["bytes"] for item in (*value["weights"], *value["kept"])
+        item["bytes"] for item in (*value["weights"], *value["unquantized"])
     )
     assert {"name", "role", "layer", "tier", "parameters", "bytes"} <= value["weights"][0].keys()
 
@@ -112,12 +112,12 @@ def test_a_plan_is_not_overwritten(cli, checkpoint, tmp_path):
 
 
 BAD = {
-    "no way to choose": (["quantize", "SRC", "-o", "OUT"], "say how to choose tiers"),
+    "no way to choose": (["quantize", "SRC", "-o", "OUT"], "choose tiers by exactly one of"),
     "two ways": (
         ["quantize", "SRC", "-o", "OUT", "-r", "uniform-4", "-p", "x"],
-        "just one of them",
+        "choose tiers by exactly one of",
     ),
-    "no such recipe": (["quantize", "SRC", "-o", "OUT", "-r", "best"], "there is no recipe 'best'"),
+    "no such recipe": (["quantize", "SRC", "-o", "OUT", "-r", "best"], "unknown recipe 'best'"),
     "no such plan": (
         ["quantize", "SRC", "-o", "OUT", "-p", "nope.json"],
         "nope.json: no such file",
@@ -149,24 +149,24 @@ BAD = {
     ),
     "a base model that is none": (
         ["quantize", "SRC", "-o", "OUT", "-r", "uniform-4", "--base-model", "gpt"],
-        "base-model 'gpt': not a Hub id",
+        "--base-model 'gpt': write a Hub id",
     ),
     "no such dtype": (
         ["quantize", "SRC", "-o", "OUT", "-r", "uniform-4", "--dtype", "int8"],
-        "there is no dtype 'int8'",
+        "unknown --dtype 'int8'",
     ),
     "nothing to a shard": (
         ["quantize", "SRC", "-o", "OUT", "-r", "uniform-4", "--shard-size", "0"],
-        "hold nothing",
+        "larger than 0",
     ),
     "no such command": (["quantise", "SRC"], "No such command 'quantise'"),
     "no such option": (["inspect", "SRC", "--jsn"], "No such option"),
     "argument missing": (["report"], "See: "),
     "newlines in a name": (["report", "no\nsuch"], "no such: not a folder"),
     "plan into a folder": (["plan", "SRC", "-r", "uniform-4", "-o", ".", "--force"], "is a folder"),
-    "not ours": (["report", "SRC"], "has no quantkit.json: not a repo that quantkit wrote"),
+    "not ours": (["report", "SRC"], "quantkit.json is missing: quantkit did not write this repo"),
     "no repo": (["verify", "nowhere"], "nowhere: not a folder"),
-    "not a model": (["inspect", "."], "not a model folder: it has no config.json"),
+    "not a model": (["inspect", "."], "not a model folder: config.json is missing"),
 }
 
 
@@ -199,7 +199,7 @@ BAD_RECIPES = {
     "matches nothing": ("names = ['nothing']\ntier = 'q4g64'", "no rule matches any weight"),
     "leaves a weight": ("roles = ['expert']\ntier = 'q4g64'", "no rule matches model.embed_tokens"),
     "does not fit": ("tier = 'q4g128'", "down_proj: tier q4g128 does not fit shape [4, 128, 192]"),
-    "no such tier": ("tier = 'q1g64'", "rule 1: there is no tier 'q1g64'"),
+    "no such tier": ("tier = 'q1g64'", "rule 1: unknown tier 'q1g64'"),
 }
 
 
@@ -267,7 +267,7 @@ def test_the_recorded_command_names_no_folders(checkpoint, tmp_path):
     command += ["-o", str(tmp_path / "out"), "--shard-size", "300kB", "--force"]
     subprocess.run(command, cwd=tmp_path / "here", check=True, capture_output=True)
     text = (tmp_path / "out" / "quantkit.json").read_text()
-    wanted = "quantkit quantize 'we:ird folder' --output OUT --recipe mine.toml --shard-size 300kB"
+    wanted = "quantkit quantize 'we:ird folder' --recipe mine.toml --output OUT --shard-size 300kB"
     assert json.loads(text)["command"] == wanted
     assert wanted in (tmp_path / "out" / "README.md").read_text()
     assert str(tmp_path) not in text

@@ -5,13 +5,9 @@ from dataclasses import replace
 
 import pytest
 
+from quantkit.artifacts.calibration import CalibrationText
 from quantkit.artifacts.fidelity import Fidelity, Interval
-from quantkit.artifacts.profile import (
-    CalibrationText,
-    SensitivityProfile,
-    TierCost,
-    WeightSensitivity,
-)
+from quantkit.artifacts.sensitivity import SensitivityProfile, TierCost, WeightSensitivity
 from quantkit.artifacts.speed import Run, Speed
 from quantkit.checkpoint.source import open_source
 from quantkit.cli import tables
@@ -32,12 +28,12 @@ def profile(inventory):
     """Losses of every size: those of the first tiers need the most characters."""
     weights = []
     for number, w in enumerate(inventory.weights):
-        losses = [
+        costs = [
             TierCost(t, 1, 1.2345e-11 * 7.3**i, 0.0) for i, t in enumerate(DEFAULT_TIERS, number)
         ]
-        losses.append(native_cost(w))
+        costs.append(native_cost(w))
         weights.append(
-            WeightSensitivity(w.name, w.role, w.layer, w.storage, w.parameters, 0, tuple(losses))
+            WeightSensitivity(w.name, w.role, w.layer, w.storage, w.parameters, 0, tuple(costs))
         )
     text = CalibrationText("default", "", 16, 256, 0, "", "")
     return SensitivityProfile(

@@ -145,7 +145,7 @@ def test_profile_of_the_demo_models(cli, tmp_path, name):
     assert result.exit_code == 0, result.output
     losses: dict[str, dict[str, float]] = {}
     for weight in json.loads(result.stdout)["weights"]:
-        for tier, loss in weight["losses"].items():
+        for tier, loss in weight["costs"].items():
             row = losses.setdefault(weight["role"], {})
             row[tier] = row.get(tier, 0) + loss["kl"]
     for role, row in losses.items():

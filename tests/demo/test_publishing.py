@@ -5,7 +5,7 @@ import json
 import mlx_lm
 import pytest
 
-from tests import hub
+from tests.support import hub
 
 pytestmark = pytest.mark.slow
 
@@ -21,7 +21,7 @@ def test_from_profile_to_hub(online, demo, tmp_path):
 
     tiers = "q8g64,q6g64,q4g64,q3g64"
     run("profile", demo, "-o", tmp_path / "profile", "--tokens", 512, "--tiers", tiers)
-    budget = ("--profile", tmp_path / "profile", "--budget", "4.5bpw", "--rounding", "rtn")
+    budget = ("--profile", tmp_path / "profile", "--budget", "4.5bpw", "--quantizer", "rtn")
     run("quantize", demo, "-o", out, *budget)
     run("compare", demo, out, "--tokens", 1024, "--record")
     run("bench", out, "--context", "64", "--tokens", 16, "--record")

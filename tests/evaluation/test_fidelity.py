@@ -7,13 +7,14 @@ import sys
 import numpy as np
 import pytest
 
-from quantkit.artifacts.report import REPORT_FILE
 from quantkit.backend import mx, on_cpu
-from quantkit.calibration.text import CalibrationSpec, overlaps, read_text, sketch
+from quantkit.calibration.calibration_set import CalibrationSpec, read_calibration_set
+from quantkit.calibration.fingerprint import overlaps, sketch
 from quantkit.checkpoint.source import open_source
 from quantkit.evaluation.fidelity import prepare
-from tests import tiny
-from tests.streaming.test_streaming import plainly_loaded
+from quantkit.storage.paths import REPORT_FILE
+from tests.support import tiny
+from tests.support.reference import plainly_loaded
 from tests.support.text import rows
 
 LENGTH = 24
@@ -142,7 +143,7 @@ def refusal(cli, *arguments):
 def test_another_tokenizer(cli, checkpoint, tmp_path, text):
     other = tiny.write_gpt_oss(tmp_path / "other")
     tiny.write_tokenizer(other, 63)
-    assert "another tokenizer" in refusal(cli, checkpoint, other, *options(text))
+    assert "tokenizer differs" in refusal(cli, checkpoint, other, *options(text))
 
 
 def test_text_that_the_quant_was_made_with(cli, checkpoint, quants, text, tmp_path):
@@ -153,7 +154,7 @@ def test_text_that_the_quant_was_made_with(cli, checkpoint, quants, text, tmp_pa
     report = json.loads((made / REPORT_FILE).read_text())
     source = open_source(str(checkpoint))
     request = CalibrationSpec(str(text), 2400, LENGTH, seed=5)
-    about = read_text(source.checkpoint, request).about
+    about = read_calibration_set(source.checkpoint, request).text
     report["plan"]["calibration_texts"] = [about.to_json()]
     (made / REPORT_FILE).write_text(json.dumps(report))
     assert "was made with this text" in refusal(cli, checkpoint, made, *options(text))
@@ -198,17 +199,17 @@ def test_one_known_sequence_among_others_and_a_common_opening():
 
 def test_intervals_hold_what_they_say():
     """Of ten sequences with normal means, 95% of the intervals have the truth inside."""
-    from quantkit.evaluation.fidelity import _mean
+    from quantkit.evaluation.intervals import mean_interval
 
     rng = np.random.default_rng(0)
     for sequences in (4, 16):
         inside = 0
         for _ in range(400):
             values = rng.normal(3, 1, sequences)
-            found = _mean(values, rng.integers(0, sequences, (400, sequences)))
+            found = mean_interval(values, rng.integers(0, sequences, (400, sequences)))
             inside += found.low < 3 < found.high
         assert 0.91 < inside / 400 < 0.99
-    assert _mean(np.ones(1), np.zeros((10, 1), int)).low is None
+    assert mean_interval(np.ones(1), np.zeros((10, 1), int)).low is None
 
 
 def test_a_vocabulary_of_another_size(cli, checkpoint, tmp_path, text):
@@ -221,8 +222,8 @@ def test_a_vocabulary_of_another_size(cli, checkpoint, tmp_path, text):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda config: config.update(quantization=[1]), "quantization is no object"),
-        (lambda config: config["quantization"].update(bits=7) or config["quantization"].pop("lm_head"), "its tier"),
+        (lambda config: config.update(quantization=[1]), "quantization is not an object"),
+        (lambda config: config["quantization"].update(bits=7) or config["quantization"].pop("lm_head"), "is not a tier"),
         (lambda config: config.update(num_hidden_layers=3), "not part of the model"),
     ],
     ids=["list", "bits", "layers"],
@@ -243,14 +244,14 @@ def test_a_damaged_cache_is_made_anew(cli, checkpoint, quants, text, damage, tmp
     monkeypatch.setenv("QUANTKIT_CACHE", str(tmp_path))
     expected = compared(cli, checkpoint, quants[0], *options(text))
     (path,) = (tmp_path / "native").iterdir()
-    kept = np.load(path)
+    unquantized = np.load(path)
     if damage in ("empty", "zip"):
         path.write_bytes(b"" if damage == "empty" else b"PK\x03\x04 and more")
     else:
-        spoilt = {"zeros": kept * 0, "rows": kept[:1], "nan": kept * np.nan}
+        spoilt = {"zeros": unquantized * 0, "rows": unquantized[:1], "nan": unquantized * np.nan}
         np.save(path, spoilt[damage])
     assert compared(cli, checkpoint, quants[0], *options(text)) == expected
-    assert np.array_equal(np.load(path), kept)
+    assert np.array_equal(np.load(path), unquantized)
 
 
 @pytest.mark.parametrize(

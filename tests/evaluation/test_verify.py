@@ -8,9 +8,9 @@ import pytest
 from quantkit.checkpoint.headers import read_header
 from quantkit.checkpoint.source import open_source
 from quantkit.evaluation.verify import verify
-from quantkit.jobs.pipeline import quantize as write_repo
 from quantkit.planning.recipe import load_recipe, plan_by_recipe
 from quantkit.publish.report import read_report
+from tests.support.repo import write_repo
 
 SHARD = "model-00002-of-00003.safetensors"
 
@@ -115,7 +115,7 @@ WRONG = {
     ),
     "wrong bits": (entry(EXPERT, bits=4), "config", f"{EXPERT}.weight is U32"),
     "wrong group": (entry(EXPERT, group_size=32), "config", f"{EXPERT}.weight is U32"),
-    "wrong mode": (entry(EXPERT, mode="mxfp4"), "config", "is no tier that mlx knows"),
+    "wrong mode": (entry(EXPERT, mode="mxfp4"), "config", "is not a tier of mlx"),
     "no mode": (config(drop_mode), "config", "lacks its mode"),
     "no entry": (config(drop_entry), "config", "lm_head has scales, but no entry"),
     "entry too many": (
@@ -161,8 +161,8 @@ def test_what_is_wrong_is_found(repo, case):
 
 def test_another_plan_is_found(repo):
     report = json.loads((repo / "quantkit.json").read_text())
-    choice = next(w for w in report["weights"] if w["name"] == EXPERT)
-    choice["bytes"] += 8
+    assignment = next(w for w in report["weights"] if w["name"] == EXPERT)
+    assignment["bytes"] += 8
     (repo / "quantkit.json").write_text(json.dumps(report))
     assert f"{EXPERT} takes" in failures(repo, load=False)["bytes as planned"]
 

@@ -3,10 +3,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quantkit.backend import mx
+from quantkit.backend import MemoryLimits, mx
 from quantkit.errors import TierError
 from quantkit.formats import mxfp4
-from quantkit.formats.codec import decode, decode_mxfp4, encode, rounded, to_mx, to_numpy
+from quantkit.formats.codec import decode, decode_mxfp4, encode, fake_quantize, to_mx, to_numpy
 from quantkit.formats.tiers import MXFP4, TIERS, parse_tier
 
 # Relative squared error on Gaussian weights: measured, with a third to spare.
@@ -96,7 +96,8 @@ def test_carriers_go_there_and_back(dtype, kind):
 
 def test_a_large_stack_is_rounded_in_parts(monkeypatch):
     weight = mx.random.normal((3, 8, 64), key=mx.random.key(0)).astype(mx.bfloat16)
-    whole = rounded(weight, TIERS["q3g32"])
-    monkeypatch.setattr("quantkit.formats.codec._AT_ONCE", 100)
-    assert mx.array_equal(rounded(weight, TIERS["q3g32"]), whole)
+    whole = fake_quantize(weight, TIERS["q3g32"])
+    limits = MemoryLimits(decoded_values=100)
+    monkeypatch.setattr("quantkit.formats.codec.memory_limits", lambda: limits)
+    assert mx.array_equal(fake_quantize(weight, TIERS["q3g32"]), whole)
     assert mx.abs(whole - weight).max().item() < 0.6

@@ -55,7 +55,7 @@ def test_group_size_128_does_not_exist_for_gpt_oss():
 
 @pytest.mark.parametrize("name", ["q7g64", "q4", "q4g16", "", "int4"])
 def test_unknown_tier(name):
-    with pytest.raises(TierError, match="there is no tier"):
+    with pytest.raises(TierError, match="unknown tier"):
         parse_tier(name)
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from quantkit.checkpoint.gpt_oss import stored_tensors
-from tests import tiny
+from tests.support import tiny
 
 DATA = Path(__file__).parent.parent / "data"
 

@@ -43,8 +43,8 @@ def best(items, limits):
     for choice in itertools.product(*items):
         used = [sum(option.costs[k] for option in choice) for k in range(len(limits))]
         if all(u <= limit for u, limit in zip(used, limits, strict=True)):
-            loss = sum(option.loss for option in choice)
-            found = loss if found is None else min(found, loss)
+            kl = sum(option.kl for option in choice)
+            found = kl if found is None else min(found, kl)
     return found
 
 
@@ -59,8 +59,8 @@ def test_the_optimum_is_that_of_brute_force(instance):
         return
     found = solve(items, limits)
     chosen = [item[number] for item, number in zip(items, found.chosen, strict=True)]
-    assert found.loss == pytest.approx(expected, abs=1e-9)
-    assert found.loss == pytest.approx(sum(option.loss for option in chosen), abs=1e-12)
+    assert found.kl == pytest.approx(expected, abs=1e-9)
+    assert found.kl == pytest.approx(sum(option.kl for option in chosen), abs=1e-12)
     for k, limit in enumerate(limits):
         assert sum(option.costs[k] for option in chosen) <= limit
     assert found.gap <= 1e-9

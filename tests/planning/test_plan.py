@@ -7,7 +7,7 @@ from quantkit.checkpoint.source import open_source
 from quantkit.errors import PlanError, TierError
 from quantkit.planning.plan import read_plan
 from quantkit.planning.recipe import load_recipe, plan_by_recipe
-from tests import tiny
+from tests.support import tiny
 
 
 @pytest.fixture
@@ -51,11 +51,11 @@ def edit(key, value):
 
 BAD = {
     "not a plan": (edit("kind", "report"), PlanError, "expected a quantkit plan, found 'report'"),
-    "old version": (edit("version", 0), PlanError, "plan of version 0, this quantkit reads 2"),
+    "old version": (edit("version", 0), PlanError, "plan of version 0, this quantkit reads 3"),
     "no weights": (lambda d: d.pop("weights"), PlanError, "not a complete plan"),
     "weight lost": (lambda d: d["weights"].pop(), PlanError, "'lm_head' has no tier"),
     "norms in a tier": (
-        lambda d: d["kept"].update(tier="q8g64"), PlanError, "kept as they are",
+        lambda d: d["unquantized"].update(tier="q8g64"), PlanError, "never quantized",
     ),
     "weight twice": (
         lambda d: d["weights"].append(d["weights"][0]), PlanError, "names a weight twice",
@@ -64,7 +64,7 @@ BAD = {
         lambda d: d["weights"].append({**d["weights"][0], "name": "x"}), PlanError, "'x' is unknown",
     ),
     "no such tier": (
-        lambda d: d["weights"][0].update(tier="q9g64"), TierError, "there is no tier 'q9g64'",
+        lambda d: d["weights"][0].update(tier="q9g64"), TierError, "unknown tier 'q9g64'",
     ),
     "tier that does not fit": (
         lambda d: next(w for w in d["weights"] if w["role"] == "expert_down").update(tier="q4g128"),

@@ -45,7 +45,7 @@ def test_sizes_of_published_repos_to_the_byte(cli, published, size, name, stored
 def test_moringlabs_gives_the_published_tiers(published):
     inventory = open_source(str(published["120b"])).inventory
     plan = plan_by_recipe(inventory, load_recipe("moringlabs-3.6bit"))
-    tiers = {choice.name: choice.tier for choice in plan.choices}
+    tiers = {assignment.name: assignment.tier for assignment in plan.assignments}
     assert tiers["model.embed_tokens"] == tiers["lm_head"] == "q6g64"
     assert tiers["model.layers.5.self_attn.q_proj"] == "q6g64"
     assert tiers["model.layers.6.self_attn.q_proj"] == "q4g64"  # sliding, in the middle
@@ -63,14 +63,14 @@ def test_bytes_read_per_token(published):
     inventory = open_source(str(published["120b"])).inventory
     plan = plan_by_recipe(inventory, load_recipe("mxfp4-q8"))
     expected = 0
-    for choice in plan.choices:
-        if choice.role.startswith("expert"):
-            expected += choice.bytes * 4 // 128
-        elif choice.role == "embedding":
-            expected += choice.bytes // 201_088
+    for assignment in plan.assignments:
+        if assignment.role.startswith("expert"):
+            expected += assignment.bytes * 4 // 128
+        elif assignment.role == "embedding":
+            expected += assignment.bytes // 201_088
         else:
-            expected += choice.bytes
-    for tensor in inventory.kept:
+            expected += assignment.bytes
+    for tensor in inventory.unquantized:
         expected += tensor.bytes * 4 // 128 if tensor.role.startswith("expert") else tensor.bytes
     assert plan.active_bytes == expected
 
@@ -83,7 +83,7 @@ def test_what_ships():
 @pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_recipes_cover_a_checkpoint(inventory, name):
     plan = plan_by_recipe(inventory, load_recipe(name))
-    assert [c.name for c in plan.choices] == [w.name for w in inventory.weights]
+    assert [c.name for c in plan.assignments] == [w.name for w in inventory.weights]
     assert plan.parameters == inventory.parameters
     assert sum(row.bytes for row in plan.tiers()) == plan.total_bytes
     assert sum(row.parameters_percent for row in plan.tiers()) == pytest.approx(100)
@@ -111,7 +111,7 @@ def test_first_matching_rule_decides(inventory):
             tier = "native"
         """),
     )
-    tiers = {choice.name: choice.tier for choice in plan.choices}
+    tiers = {assignment.name: assignment.tier for assignment in plan.assignments}
     assert tiers["model.layers.1.mlp.experts.up_proj"] == "q2g32"
     assert tiers["model.layers.0.mlp.experts.up_proj"] == "q3g32"
     assert tiers["model.layers.3.mlp.experts.up_proj"] == "q3g32"
@@ -124,16 +124,16 @@ def test_first_matching_rule_decides(inventory):
 def test_keeping_the_experts_is_called_native(inventory):
     for tier in ("native", "mxfp4"):
         plan = plan_by_recipe(inventory, recipe(f'rules = [{{tier = "{tier}"}}]'))
-        expert = next(c for c in plan.choices if c.role == "expert_up")
+        expert = next(c for c in plan.assignments if c.role == "expert_up")
         assert (expert.tier, expert.storage) == ("native", "mxfp4")
 
 
 BAD = {
-    "no rules": ("description = 'x'", r"recipe mine: has no \[\[rules\]\]"),
-    "no tier": ("[[rules]]\nroles = ['q']", "rule 1: has no tier"),
-    "unknown tier": ("[[rules]]\ntier = 'q7g64'", "rule 1: there is no tier 'q7g64'"),
+    "no rules": ("description = 'x'", r"recipe mine: \[\[rules\]\] is missing"),
+    "no tier": ("[[rules]]\nroles = ['q']", "rule 1: tier is missing"),
+    "unknown tier": ("[[rules]]\ntier = 'q7g64'", "rule 1: unknown tier 'q7g64'"),
     "unknown key": ("[[rules]]\ntier = 'q4g64'\nrole = 'q'", "unknown key 'role'"),
-    "unknown role": ("[[rules]]\ntier = 'q4g64'\nroles = ['quary']", "there is no role 'quary'"),
+    "unknown role": ("[[rules]]\ntier = 'q4g64'\nroles = ['quary']", "unknown role 'quary'"),
     "roles as text": ("[[rules]]\ntier = 'q4g64'\nroles = 'q'", "roles takes a list of strings"),
     "layers as text": ("[[rules]]\ntier = 'q4g64'\nlayers = '0-5'", "layers takes"),
     "layer below zero": ("[[rules]]\ntier = 'q4g64'\nlayers = [-1]", "layers takes"),
@@ -155,7 +155,7 @@ def test_recipe_that_matches_nothing(inventory):
 
 def test_recipe_that_leaves_a_weight(inventory):
     with pytest.raises(
-        RecipeError, match=r"no rule matches model.embed_tokens \(role embedding; one of 6"
+        RecipeError, match=r"no rule matches model.embed_tokens \(role embedding\), like 5 others"
     ):
         plan_by_recipe(
             inventory, recipe('rules = [{tier = "q4g64", roles = ["expert", "attention"]}]')
@@ -178,7 +178,7 @@ def test_files(tmp_path):
         load_recipe(str(mine))
     with pytest.raises(RecipeError, match="no such file"):
         load_recipe(str(tmp_path / "none.toml"))
-    with pytest.raises(RecipeError, match="there is no recipe 'nope'. Shipped: moringlabs"):
+    with pytest.raises(RecipeError, match="unknown recipe 'nope'. Use moringlabs"):
         load_recipe("nope")
 
 
@@ -197,8 +197,8 @@ def test_a_fallback_where_a_width_does_not_fit(cli, tmp_path, checkpoint):
         assert {tier for name, tier in tiers.items() if "down_proj" in name} == {expected}
         assert {tier for name, tier in tiers.items() if "up_proj" in name} == {"q4g128"}
         assert (
-            f"4 weights does not fit their width (model.layers.0.mlp.experts.down_proj); they "
-            f"get {fallback}" in planned.stderr
+            f"recipe mine: {fallback} for 4 weights whose width does not fit their tier "
+            "(model.layers.0.mlp.experts.down_proj)" in planned.stderr
         )
 
 
@@ -208,4 +208,4 @@ def test_a_fallback_that_is_no_tier(cli, tmp_path, checkpoint, fallback):
     recipe.write_text(f'fallback = "{fallback}"\n[[rules]]\ntier = "q4g64"\n')
     refused = cli("plan", checkpoint, "-r", recipe)
     assert refused.exit_code == 2
-    assert f"recipe mine, fallback: there is no tier '{fallback}'" in refused.stderr
+    assert f"recipe mine, fallback: unknown tier '{fallback}'" in refused.stderr

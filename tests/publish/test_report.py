@@ -11,10 +11,10 @@ from quantkit.artifacts.report import License, Report
 from quantkit.artifacts.speed import Run, Speed
 from quantkit.checkpoint.source import open_source
 from quantkit.errors import OutputError, PlanError
-from quantkit.jobs.pipeline import quantize
 from quantkit.planning.recipe import load_recipe, plan_by_recipe
 from quantkit.publish.card import card, license_of
 from quantkit.publish.report import documents, read_report, record
+from tests.support.repo import write_repo
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,7 @@ def written(tmp_path_factory, checkpoint):
     source = open_source(str(checkpoint))
     plan = plan_by_recipe(source.inventory, load_recipe("moringlabs-3.6bit"))
     out = tmp_path_factory.mktemp("repo") / "out"
-    return out, quantize(source, plan, out)
+    return out, write_repo(source, plan, out)
 
 
 def test_it_reads_back(written):
@@ -58,26 +58,26 @@ def edited(change):
 
 
 BAD = {
-    "missing": (lambda o: (o / "quantkit.json").unlink(), OutputError, "has no quantkit.json"),
+    "missing": (lambda o: (o / "quantkit.json").unlink(), OutputError, "quantkit.json is missing"),
     "not JSON": (lambda o: (o / "quantkit.json").write_text("{"), OutputError, "not valid JSON"),
     "other kind": (edited(lambda v: v.update(kind="plan")), PlanError, "expected a quantkit report"),
     "other version": (edited(lambda v: v.update(version=99)), PlanError, "report of version 99"),
     "no weights": (edited(lambda v: v.pop("weights")), PlanError, "not a complete report"),
     "no shards": (edited(lambda v: v.pop("shards")), PlanError, "not a complete report"),
     "bytes as text": (
-        edited(lambda v: v["weights"][0].update(bytes="many")), PlanError, "no whole number",
+        edited(lambda v: v["weights"][0].update(bytes="many")), PlanError, "not a whole number",
     ),
     "bytes beyond counting": (
-        edited(lambda v: v["weights"][0].update(bytes=10**400)), PlanError, "no whole number",
+        edited(lambda v: v["weights"][0].update(bytes=10**400)), PlanError, "not a whole number",
     ),
     "active bytes as text": (
-        edited(lambda v: v["weights"][0].update(active_bytes="")), PlanError, "no whole number",
+        edited(lambda v: v["weights"][0].update(active_bytes="")), PlanError, "not a whole number",
     ),
     "hash is a number": (
-        edited(lambda v: v["shards"][0].update(sha256=5)), PlanError, "not described rightly",
+        edited(lambda v: v["shards"][0].update(sha256=5)), PlanError, "malformed name, size or hash",
     ),
     "shard elsewhere": (
-        edited(lambda v: v["shards"][0].update(name="../x")), PlanError, "'../x' is not described",
+        edited(lambda v: v["shards"][0].update(name="../x")), PlanError, "'../x': malformed",
     ),
     "fidelity is a number": (edited(lambda v: v.update(fidelity=3)), PlanError, "not a complete"),
     "speed lacks its runs": (
@@ -85,10 +85,10 @@ BAD = {
     ),
     "fidelity is empty": (edited(lambda v: v.update(fidelity={})), PlanError, "not a complete"),
     "memory as text": (
-        edited(lambda v: v["memory"].update(needed_bytes="many")), PlanError, "no whole numbers",
+        edited(lambda v: v["memory"].update(needed_bytes="many")), PlanError, "not a whole number",
     ),
     "a base model that is a list": (
-        edited(lambda v: v.update(base_model=["a/b"])), PlanError, "base_model is no text",
+        edited(lambda v: v.update(base_model=["a/b"])), PlanError, "base_model is not text",
     ),
     "no version": (edited(lambda v: v["versions"].pop("quantkit")), PlanError, "'quantkit'"),
     "memory of other fields": (

@@ -7,9 +7,9 @@ import mlx_lm
 import pytest
 
 from quantkit.checkpoint.source import open_source
-from quantkit.jobs.pipeline import quantize
 from quantkit.planning.recipe import load_recipe, plan_by_recipe
-from tests import hub
+from tests.support import hub
+from tests.support.repo import write_repo
 
 LOGGED_IN = {"HF_TOKEN": hub.TOKEN}
 
@@ -19,7 +19,7 @@ def written(tmp_path_factory, checkpoint):
     source = open_source(str(checkpoint))
     plan = plan_by_recipe(source.inventory, load_recipe("mxfp4-q8"))
     out = tmp_path_factory.mktemp("repo") / "out"
-    quantize(source, plan, out, shard_bytes=300_000)
+    write_repo(source, plan, out, shard_bytes=300_000)
     return out
 
 
@@ -109,7 +109,7 @@ def test_an_interrupted_upload_goes_on(online, out, there):
         assert failed.returncode == 2
         assert failed.stderr.startswith("error: ")
         assert failed.stderr.count("\n") == 1
-        assert "run the same command to go on" in failed.stderr
+        assert "run the same command to resume" in failed.stderr
         assert not list((there / "tiny").glob("*.safetensors"))
         first = {path for method, path, _ in log if method == "PUT"}
         assert first
@@ -180,13 +180,13 @@ def test_an_edited_card_is_sent_as_it_is(online, out, there):
         done = online(endpoint, "upload", out, "user/tiny", "--no-load", **LOGGED_IN)
     assert done.returncode == 0, done.stderr
     assert (there / "tiny" / "README.md").read_text() == "Mine."
-    assert "README.md is not as quantkit drew it" in done.stderr
+    assert "README.md was edited by hand" in done.stderr
     assert contents(there / "tiny") == contents(out)
 
 
 REFUSED = {
     "no token": ("user/tiny", {}, "hf auth login"),
-    "a wrong token": ("user/tiny", {"HF_TOKEN": "hf_wrong"}, "does not take the token"),
+    "a wrong token": ("user/tiny", {"HF_TOKEN": "hf_wrong"}, "rejects the token"),
     "a token that reads": ("user/tiny", {"HF_TOKEN": hub.READER}, "may only read"),
     "no right": ("other/tiny", LOGGED_IN, "may not write there"),
     "no right to what is there": ("other/theirs", LOGGED_IN, "may not write there"),

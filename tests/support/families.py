@@ -4,7 +4,7 @@ import numpy as np
 
 from quantkit.backend import mx
 from quantkit.formats.tiers import TensorSpec
-from tests import tiny
+from tests.support import tiny
 
 LLAMA = {
     "model_type": "llama",

@@ -11,7 +11,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from tests import tiny
+from tests.support import tiny
 
 PUBLISHED = Path(__file__).parents[3] / "shared" / "gpt-oss" / "20b"
 TEMPLATE = Path(__file__).parents[1] / "data" / "harmony.jinja"

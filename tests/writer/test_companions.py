@@ -7,12 +7,12 @@ import pytest
 
 from quantkit.checkpoint.source import open_source
 from quantkit.evaluation.verify import verify
-from quantkit.jobs.pipeline import quantize as write_repo
 from quantkit.planning.recipe import load_recipe, plan_by_recipe
 from quantkit.publish.report import read_report
 from quantkit.publish.upload import plan_upload
-from tests import tiny
+from tests.support import tiny
 from tests.support.families import LLAMA, write_from_model
+from tests.support.repo import write_repo
 
 TEXT = {
     **{key: value for key, value in LLAMA.items() if key != "tie_word_embeddings"},

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import tiny
+from tests.support import tiny
 
 MOMENTS = 10
 # Counts what the process does to the disk (opening, renaming, removing) and kills it at one of them.
@@ -27,7 +27,7 @@ def watch(event, args):
 sys.addaudithook(watch)
 from pathlib import Path
 from quantkit.planning.recipe import load_recipe, plan_by_recipe
-from quantkit.jobs.pipeline import quantize as write_repo
+from tests.support.repo import write_repo
 from quantkit.checkpoint.source import open_source
 opened = open_source(source)
 plan = plan_by_recipe(opened.inventory, load_recipe("moringlabs-3.6bit"))
@@ -77,8 +77,8 @@ def test_a_replaced_repo_is_never_lost(tmp_path, checkpoint):
         (out / "old").write_text("old")
         run(checkpoint, out, steps - back, "force")
         partial = out.with_name(f"{out.name}.partial")
-        kept = [out / "old", partial / "replaced" / "old", out / "config.json"]
-        assert any(path.exists() for path in kept)
+        unquantized = [out / "old", partial / "replaced" / "old", out / "config.json"]
+        assert any(path.exists() for path in unquantized)
         again = run(checkpoint, out, 0, "force")
         assert again.returncode == 0, again.stderr
         assert (out / "config.json").exists()
@@ -153,7 +153,7 @@ def test_a_lock_of_others_makes_no_folder_ours(tmp_path, checkpoint, mark):
     (partial / "lock").write_text(mark)
     (partial / "thesis").write_text("years of work")
     done = run(checkpoint, tmp_path / "out", 0, "force")
-    assert "exists and was not made by quantkit" in done.stderr
+    assert "exists, but quantkit did not make it" in done.stderr
     assert (partial / "thesis").read_text() == "years of work"
 
 
@@ -168,7 +168,7 @@ def test_notes_in_the_staging_folder_are_kept(tmp_path, checkpoint, undisturbed)
 def test_a_source_where_the_staging_must_go(tmp_path):
     source = tiny.write_gpt_oss(tmp_path / "out.partial")
     before = hashes(source)
-    assert "which must stay" in run(source, tmp_path / "out", 0, "force").stderr
+    assert "which must not be replaced" in run(source, tmp_path / "out", 0, "force").stderr
     assert hashes(source) == before
 
 
@@ -181,8 +181,8 @@ def test_complete_shards_are_not_written_again(tmp_path, checkpoint, undisturbed
     assert before
     assert run(checkpoint, out, 0).returncode == 0
     after = {p.name: p.stat().st_mtime_ns for p in out.glob("*.safetensors")}
-    kept = [name for name in before if after[name] == before[name]]
-    assert len(kept) >= len(before) - 1  # the last one may not have been recorded yet
+    unquantized = [name for name in before if after[name] == before[name]]
+    assert len(unquantized) >= len(before) - 1  # the last one may not have been recorded yet
 
 
 def test_a_changed_input_is_refused_by_name(tmp_path, undisturbed):

@@ -8,19 +8,9 @@ from quantkit.backend import mx, on_cpu
 from quantkit.checkpoint.source import open_source
 from quantkit.errors import SourceError
 from quantkit.streaming.layer_runner import StreamingModel
-from tests import tiny
+from tests.support import tiny
 from tests.support.families import LLAMA, MOE, write
-
-
-def plainly_loaded(folder):
-    """The whole model in memory, in float32, by mlx-lm alone."""
-    from mlx_lm.utils import dequantize_model, load_model
-
-    model, config = load_model(folder)
-    if "quantization" in config:
-        model = dequantize_model(model)
-    model.set_dtype(mx.float32)
-    return model
+from tests.support.reference import plainly_loaded
 
 
 def sources(tmp_path):

@@ -2,12 +2,13 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 
-from quantkit.storage.paths import data_folder
+import quantkit.calibration
 
-FOLDER = data_folder("evals") / "calibration"
+FOLDER = Path(quantkit.calibration.__file__).parent / "data"
 NAMES = ("prose", "code", "chat", "maths")
 LENGTHS = {"prose": (1500, 6000), "code": (1500, 6000), "maths": (300, 2500)}
 

@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 
 from quantkit.backend import mx
-from quantkit.formats.affine import Rounded, feedback, gptq, objective, refit, search
+from quantkit.formats.affine import AffineWeight
 from quantkit.formats.tiers import TIERS, parse_tier
+from quantkit.quantizers.gptq import gptq, gptq_factors, objective, refit
+from quantkit.quantizers.search import search
 
 AFFINE = [name for name, tier in TIERS.items() if tier.mode == "affine" and tier.group_size < 128]
 
@@ -29,18 +31,18 @@ def nearest(weight, tier):
     groups = values.reshape(*values.shape[:-1], -1, tier.group_size)
     s, b = (part[..., None] for part in plain)
     q = mx.round((groups - b) / mx.where(s == 0, 1, s)).reshape(weight.shape).astype(mx.uint8)
-    return Rounded(q, scales, biases)
+    return AffineWeight(q, scales, biases)
 
 
 def loss(weight, rounded, tier, hessian):
-    return objective(weight, rounded.values(tier), hessian).sum().item()
+    return objective(weight, rounded.dequantized(tier), hessian).sum().item()
 
 
 @pytest.mark.parametrize("name", AFFINE)
 def test_mlx_reads_what_is_packed(case, name):
     tier = parse_tier(name)
     weight, hessian = case
-    rounded = gptq(weight, feedback(hessian, tier.group_size), tier, mx.bfloat16)
+    rounded = gptq(weight, gptq_factors(hessian, tier.group_size), tier, mx.bfloat16)
     packed, scales, biases = rounded.packed(tier)
     specs = tier.tensors("w", weight.shape, "BF16")
     assert [tuple(part.shape) for part in (packed, scales, biases)] == [s.shape for s in specs]
@@ -48,7 +50,7 @@ def test_mlx_reads_what_is_packed(case, name):
     assert scales.dtype == mx.bfloat16
     wide = (part.astype(mx.float32) for part in (scales, biases))
     values = mx.dequantize(packed, *wide, tier.group_size, tier.bits)
-    assert mx.allclose(values, rounded.values(tier), atol=1e-6).item()
+    assert mx.allclose(values, rounded.dequantized(tier), atol=1e-6).item()
 
 
 @pytest.mark.parametrize("name", AFFINE)
@@ -58,7 +60,7 @@ def test_search_is_never_worse_than_to_nearest_by_its_own_measure(case, name):
     importance = mx.diagonal(hessian, axis1=-2, axis2=-1)
 
     def errors(rounded):
-        off = importance[..., None, :] * mx.square(weight - rounded.values(tier))
+        off = importance[..., None, :] * mx.square(weight - rounded.dequantized(tier))
         return off.reshape(*weight.shape[:-1], -1, tier.group_size).sum(axis=-1)
 
     before = errors(nearest(weight, tier))
@@ -72,8 +74,8 @@ def test_each_step_loses_less(case, name):
     tier = parse_tier(name)
     weight, hessian = case
     importance = mx.diagonal(hessian, axis1=-2, axis2=-1)
-    fed_back = gptq(weight, feedback(hessian, tier.group_size), tier, mx.bfloat16)
-    losses = [
+    fed_back = gptq(weight, gptq_factors(hessian, tier.group_size), tier, mx.bfloat16)
+    costs = [
         loss(weight, rounded, tier, hessian)
         for rounded in (
             nearest(weight, tier),
@@ -82,16 +84,16 @@ def test_each_step_loses_less(case, name):
             refit(weight, hessian, fed_back, tier),
         )
     ]
-    assert losses == sorted(losses, reverse=True)
-    assert losses[2] < 0.4 * losses[0]
+    assert costs == sorted(costs, reverse=True)
+    assert costs[2] < 0.4 * costs[0]
 
 
 def test_groups_in_another_order_come_back_to_their_places(case):
     tier = parse_tier("q3g32")
     weight, hessian = case
-    plain = gptq(weight, feedback(hessian, 32), tier, mx.bfloat16)
-    ordered = gptq(weight, feedback(hessian, 32, by_size=True), tier, mx.bfloat16)
-    assert feedback(hessian, 32, by_size=True).order != (0, 1, 2, 3)
+    plain = gptq(weight, gptq_factors(hessian, 32), tier, mx.bfloat16)
+    ordered = gptq(weight, gptq_factors(hessian, 32, by_size=True), tier, mx.bfloat16)
+    assert gptq_factors(hessian, 32, by_size=True).order != (0, 1, 2, 3)
     rough = nearest(weight, tier)
     assert loss(weight, ordered, tier, hessian) < 0.5 * loss(weight, rough, tier, hessian)
     assert loss(weight, ordered, tier, hessian) < loss(weight, plain, tier, hessian)
@@ -102,7 +104,7 @@ def test_a_refit_solves_the_rows_least_squares(case):
     """Against numpy's solution of the whole system, scales and biases not rounded."""
     tier = parse_tier("q3g64")
     weight, hessian = case
-    start = gptq(weight, feedback(hessian, 64), tier, mx.float32)
+    start = gptq(weight, gptq_factors(hessian, 64), tier, mx.float32)
     fitted = refit(weight, hessian, start, tier)
     row, h = np.array(weight[0, 5], np.float64), np.array(hessian[0], np.float64)
     q = np.array(start.q[0, 5], np.float64)
@@ -132,9 +134,9 @@ def test_odd_groups():
     values = mx.array(weight)
     for rounded in (
         search(values, mx.ones((1, 64)), tier, mx.bfloat16),
-        refit(values, hessian, gptq(values, feedback(hessian, 32), tier, mx.bfloat16), tier),
+        refit(values, hessian, gptq(values, gptq_factors(hessian, 32), tier, mx.bfloat16), tier),
     ):
-        out = np.array(rounded.values(tier))
+        out = np.array(rounded.dequantized(tier))
         assert np.isfinite(out).all()
         assert np.allclose(out[0, 0], 0.7, rtol=4e-3)
         assert np.allclose(out[0, 1], 0)

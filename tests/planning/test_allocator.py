@@ -7,28 +7,20 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from quantkit.artifacts.profile import (
-    CalibrationText,
-    SensitivityProfile,
-    TierCost,
-    WeightSensitivity,
-)
+from quantkit.artifacts.calibration import CalibrationText
+from quantkit.artifacts.memory import MemoryTarget
+from quantkit.artifacts.sensitivity import SensitivityProfile, TierCost, WeightSensitivity
+from quantkit.checkpoint.model_config import ModelConfig
 from quantkit.checkpoint.source import open_source
 from quantkit.errors import InputError, PlanError
 from quantkit.formats.tiers import canonical, parse_tier
-from quantkit.macs import MemoryTarget, cache_bytes
-from quantkit.planning.allocator import (
-    Constraints,
-    Limits,
-    corrected_by,
-    frontier,
-    plan_by_budget,
-    recipe_baselines,
-)
-from quantkit.planning.budget import parse_budget, parse_speed
+from quantkit.planning.allocator import corrected_by, plan_by_budget
+from quantkit.planning.budget import Budget, parse_budget, parse_speed
+from quantkit.planning.constraints import Constraints
+from quantkit.planning.frontier import frontier, recipe_baselines
 from quantkit.planning.plan import with_predictions
 from quantkit.planning.recipe import load_recipe, plan_by_recipe
-from tests import tiny
+from tests.support import tiny
 from tests.support.families import LLAMA, write
 
 TIERS = ("q8g64", "q6g64", "q4g64", "q4g32", "q3g64", "q2g64")
@@ -104,8 +96,8 @@ def test_within_budget_and_proven(cli, checkpoint, saved, profile, bits):
     assert plan["total_bytes"] <= bits * plan["parameters"] / 8
     assert plan["optimality"]["gap"] < 1e-9
     assert plan["optimality"]["bound"] == pytest.approx(plan["predicted_kl"])
-    losses = {w.name: w.by_tier for w in profile.weights}
-    expected = sum(losses[name][tier].kl for name, tier in tiers(plan).items())
+    costs = {w.name: w.by_tier for w in profile.weights}
+    expected = sum(costs[name][tier].kl for name, tier in tiers(plan).items())
     assert plan["predicted_kl"] == pytest.approx(expected)
     assert plan["calibration_texts"][0]["name"] == "default"
 
@@ -113,10 +105,10 @@ def test_within_budget_and_proven(cli, checkpoint, saved, profile, bits):
 def test_more_bytes_never_lose_more(inventory, profile):
     plans = frontier(inventory, profile, Constraints(), points=10)
     sizes = [plan.total_bytes for plan in plans]
-    losses = [plan.predicted_kl for plan in plans]
+    costs = [plan.predicted_kl for plan in plans]
     assert sizes == sorted(sizes)
-    assert losses == sorted(losses, reverse=True)
-    assert losses[-1] == 0
+    assert costs == sorted(costs, reverse=True)
+    assert costs[-1] == 0
 
 
 def test_lossless_is_the_smallest_that_loses_nothing(cli, checkpoint, saved, inventory):
@@ -142,9 +134,9 @@ def test_experts_never_take_a_tier_that_is_larger_and_lossier(published, model):
     )
     plans = frontier(inventory, profile, Constraints(), points=6)
     for plan in plans:
-        for choice in plan.choices:
-            if choice.role.startswith("expert"):
-                assert choice.tier in ("native", "q3g64", "q2g64"), choice
+        for assignment in plan.assignments:
+            if assignment.role.startswith("expert"):
+                assert assignment.tier in ("native", "q3g64", "q2g64"), assignment
 
 
 def test_pins_ties_and_floors(cli, checkpoint, saved):
@@ -170,10 +162,10 @@ def test_only_the_tiers_that_are_named(cli, checkpoint, saved):
 
 def test_routers_only_when_asked(cli, checkpoint, saved):
     options = ("-b", "3.2bpw")
-    kept = tiers(planned(cli, checkpoint, saved, *options))
+    unquantized = tiers(planned(cli, checkpoint, saved, *options))
     free = tiers(planned(cli, checkpoint, saved, *options, "--routers"))
     pinned = tiers(planned(cli, checkpoint, saved, *options, "--pin", "router=q8g64"))
-    assert kept["model.layers.0.mlp.router"] == "bf16"
+    assert unquantized["model.layers.0.mlp.router"] == "bf16"
     assert free["model.layers.0.mlp.router"] != "bf16"
     assert pinned["model.layers.0.mlp.router"] == "q8g64"
 
@@ -210,7 +202,7 @@ def test_a_saved_plan_is_whole_again_and_an_edited_one_forgets_its_proof(
 def test_why_a_weight_got_its_tier(cli, checkpoint, saved):
     options = ("-b", "4.5bpw", "--explain", "layers.2.*")
     reasons = planned(cli, checkpoint, saved, *options)
-    assert reasons["prices"][0] > 0
+    assert reasons["shadow_prices"][0] > 0
     assert {w["name"].split(".")[2] for w in reasons["weights"]} == {"2"}
     ups, downs = reasons["up"], reasons["down"]
     assert [s["worth"] for s in ups] == sorted((s["worth"] for s in ups), reverse=True)
@@ -237,11 +229,13 @@ def test_tied_weights_change_together_and_every_limit_has_its_price(cli, checkpo
         "*",
     )
     reasons = planned(cli, checkpoint, saved, *options)
-    assert reasons["prices"][1] > 0
+    assert reasons["shadow_prices"][1] > 0
     for step in [*reasons["up"], *reasons["down"]]:
         assert len(step["weights"]) in (1, 4)
         assert any("self_attn" in name for name in step["weights"]) == (len(step["weights"]) == 4)
-        price = sum(p * step[k] for p, k in zip(reasons["prices"], ("bytes", "read"), strict=True))
+        price = sum(
+            p * step[k] for p, k in zip(reasons["shadow_prices"], ("bytes", "read"), strict=True)
+        )
         assert step["price"] == pytest.approx(price)
 
 
@@ -271,30 +265,30 @@ def test_recipes_of_the_same_bytes_stand_for_election(inventory, profile):
     theirs = plan_by_recipe(inventory, load_recipe("moringlabs-3.6bit"))
     names = [
         p.origin
-        for p in recipe_baselines(inventory, profile, Limits(theirs.total_bytes), Constraints())
+        for p in recipe_baselines(inventory, profile, Budget(theirs.total_bytes), Constraints())
     ]
     assert names == ["recipe moringlabs-3.6bit"]
-    assert not recipe_baselines(inventory, profile, Limits(theirs.total_bytes - 1), Constraints())
+    assert not recipe_baselines(inventory, profile, Budget(theirs.total_bytes - 1), Constraints())
 
 
 def test_corrections_by_role(inventory, profile):
     plan = plan_by_budget(
-        inventory, profile, Limits(int(4 * inventory.parameters / 8)), Constraints()
+        inventory, profile, Budget(int(4 * inventory.parameters / 8)), Constraints()
     )
-    before = sum(c.kl for c in plan.choices if c.role == "q")
+    before = sum(c.kl for c in plan.assignments if c.role == "q")
     assert before > 0
     after = corrected_by(profile, plan, {"q": 3 * before})
     for old, new in zip(profile.weights, after.weights, strict=True):
         factor = 3 if old.role == "q" else 1
-        assert [n.kl for n in new.losses] == pytest.approx([factor * o.kl for o in old.losses])
+        assert [n.kl for n in new.costs] == pytest.approx([factor * o.kl for o in old.costs])
 
 
 def test_budgets_as_people_write_them(inventory):
-    config = tiny.CONFIG
+    config = ModelConfig.parse(tiny.CONFIG)
     bits = inventory.parameters
 
     def stored(text):
-        return parse_budget(text, inventory, config, MemoryTarget(0, 10**9)).bytes
+        return parse_budget(text, inventory, config, MemoryTarget(None, 0, 10**9)).bytes
 
     assert stored("4.25bpw") == int(4.25 * bits / 8)
     assert stored("12GB") == 12 * 10**9
@@ -310,7 +304,7 @@ def test_budgets_as_people_write_them(inventory):
 def test_the_kv_cache_of_gpt_oss(published, model, full):
     """2,048 bytes a token in every full-attention layer; sliding ones stop at 128 tokens."""
     config = json.loads((published[model] / "config.json").read_text())
-    assert cache_bytes(config, 32768) == 2048 * full * (32768 + 128)
+    assert ModelConfig.parse(config).kv_cache_bytes(32768) == 2048 * full * (32768 + 128)
 
 
 def test_like_a_folder(cli, checkpoint, saved, tmp_path):
@@ -331,7 +325,7 @@ def test_quantize_by_budget(cli, checkpoint, saved, tmp_path):
     assert report["plan"]["predicted_kl"] > 0
     assert cli("verify", out).exit_code == 0
     assert (
-        "Predicted KL divergence to the native model, nats per token, if it were"
+        "Predicted KL divergence to the native model, nats per token, if rounded"
         in (out / "README.md").read_text()
     )
 
@@ -341,30 +335,30 @@ def test_quantize_by_budget(cli, checkpoint, saved, tmp_path):
     [
         (("-b", "5parsec"), "not understood"),
         (("--budget=-4bpw",), "not understood"),
-        (("-b", "cow:4"), "there is mac:64GB"),
+        (("-b", "cow:4"), "use mac:64GB"),
         (("-b", "like:nope"), "neither a folder nor a recipe"),
         (("-b", "mac:lots"), "mac:64GB"),
         (("-b", "1bpw"), "at least .* at a predicted KL divergence of"),
         (("-b", "5bpw", "--active-bytes", "1kB"), "read per token are not possible"),
         (("-b", "5bpw", "--speed", "fast"), "60tok/s@400GB/s"),
-        (("-b", "5bpw", "--speed", "1tok/s@1GB/s", "--active-bytes", "1GB"), "say the same"),
-        (("-b", "2.5bpw", "--pin", "expert=native"), "tiers that are allowed take at least"),
-        (("-b", "5bpw", "--pin", "expert=q8g64"), "the profile knows no loss"),
+        (("-b", "5bpw", "--speed", "1tok/s@1GB/s", "--active-bytes", "1GB"), "same limit"),
+        (("-b", "2.5bpw", "--pin", "expert=native"), "the allowed tiers take at least"),
+        (("-b", "5bpw", "--pin", "expert=q8g64"), "is not in the profile"),
         (("-b", "5bpw", "--pin", "nothing.*=q4g64"), "matches no weight"),
         (("-b", "5bpw", "--pin", "q4g64"), "write it like"),
-        (("-b", "5bpw", "--pin", "q=q9"), "no tier"),
-        (("-b", "lossless", "--pin", "q=q4g64"), "lose nothing"),
-        (("-b", "5bpw", "--tie", "self_attn.*", "--pin", "q=q4g64", "--pin", "k=q8g64"), "no tier is left"),
-        (("-b", "5bpw", "-r", "mxfp4-q8"), "just one of them"),
-        (("-r", "mxfp4-q8", "--pin", "q=q4g64"), "go with --budget"),
+        (("-b", "5bpw", "--pin", "q=q9"), "unknown tier"),
+        (("-b", "lossless", "--pin", "q=q4g64"), "no allowed tier is lossless"),
+        (("-b", "5bpw", "--tie", "self_attn.*", "--pin", "q=q4g64", "--pin", "k=q8g64"), "no allowed tier in common"),
+        (("-b", "5bpw", "-r", "mxfp4-q8"), "choose tiers by exactly one of"),
+        (("-r", "mxfp4-q8", "--pin", "q=q4g64"), "need a --budget"),
         (("-b", "5bpw", "--explain", "nothing"), "matches no weight"),
         (("-b", "mac:2GB", "--context", "1000k", "--reserve", "2GB"), "nothing is left"),
         (("-b", "mac:16GB", "--context", "long"), "not a number of tokens"),
-        (("-b", "5bpw", "--plot", "x.png"), "give --frontier"),
-        (("--frontier", "-b", "5bpw"), "do not go with it"),
-        (("-r", "mxfp4-q8", "--refine", "1"), "--refine goes with --budget"),
+        (("-b", "5bpw", "--plot", "x.png"), "add --frontier"),
+        (("--frontier", "-b", "5bpw"), "leave out --budget"),
+        (("-r", "mxfp4-q8", "--refine", "1"), "--refine needs a --budget"),
         (("-b", "5bpw", "--refine", "-1"), "refine"),
-        (("-b", "5bpw", "--rounding", "best"), "Roundings: rtn, search, gptq"),
+        (("-b", "5bpw", "--quantizer", "best"), "Use one of rtn, search, gptq"),
     ],
 )  # fmt: skip
 def test_bad_budgets(cli, checkpoint, saved, options, says):
@@ -386,30 +380,30 @@ def test_a_budget_wants_a_profile(cli, checkpoint, tmp_path, saved):
 def test_a_profile_that_lacks_a_weight(inventory, profile):
     short = replace(profile, weights=profile.weights[1:])
     with pytest.raises(PlanError, match="lacks model.embed_tokens"):
-        plan_by_budget(inventory, short, Limits(10**6), Constraints())
+        plan_by_budget(inventory, short, Budget(10**6), Constraints())
 
 
 def test_a_cache_of_unknown_size():
-    with pytest.raises(InputError, match="how large the KV cache is"):
-        cache_bytes({"num_hidden_layers": 3}, 10)
+    with pytest.raises(InputError, match="the size of the KV cache"):
+        ModelConfig.parse({"num_hidden_layers": 3}).kv_cache_bytes(10)
 
 
 def test_a_profiles_own_sizes_are_not_believed(inventory, profile):
     """Bytes are counted from tiers and shapes; a published profile may say anything."""
 
     def smaller(weight):
-        return replace(weight, losses=tuple(replace(x, bytes=x.bytes // 2) for x in weight.losses))
+        return replace(weight, costs=tuple(replace(x, bytes=x.bytes // 2) for x in weight.costs))
 
     lying = replace(profile, weights=tuple(map(smaller, profile.weights)))
-    limits = Limits(inventory.parameters // 2)
+    limits = Budget(inventory.parameters // 2)
     plan, honest = (plan_by_budget(inventory, p, limits, Constraints()) for p in (lying, profile))
-    assert plan.choices == honest.choices
+    assert plan.assignments == honest.assignments
     assert plan.total_bytes <= limits.bytes
 
 
 def test_negative_losses_are_refused(cli, checkpoint, saved, tmp_path):
     data = json.loads((saved / "profile.json").read_text())
-    next(iter(data["weights"][0]["losses"].values()))["kl"] = -1.0
+    next(iter(data["weights"][0]["costs"].values()))["kl"] = -1.0
     (tmp_path / "profile.json").write_text(json.dumps(data))
     result = cli("plan", checkpoint, "--profile", tmp_path, "-b", "5bpw")
     assert result.exit_code == 2
@@ -452,10 +446,10 @@ def put(value, *path):
     "change",
     [
         put([], "weights", 0, "name"),
-        put({}, "weights", 0, "losses"),
-        put(10**400, "weights", 0, "losses", "q4g64", "kl"),
-        put(1e308, "weights", 0, "losses", "q4g64", "kl"),
-        put(True, "weights", 0, "losses", "q4g64", "kl"),
+        put({}, "weights", 0, "costs"),
+        put(10**400, "weights", 0, "costs", "q4g64", "kl"),
+        put(1e308, "weights", 0, "costs", "q4g64", "kl"),
+        put(True, "weights", 0, "costs", "q4g64", "kl"),
         put(None, "weights", 0, "unseen_experts"),
         put("zz", "calibration", "sketch"),
         put(5, "calibration", "name"),
@@ -476,8 +470,8 @@ def test_profiles_that_lie(cli, checkpoint, saved, tmp_path, change):
     [
         put("x", "measured_kl"),
         put(10**400, "weights", 0, "kl"),
-        put([], "optimality", "prices"),
-        put([10**400], "optimality", "prices"),
+        put([], "optimality", "shadow_prices"),
+        put([10**400], "optimality", "shadow_prices"),
         put(float("nan"), "optimality", "bound"),
         put("zz", "calibration_texts", 0, "sketch"),
         put(3, "calibration_texts"),
@@ -507,13 +501,13 @@ def test_numbers_that_are_none(cli, checkpoint, saved, option, number):
 def test_what_a_run_needs_is_not_replaced(cli, checkpoint, saved, tmp_path):
     import shutil
 
-    kept = shutil.copytree(saved, tmp_path / "kept")
-    plan = kept / "plan.json"
-    planned(cli, checkpoint, kept, "-b", "5bpw", "-o", plan)
-    for options in (("--profile", kept, "-b", "5bpw"), ("--plan", plan)):
-        result = cli("quantize", checkpoint, *options, "-o", kept, "--force")
+    unquantized = shutil.copytree(saved, tmp_path / "unquantized")
+    plan = unquantized / "plan.json"
+    planned(cli, checkpoint, unquantized, "-b", "5bpw", "-o", plan)
+    for options in (("--profile", unquantized, "-b", "5bpw"), ("--plan", plan)):
+        result = cli("quantize", checkpoint, *options, "-o", unquantized, "--force")
         assert result.exit_code == 2, result.output
-        assert (kept / "profile.json").exists()
+        assert (unquantized / "profile.json").exists()
         assert plan.exists()
 
 

@@ -1,15 +1,15 @@
-"""The folder in which an output grows before it takes its name.
+"""The output directory: OUT appears complete, or not at all.
 
-Beside OUT stands OUT.partial with
+The output grows in OUT.partial, which holds
 
-    state.json   what the output depends on, and the shards that are complete
+    state.json   the input key, and the records of complete files
     repo/        the output so far
-    work/        what an interrupted run can go on from, and the output does without
-    replaced/    what stood at OUT, for the moment between two renames
+    work/        scratch from which an interrupted run resumes
+    replaced/    the previous OUT, between two renames
     lock         held by the process at work
 
-Only a finished output is renamed to OUT; a killed run leaves OUT.partial, from which the next one
-with the same inputs goes on.
+A finished output is renamed to OUT. A killed run leaves OUT.partial, from which the next run with
+the same input key resumes.
 """
 
 import fcntl
@@ -17,52 +17,49 @@ import os
 import shutil
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from quantkit.artifacts.profile import PROFILE_FILE
-from quantkit.artifacts.report import REPORT_FILE, ShardRecord, shard_record
-from quantkit.checkpoint.checkpoint import hash_file
-from quantkit.checkpoint.source import Source
 from quantkit.errors import InputError, OutputError
+from quantkit.storage.hashing import hash_file
+from quantkit.storage.input_key import InputKey
 from quantkit.storage.json_files import dump_json, load_json, write_atomically
-from quantkit.storage.paths import home_folder
+from quantkit.storage.paths import PROFILE_FILE, REPORT_FILE, home_folder
 
 _MARK = b"quantkit\n"
 _SPARE = 64_000_000  # bytes left free for config, tokenizer, report
+Record = dict[str, Any]
+"""A complete file: `name`, `sha256`, and more fields of its writer."""
 
 
 class OutputDirectory:
-    """OUT.partial, locked while open. Use as a context manager."""
+    """OUT.partial, locked while open. Use as a context manager; `task` names the run in errors."""
 
-    def __init__(
-        self, out: Path, depends: Mapping[str, str], force: bool, what: str = "rewrite"
-    ) -> None:
+    def __init__(self, out: Path, key: InputKey, force: bool, task: str = "rewrite") -> None:
         self.out = out
-        self.what = what
+        self.task = task
         self.folder = out.with_name(f"{out.name}.partial")
         self.repo = self.folder / "repo"
         self.work = self.folder / "work"
         self._replaced = self.folder / "replaced"
         self._state = self.folder / "state.json"
-        self._depends = dict(depends)
+        self._key = key
         self._force = force
-        self._records: dict[str, ShardRecord] = {}
+        self._records: dict[str, Record] = {}
         self._lock: int | None = None
-        self._made: list[Path] = []
+        self.resumed = False
+        self._new_parents: list[Path] = []
 
     def __enter__(self) -> "OutputDirectory":
-        """Raises OutputError if it is in use, or holds an unfinished rewrite from other inputs."""
+        """Lock the directory. Raises OutputError if it is in use, or begun with other inputs."""
         with _clear_errors(self.folder):
             if self.folder.exists() and not self._is_ours():
                 raise OutputError(
-                    f"{self.folder}: exists and was not made by quantkit. Move it away: "
-                    "it stands where the unfinished output must go."
+                    f"{self.folder}: exists, but quantkit did not make it. Move it away: the "
+                    "unfinished output needs this place."
                 )
-            self._made = [path for path in self.folder.parents if not path.exists()]
+            self._new_parents = [path for path in self.folder.parents if not path.exists()]
             new = not self.folder.exists()
             self.folder.mkdir(parents=True, exist_ok=True)
             if not self._take_lock():
@@ -80,7 +77,7 @@ class OutputDirectory:
         self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
     ) -> None:
         if isinstance(exc, InputError) and self._is_empty():
-            self.discard()  # refused before anything was done: nothing is left
+            self.discard()  # refused before any work: leave nothing behind
         self._unlock()
 
     def _is_empty(self) -> bool:
@@ -89,12 +86,12 @@ class OutputDirectory:
         )
 
     def tidy(self) -> None:
-        """Remove what is left of this very rewrite, killed after its repo had taken its name."""
+        """Remove the leftovers of this very run, killed after the rename to OUT."""
         with _clear_errors(self.folder):
             if not self._is_ours() or not self._take_lock():
                 return
             try:
-                if not self._state.exists() or not self._read_state()[0]:
+                if not self._state.exists() or self._read_state()[0] is None:
                     self.discard()
             finally:
                 self._unlock()
@@ -103,7 +100,7 @@ class OutputDirectory:
         lock = self.folder / "lock"
         if lock.is_file() and lock.read_bytes() == _MARK:
             return True
-        # Killed before the mark was set, or after all else was removed.
+        # Killed before the mark was written, or after the other files were removed.
         return self.folder.is_dir() and {path.name for path in self.folder.iterdir()} <= {"lock"}
 
     def _take_lock(self) -> bool:
@@ -111,7 +108,7 @@ class OutputDirectory:
         self._lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Whoever held it may just have removed it: then this is no lock any more.
+            # Its last holder may have removed the file meanwhile.
             if os.path.samestat(os.fstat(self._lock), path.stat()):
                 os.pwrite(self._lock, _MARK, 0)
                 return True
@@ -133,53 +130,54 @@ class OutputDirectory:
                 self._replaced.replace(self.out)
         if self._state.exists():
             changed, records = self._read_state()
-            if not changed:
+            if changed is None:
                 self.repo.mkdir(exist_ok=True)
                 self.work.mkdir(exist_ok=True)
-                self._records = {r.name: r for r in records if self._is_whole(r)}
+                self.resumed = True
+                self._records = {r["name"]: r for r in records if self._is_complete(r)}
                 _clear(self.repo, keep=self._records.keys())
                 return
             if not self._force:
                 raise OutputError(
-                    f"{self.folder}: holds an unfinished {self.what} with another {changed[0]}. "
-                    "Run with the same inputs to go on, or with --force to start over."
+                    f"{self.folder}: holds an unfinished {self.task} with another {changed}. Run "
+                    "with the same inputs to resume it, or with `force` to start over."
                 )
         for folder in (self.repo, self.work):
             _remove(folder)
             folder.mkdir()
         self._save()
 
-    def _read_state(self) -> tuple[list[str], list[ShardRecord]]:
-        """(the inputs that have changed since, the shards that were complete)"""
+    def _read_state(self) -> tuple[str | None, list[Record]]:
+        """Return (the first input that has changed, the records of complete files)."""
         saved = load_json(self._state, OutputError)
         try:
-            before = dict(saved["depends"])
-            records = [shard_record(record) for record in saved["shards"]]
+            key = dict(saved["input_key"])
+            records = [{**record, "name": _plain_name(record)} for record in saved["files"]]
         except (KeyError, TypeError, ValueError) as exc:
             raise OutputError(
                 f"{self._state}: damaged ({exc}). Remove its folder and run again."
             ) from exc
-        return [k for k in self._depends if before.get(k) != self._depends[k]], records
+        return self._key.difference(key), records
 
-    def _is_whole(self, record: ShardRecord) -> bool:
-        path = self.repo / record.name
-        return path.is_file() and hash_file(path, path.name) == record.sha256
+    def _is_complete(self, record: Record) -> bool:
+        path = self.repo / record["name"]
+        return path.is_file() and hash_file(path, path.name) == record.get("sha256")
 
     def _save(self) -> None:
-        shards = [asdict(record) for record in self._records.values()]
-        write_atomically(self._state, dump_json({"depends": self._depends, "shards": shards}))
+        state = {"input_key": dict(self._key.hashes), "files": list(self._records.values())}
+        write_atomically(self._state, dump_json(state))
 
-    def finished(self, shard: str) -> ShardRecord | None:
-        """The record of a shard that an earlier run completed."""
-        return self._records.get(shard)
+    def finished(self, name: str) -> Record | None:
+        """Return the record of a file that an earlier run completed."""
+        return self._records.get(name)
 
-    def add(self, record: ShardRecord) -> None:
-        """Remember that a shard is complete."""
-        self._records[record.name] = record
+    def add(self, record: Record) -> None:
+        """Record a complete file."""
+        self._records[record["name"]] = record
         self._save()
 
     def require_space(self, needed: int) -> None:
-        """Raises OutputError unless `needed` more bytes fit on the disk."""
+        """Check that `needed` more bytes fit on the disk. Raises OutputError."""
         free = shutil.disk_usage(self.folder).free
         if free < needed + _SPARE:
             raise OutputError(
@@ -188,11 +186,11 @@ class OutputDirectory:
             )
 
     def write(self, name: str, value: dict[str, Any]) -> None:
-        """Put a JSON file into the repo."""
+        """Write a JSON file into the repo."""
         write_atomically(self.repo / name, dump_json(value))
 
     def copy(self, path: Path, name: str) -> None:
-        """Put a copy of a file into the repo, under a name that may lie in a folder."""
+        """Copy a file into the repo, under a name that may contain a folder."""
         target = self.repo / name
         with _clear_errors(target):
             target.parent.mkdir(exist_ok=True)
@@ -201,10 +199,10 @@ class OutputDirectory:
                 os.fsync(file.fileno())
 
     def commit(self) -> None:
-        """Give the finished repo its name, in place of what `--force` allows to be replaced.
+        """Rename the finished repo to OUT, replacing a previous one if `force` allows it.
 
-        Raises OutputError, the finished repo kept in the staging folder, if something has come to
-        stand there meanwhile.
+        Raises OutputError if OUT has been created meanwhile; the finished repo stays in
+        OUT.partial.
         """
         require_free(self.out, self._force)
         with _clear_errors(self.out):
@@ -216,44 +214,33 @@ class OutputDirectory:
             self.discard()
 
     def discard(self) -> None:
-        """Remove the staging folder and all in it, and the parents made for it if empty."""
+        """Remove OUT.partial, and the parents made for it if they are empty."""
         if self._is_ours():
-            # The lock last: it is what tells that the folder is ours. Files of others stay.
+            # The lock goes last: it marks the folder as ours. Files of other programs stay.
             for path in (self._state, *self.folder.glob(".state.json.*.tmp"), self._replaced):
                 _remove(path)
             _remove(self.repo)
             _remove(self.work)
             (self.folder / "lock").unlink(missing_ok=True)
         with suppress(OSError):
-            for path in (self.folder, *self._made):
+            for path in (self.folder, *self._new_parents):
                 path.rmdir()
 
 
-def versions() -> dict[str, str]:
-    """The versions on which what is written depends."""
-    return {package: version(package) for package in ("quantkit", "mlx", "mlx-lm")}
-
-
-def source_marks(source: Source) -> dict[str, str]:
-    """What tells whether a source has changed, under names a person understands."""
-    files = {
-        f"source file {file.name}": source.checkpoint.fingerprint(file)
-        for file in source.checkpoint.files
-    }
-    structure = source.inventory.source.structure
-    return {"source structure": structure, "float type": source.floats, **files}
-
-
 def require_apart(out: Path, source: Path | None) -> None:
-    """Raises OutputError if `out` is, holds, or lies in the source, or holds the working or home
-    directory: nothing may be put there, whatever is forced; nor in the staging folder. `source` is
-    None while it is remote."""
+    """Check that replacing `out` or OUT.partial cannot delete a folder of the user.
+
+    Raises OutputError if one of them is, contains, or lies in `source` (None while it is remote),
+    or contains the working or home directory.
+    """
     with _clear_errors(out):
-        kept = [folder.resolve() for folder in (source, Path.cwd(), home_folder()) if folder]
+        protected = [folder.resolve() for folder in (source, Path.cwd(), home_folder()) if folder]
         for target in (out.resolve(), Path(f"{out}.partial").resolve()):
-            for folder in kept:
+            for folder in protected:
                 if target == folder or target in folder.parents:
-                    raise OutputError(f"{target}: is or contains {folder}, which must stay.")
+                    raise OutputError(
+                        f"{target}: is or contains {folder}, which must not be replaced."
+                    )
         if source is not None and source.resolve() in out.resolve().parents:
             raise OutputError(f"{out}: lies inside the source {source}. Choose another.")
         if out.exists() and (out.is_symlink() or out.is_mount()):
@@ -261,8 +248,7 @@ def require_apart(out: Path, source: Path | None) -> None:
 
 
 def require_free(out: Path, force: bool) -> None:
-    """Raises OutputError unless `out` is missing, an empty folder, or a folder that `force` says
-    to replace."""
+    """Check that `out` is missing, empty, or a folder that `force` replaces. Raises OutputError."""
     with _clear_errors(out):
         if out.is_symlink() and not out.exists():
             raise OutputError(f"{out}: is a broken link. Choose another output folder.")
@@ -271,13 +257,20 @@ def require_free(out: Path, force: bool) -> None:
         if not out.is_dir():
             raise OutputError(f"{out}: is a file. Choose another output folder.")
         if not force:
-            what = "exists and is not ours"
+            content = "exists, but quantkit did not make it"
             for file, kind in ((REPORT_FILE, "quant"), (PROFILE_FILE, "profile")):
                 if (out / file).exists():
-                    what = f"holds another {kind}"
+                    content = f"holds another {kind}"
             raise OutputError(
-                f"{out}: {what}. Choose another output folder, or replace it with --force."
+                f"{out}: {content}. Choose another output folder, or replace it with `force`."
             )
+
+
+def _plain_name(record: Mapping[str, Any]) -> str:
+    name = record["name"]
+    if not isinstance(name, str) or Path(name).name != name:
+        raise ValueError(f"{name!r} is not a plain file name")
+    return name
 
 
 @contextmanager
@@ -290,7 +283,7 @@ def _clear_errors(path: Path) -> Iterator[None]:
 
 
 def _clear(folder: Path, keep: Collection[str]) -> None:
-    """Remove what is in `folder`, if it is there, but for the names to `keep`."""
+    """Remove the contents of `folder`, save for the names in `keep`."""
     for path in folder.iterdir() if folder.is_dir() else ():
         if path.name not in keep:
             _remove(path)

@@ -13,10 +13,10 @@ from quantkit.backend import mx
 from quantkit.checkpoint.source import open_source
 from quantkit.errors import OutputError, SourceError, TierError
 from quantkit.formats.tiers import MXFP4, NATIVE, TIERS, parse_tier
-from quantkit.jobs.pipeline import quantize as write_repo
 from quantkit.planning.plan import make_plan
 from quantkit.planning.recipe import load_recipe, plan_by_recipe, recipe_names
-from tests import tiny
+from tests.support import tiny
+from tests.support.repo import Calls, write_repo
 
 
 def quantize(folder, out, recipe="mxfp4-q8", **options):
@@ -88,8 +88,8 @@ def test_experts_are_decoded_exactly_and_encoded_as_mlx_would(tmp_path, checkpoi
         w.name: tier if w.role.startswith("expert") else NATIVE for w in source.inventory.weights
     }
     write_repo(source, make_plan(source.inventory, tiers, "test"), tmp_path / "out")
-    kept = {w.name: NATIVE for w in source.inventory.weights}
-    write_repo(source, make_plan(source.inventory, kept, "test"), tmp_path / "native")
+    unquantized = {w.name: NATIVE for w in source.inventory.weights}
+    write_repo(source, make_plan(source.inventory, unquantized, "test"), tmp_path / "native")
     ours, native = tensors(tmp_path / "out"), tensors(tmp_path / "native")
     for name in (w.name for w in source.inventory.weights if w.role.startswith("expert")):
         packed = native[f"{name}.weight"], native[f"{name}.scales"]
@@ -120,7 +120,7 @@ def test_experts_kept_native_are_the_stored_bits(tmp_path, checkpoint):
 def test_fine_tuned_experts_become_mxfp4(tmp_path):
     folder = tiny.write_gpt_oss(tmp_path / "src", packed=False)
     report = quantize(folder, tmp_path / "out")
-    assert {c.tier for c in report.plan.choices if c.role == "expert_up"} == {"mxfp4"}
+    assert {c.tier for c in report.plan.assignments if c.role == "expert_up"} == {"mxfp4"}
     stored = {spec.name: values for spec, values in tiny.gpt_oss_tensors(packed=False)}
     at = "model.layers.0.mlp.experts"
     gate = tiny.from_bf16(stored[f"{at}.gate_up_proj"][:, :, 0::2]).swapaxes(1, 2)
@@ -180,7 +180,7 @@ def test_no_path_of_the_machine_is_published(tmp_path, checkpoint):
 def test_shards_hold_at_most_what_was_asked(tmp_path, checkpoint):
     report = quantize(checkpoint, tmp_path / "out", shard_bytes=60_000)
     assert len(report.shards) > 3
-    weights = {choice.bytes for choice in report.plan.choices}
+    weights = {assignment.bytes for assignment in report.plan.assignments}
     assert all(s.tensor_bytes <= 60_000 or s.tensor_bytes in weights for s in report.shards)
     names = [f"model-{i:05d}-of-{len(report.shards):05d}.safetensors" for i in range(1, 99)]
     assert [s.name for s in report.shards] == names[: len(report.shards)]
@@ -219,7 +219,7 @@ def test_a_finished_repo_of_other_values_is_not_taken_for_this_one(tmp_path):
         values["lm_head.weight"][0, 0] ^= 1
 
     tiny.write_gpt_oss(folder, change)
-    with pytest.raises(OutputError, match=r"out: holds another quant.*--force"):
+    with pytest.raises(OutputError, match=r"out: holds another quant.*`force`"):
         quantize(folder, tmp_path / "out")
 
 
@@ -239,7 +239,7 @@ def test_a_folder_that_is_not_ours_is_kept(tmp_path, checkpoint):
     out = tmp_path / "out"
     out.mkdir()
     (out / "thesis.txt").write_text("years of work")
-    with pytest.raises(OutputError, match=r"out: exists and is not ours.*--force"):
+    with pytest.raises(OutputError, match=r"out: exists, but quantkit did not make it.*`force`"):
         quantize(checkpoint, out)
     assert (out / "thesis.txt").read_text() == "years of work"
     assert {p.name for p in tmp_path.iterdir()} == {"out"}
@@ -253,7 +253,7 @@ def test_what_appears_meanwhile_is_kept(tmp_path, checkpoint):
         out.mkdir(exist_ok=True)
         (out / "thesis").write_text("years of work")
 
-    with pytest.raises(OutputError, match="exists and is not ours"):
+    with pytest.raises(OutputError, match="exists, but quantkit did not make it"):
         quantize(checkpoint, out, progress=meanwhile)
     assert (out / "thesis").read_text() == "years of work"
     shutil.rmtree(out)
@@ -295,7 +295,7 @@ def test_another_shard_size_is_another_repo(tmp_path, checkpoint):
 def test_a_source_without_tokenizer(tmp_path):
     folder = tiny.write_gpt_oss(tmp_path / "src")
     (folder / "tokenizer.json").unlink()
-    with pytest.raises(SourceError, match=r"holds no tokenizer \(tokenizer.json"):
+    with pytest.raises(SourceError, match=r"has no tokenizer \(tokenizer.json"):
         quantize(folder, tmp_path / "out")
     (folder / "tokenizer.json").symlink_to("/nowhere")
     with pytest.raises(SourceError, match="tokenizer.json: a broken link"):
@@ -382,7 +382,7 @@ def test_parents_are_made(tmp_path, checkpoint):
 def test_the_source_cannot_be_overwritten(tmp_path, where):
     folder = tiny.write_gpt_oss(tmp_path / "src")
     before = hashes(folder)
-    with pytest.raises(OutputError, match="must stay|lies inside the source"):
+    with pytest.raises(OutputError, match="must not be replaced|lies inside the source"):
         quantize(folder, tmp_path / where, force=True)
     assert hashes(folder) == before
     assert {p.name for p in tmp_path.iterdir()} == {"src"}
@@ -413,7 +413,7 @@ def test_a_loop_of_links(tmp_path, checkpoint):
 def test_the_working_folder_cannot_be_overwritten(tmp_path, checkpoint, monkeypatch, out):
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
-    with pytest.raises(OutputError, match="must stay"):
+    with pytest.raises(OutputError, match="must not be replaced"):
         quantize(checkpoint, Path(out), force=True)
     assert [p.name for p in tmp_path.iterdir()] == ["work"]
 
@@ -421,7 +421,7 @@ def test_the_working_folder_cannot_be_overwritten(tmp_path, checkpoint, monkeypa
 def test_a_partial_folder_that_is_not_ours(tmp_path, checkpoint):
     (tmp_path / "out.partial").mkdir()
     (tmp_path / "out.partial" / "notes").write_text("mine")
-    with pytest.raises(OutputError, match="exists and was not made by quantkit"):
+    with pytest.raises(OutputError, match="exists, but quantkit did not make it"):
         quantize(checkpoint, tmp_path / "out", force=True)
     assert (tmp_path / "out.partial" / "notes").read_text() == "mine"
 
@@ -482,18 +482,13 @@ def test_damaged_experts_that_are_requantized(tmp_path):
 
 
 def test_progress_counts_every_byte(tmp_path, checkpoint):
-    from quantkit.writer.writer import rewrite
+    from quantkit.writer.writer import Rewrite, rewrite
 
     source = open_source(str(checkpoint))
     plan = plan_by_recipe(source.inventory, load_recipe("mxfp4-q8"))
     seen = []
-    rewrite(
-        source,
-        plan,
-        tmp_path / "out",
-        lambda _: {},
-        progress=lambda n, name: seen.append((n, name)),
-    )
+    progress = Calls(lambda n, name: seen.append((n, name)))
+    rewrite(Rewrite(source, plan, tmp_path / "out"), lambda _: {}, progress)
     assert sum(n for n, _ in seen) == plan.total_bytes
     assert {name for _, name in seen} > {w.name for w in source.inventory.weights}
 

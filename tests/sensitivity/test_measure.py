@@ -16,18 +16,18 @@ import pytest
 
 from quantkit.backend import mx
 from quantkit.checkpoint.source import open_source
-from quantkit.formats.codec import rounded
+from quantkit.formats.codec import fake_quantize
 from quantkit.formats.tiers import parse_tier
-from quantkit.sensitivity.entries import candidates
-from quantkit.sensitivity.exact import measured
+from quantkit.sensitivity.entries import candidate_entries
+from quantkit.sensitivity.exact import measure_entries
 from quantkit.sensitivity.validation import spearman
 from quantkit.storage.json_files import FORMAT_VERSION
 from quantkit.streaming.layer_runner import StreamingModel
 from quantkit.streaming.layer_trace import hooked
 from quantkit.streaming.lm_head import ChangedModel, divergence, label_gradients
-from tests import hub, tiny
-from tests.streaming.test_streaming import plainly_loaded
+from tests.support import hub, tiny
 from tests.support.families import LLAMA, MOE, write
+from tests.support.reference import plainly_loaded
 from tests.support.text import rows
 
 pytestmark = pytest.mark.skipif(
@@ -54,7 +54,7 @@ def profiled(checkpoint, text, tmp_path_factory):
 
 def table(folder):
     made = json.loads((Path(folder) / "profile.json").read_text())
-    return {(w["name"], t): loss for w in made["weights"] for t, loss in w["losses"].items()}
+    return {(w["name"], t): loss for w in made["weights"] for t, loss in w["costs"].items()}
 
 
 @pytest.mark.parametrize("model", [None, LLAMA, MOE], ids=["gpt-oss", "llama", "qwen3-moe"])
@@ -64,17 +64,17 @@ def test_measured_is_what_a_plain_model_says(checkpoint, tmp_path, model):
     source = open_source(str(folder))
     streaming = StreamingModel(source)
     tokens = mx.random.randint(0, 64, (2, 20), key=mx.random.key(0))
-    entries = candidates(source.inventory.weights, ["q2g32"])
-    found = measured(streaming, tokens, entries, lambda _: None)
+    entries = candidate_entries(source.inventory.weights, ["q2g32"])
+    found = measure_entries(streaming, tokens, entries, lambda _: None)
     plain = plainly_loaded(folder)
     native = plain(tokens)
     modules = dict(plain.named_modules())
     for entry in entries:
         module = modules[entry.weight.name]
-        kept = module.weight
-        module.weight = rounded(streaming.values(entry.weight.name), entry.tier)
+        unquantized = module.weight
+        module.weight = fake_quantize(streaming.values(entry.weight.name), entry.tier)
         changed = plain(tokens)
-        module.weight = kept
+        module.weight = unquantized
         p = native - mx.logsumexp(native, axis=-1, keepdims=True)
         q = changed - mx.logsumexp(changed, axis=-1, keepdims=True)
         expected = (mx.exp(p) * (p - q)).sum(axis=-1).mean(axis=-1)
@@ -144,11 +144,11 @@ def test_divergence_of_logits_that_are_shifted(checkpoint):
 
 def test_predictions_rank_like_the_truth(checkpoint, profiled):
     source = open_source(str(checkpoint))
-    entries = candidates(source.inventory.weights, ["q3g64", "q2g64"])
+    entries = candidate_entries(source.inventory.weights, ["q3g64", "q2g64"])
     tokens = mx.random.randint(3, 64, (8, 24), key=mx.random.key(5))
-    truth = measured(StreamingModel(source), tokens, entries, lambda _: None)
-    losses = table(profiled)
-    guess = np.array([losses[e.key]["kl"] for e in entries])
+    truth = measure_entries(StreamingModel(source), tokens, entries, lambda _: None)
+    costs = table(profiled)
+    guess = np.array([costs[e.key]["kl"] for e in entries])
     real = np.array([truth[e.key].mean() for e in entries])
     assert spearman(guess, real) > 0.9
     assert 0.5 < np.median(guess / real) < 1.5
@@ -160,16 +160,16 @@ def test_what_a_profile_says(checkpoint, profiled):
     assert [w["name"] for w in made["weights"]] == [w.name for w in source.inventory.weights]
     by_name = {w["name"]: w for w in made["weights"]}
     expert = by_name["model.layers.0.mlp.experts.up_proj"]
-    assert list(expert["losses"]) == ["native", "q3g64", "q2g64"]  # q8 is larger, and loses
-    assert expert["losses"]["native"] == {
-        "bytes": expert["losses"]["native"]["bytes"],
+    assert list(expert["costs"]) == ["native", "q3g64", "q2g64"]  # q8 is larger, and loses
+    assert expert["costs"]["native"] == {
+        "bytes": expert["costs"]["native"]["bytes"],
         "kl": 0,
-        "error": 0,
+        "stderr": 0,
     }
-    query = by_name["model.layers.0.self_attn.q_proj"]["losses"]
+    query = by_name["model.layers.0.self_attn.q_proj"]["costs"]
     assert list(query) == ["bf16", "q8g32", "q3g64", "q2g64"]
     assert query["q8g32"]["kl"] < query["q3g64"]["kl"] < query["q2g64"]["kl"]
-    assert all(loss["error"] > 0 for tier, loss in query.items() if tier != "bf16")
+    assert all(loss["stderr"] > 0 for tier, loss in query.items() if tier != "bf16")
     assert all(len(file["sha256"]) == 64 for file in made["source"]["files"])
     seen = made["expert_tokens"]["model.layers.0.mlp.experts.up_proj"]
     assert sum(seen) == 96 * 2
@@ -180,10 +180,10 @@ def test_what_a_profile_says(checkpoint, profiled):
 
 
 def test_importance_is_the_mean_squared_input(checkpoint, text, profiled):
-    from quantkit.calibration.text import CalibrationSpec, read_text
+    from quantkit.calibration.calibration_set import CalibrationSpec, read_calibration_set
 
     source = open_source(str(checkpoint))
-    tokens = read_text(source.checkpoint, CalibrationSpec(str(text), 96, 24)).tokens
+    tokens = read_calibration_set(source.checkpoint, CalibrationSpec(str(text), 96, 24)).tokens
     model = plainly_loaded(checkpoint)
     x = model.model.layers[0].input_layernorm(model.model.embed_tokens(mx.array(tokens)))
     found = mx.load(str(profiled / "importance.safetensors"))["model.layers.0.self_attn.k_proj"]
@@ -216,7 +216,7 @@ def test_a_killed_profile_goes_on(checkpoint, text, tmp_path, method):
     subprocess.run(command(tmp_path / "whole"), check=True, capture_output=True)
     out = tmp_path / "killed"
     work = tmp_path / "killed.partial" / "work"
-    marks = ("x-2.npy", "layer-2.json") if method == "fisher" else ("measured-1.json",)
+    marks = ("x-2.npy", "stage-2.json") if method == "fisher" else ("measured-1.json",)
     for mark in marks:
         process = subprocess.Popen(
             command(out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
@@ -261,7 +261,7 @@ def test_two_processes_give_the_same_table(checkpoint, text, profiled, tmp_path)
     assert alone.keys() == together.keys()
     for key, loss in alone.items():
         assert together[key]["kl"] == pytest.approx(loss["kl"], rel=1e-3, abs=1e-9), key
-        assert together[key]["error"] == pytest.approx(loss["error"], rel=1e-2, abs=1e-9), key
+        assert together[key]["stderr"] == pytest.approx(loss["stderr"], rel=1e-2, abs=1e-9), key
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -337,7 +337,7 @@ def refusal(cli, *arguments):
         ("empty.jsonl", "", "is empty"),
         ("blank.jsonl", '{"text": ""}\n', "less than one sequence"),
         ("short.txt", "w3 w4 w5\n", "less than one sequence"),
-        ("other.jsonl", '{"label": 3}\n', "has no text: .* found 'label'"),
+        ("other.jsonl", '{"label": 3}\n', "has no text. .* found 'label'"),
         ("broken.jsonl", '{"text": \n', "cannot be read"),
         ("text.docx", "x", "not a kind of file"),
         ("roles.jsonl", '{"messages": ["hello"]}\n', "no role and content"),
@@ -357,15 +357,15 @@ def test_bad_text(cli, checkpoint, tmp_path, name, content, says):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (("--tiers", "q9g1"), "no tier"),
-        (("--tiers", "bf16"), "none to measure"),
-        (("--tiers", ","), "no tiers are named"),
-        (("--method", "guess"), "Methods: fisher, kl"),
-        (("--rounding", "gptq9"), "Roundings: rtn, search, gptq"),
+        (("--tiers", "q9g1"), "unknown tier"),
+        (("--tiers", "bf16"), "needs no measurement"),
+        (("--tiers", ","), "is empty"),
+        (("--method", "guess"), "Use one of fisher, kl"),
+        (("--quantizer", "gptq9"), "Use one of rtn, search, gptq"),
         (("--tokens", "0"), "too small"),
         (("--draws", "0"), "--draws"),
-        (("--rounding", "gptq", "--method", "kl"), "rounds to nearest"),
-        (("--calibration", "no-such-file.jsonl"), "no file and no data set"),
+        (("--quantizer", "gptq", "--method", "kl"), "rounds to nearest"),
+        (("--calibration", "no-such-file.jsonl"), "neither a file nor a loadable data set"),
     ],
 )
 def test_bad_options(cli, checkpoint, text, tmp_path, options, says):
@@ -379,7 +379,7 @@ def test_sequences_longer_than_the_model_takes(cli, text, tmp_path):
         tmp_path / "src", config={**tiny.CONFIG, "max_position_embeddings": 16}
     )
     line = refusal(cli, short, "-o", tmp_path / "out", "--calibration", text, *SMALL)
-    assert "more than the 16 tokens" in line
+    assert "exceeds the context" in line
 
 
 def test_a_profile_of_something_else(cli, checkpoint, text, profiled, tmp_path):
@@ -463,12 +463,16 @@ def test_packed_experts_are_probed_alike(checkpoint, monkeypatch):
     tokens = mx.random.randint(0, 64, (1, 20), key=mx.random.key(0))
     entries = [
         e
-        for e in candidates(open_source(str(checkpoint)).inventory.weights, ["q3g64"])
+        for e in candidate_entries(open_source(str(checkpoint)).inventory.weights, ["q3g64"])
         if e.weight.layer == 1 and e.weight.role.startswith("expert")
     ]
-    plain = measured(StreamingModel(open_source(str(checkpoint))), tokens, entries, lambda _: None)
+    plain = measure_entries(
+        StreamingModel(open_source(str(checkpoint))), tokens, entries, lambda _: None
+    )
     monkeypatch.setattr("quantkit.streaming.layer_runner.on_cpu", lambda: False)
-    packed = measured(StreamingModel(open_source(str(checkpoint))), tokens, entries, lambda _: None)
+    packed = measure_entries(
+        StreamingModel(open_source(str(checkpoint))), tokens, entries, lambda _: None
+    )
     for key, loss in plain.items():
         assert np.allclose(packed[key], loss, rtol=0.02), key
 
@@ -476,7 +480,7 @@ def test_packed_experts_are_probed_alike(checkpoint, monkeypatch):
 def test_calibrated_rounding_is_probed(cli, checkpoint, text, profiled, tmp_path):
     """Layers lose less than to nearest; the embedding and the head are rounded to nearest."""
     out = tmp_path / "p"
-    options = ("-o", out, "--calibration", text, *SMALL, "--rounding", "gptq")
+    options = ("-o", out, "--calibration", text, *SMALL, "--quantizer", "gptq")
     result = cli("profile", checkpoint, *options)
     assert result.exit_code == 0, result.output
     nearest, better = table(profiled), table(out)
@@ -486,15 +490,15 @@ def test_calibrated_rounding_is_probed(cli, checkpoint, text, profiled, tmp_path
     assert np.median(ratios) < 0.7
     outside = [key for key in nearest if ".layers." not in key[0]]
     assert all(better[key]["kl"] == nearest[key]["kl"] for key in outside if "lm_head" in key[0])
-    assert json.loads((out / "profile.json").read_text())["rounding"] == "gptq"
+    assert json.loads((out / "profile.json").read_text())["quantizer"] == "gptq"
 
 
 def test_from_python(checkpoint, text, profiled, tmp_path):
     import quantkit
 
-    settings = quantkit.Settings(
+    settings = quantkit.ProfileSettings(
         quantkit.CalibrationSpec(str(text), 96, 24), ("q8g32", "q3g64", "q2g64")
     )
     source = quantkit.open_source(str(checkpoint))
-    made = quantkit.make_profile(source, tmp_path / "p", settings)
+    made = quantkit.profile(source, tmp_path / "p", settings)
     assert made == quantkit.load_profile(str(profiled), source.inventory)

@@ -1,7 +1,7 @@
-"""Calibrated rounding: KL to native and top-1 agreement at the same bytes, in one run.
+"""Quantizers: KL to native and top-1 agreement at the same bytes, in one run.
 
-    python evals/bench/rounding.py experts              experts in one tier, all else native
-    python evals/bench/rounding.py recipes [PROFILE]    our plans at the bytes of recipes
+    python evals/bench/quantizers.py experts              experts in one tier, other weights native
+    python evals/bench/quantizers.py recipes [PROFILE]    our plans at the bytes of recipes
 
 On the demo model; without a name, both. PROFILE is a profile of it (`quantkit profile demo -o
 PROFILE`), made first where none is given. Every repo is written, and judged from its files on
@@ -14,17 +14,20 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+from _common import machine, save
 from allocation import BIG, demo_and_profile, experts_alone
-from rewrite import machine, save
 
 from quantkit.artifacts.plan import Plan
-from quantkit.artifacts.profile import SensitivityProfile
 from quantkit.artifacts.roles import EXPERT_ROLES
+from quantkit.artifacts.sensitivity import SensitivityProfile
 from quantkit.checkpoint.source import Source, open_source
 from quantkit.demo.build import demo_checkpoint
 from quantkit.formats.tiers import NATIVE, parse_tier
-from quantkit.jobs.pipeline import compare, quantize
-from quantkit.planning.allocator import Constraints, Limits, plan_by_budget
+from quantkit.jobs.compare import compare
+from quantkit.jobs.quantize import write_plan
+from quantkit.planning.allocator import plan_by_budget
+from quantkit.planning.budget import Budget
+from quantkit.planning.constraints import Constraints
 from quantkit.planning.plan import make_plan
 from quantkit.planning.recipe import load_recipe, plan_by_recipe
 
@@ -33,7 +36,7 @@ Groups = dict[str, list[tuple[str, Plan]]]
 
 
 def experts_in(source: Source, tier: str) -> Plan:
-    """Experts in one tier, all else native."""
+    """Experts in one tier, other weights native."""
     chosen = {
         weight.name: parse_tier(tier) if weight.role in EXPERT_ROLES else NATIVE
         for weight in source.inventory.weights
@@ -42,15 +45,15 @@ def experts_in(source: Source, tier: str) -> Plan:
 
 
 def expert_plans(source: Source) -> Groups:
-    """Experts in one tier, all else native."""
+    """Experts in one tier, other weights native."""
     groups: Groups = {}
     for tier, methods in (("q3g64", ("rtn", "search", "gptq")), ("q2g32", ("rtn", "gptq"))):
         plan = experts_in(source, tier)
-        group = [(method, replace(plan, rounding=method)) for method in methods]
+        group = [(method, replace(plan, quantizer=method)) for method in methods]
         if tier == "q3g64":
-            tuned = replace(plan, rounding="gptq", tuning_steps=TUNED)
+            tuned = replace(plan, quantizer="gptq", tuning_steps=TUNED)
             group.append((f"gptq, tuned for {TUNED} steps", tuned))
-        groups[f"experts {tier}, all else native"] = group
+        groups[f"experts {tier}, other weights native"] = group
     return groups
 
 
@@ -60,14 +63,16 @@ def recipe_plans(source: Source, profile: SensitivityProfile) -> Groups:
     groups: Groups = {}
     for name in (BIG, "uniform-4", "mxfp4-q8"):
         recipe = plan_by_recipe(inventory, load_recipe(name))
-        constraints = Constraints(rounding="gptq", routers=name == "mxfp4-q8")
+        constraints = Constraints(quantizer="gptq", routers=name == "mxfp4-q8")
         ours = plan_by_budget(
-            inventory, profile, Limits(recipe.total_bytes, about=name), constraints
+            inventory, profile, Budget(recipe.total_bytes, label=name), constraints
         )
         rows = [(f"`{name}`, rtn", recipe), ("ours, gptq", ours)]
         if name == BIG:
-            pinned = replace(experts_alone(inventory, profile, recipe), rounding="gptq")
-            rows.append(("ours for the experts alone, the rest as the recipe, gptq", pinned))
+            pinned = replace(experts_alone(inventory, profile, recipe), quantizer="gptq")
+            rows.append(
+                ("ours for the experts alone, other weights as in the recipe, gptq", pinned)
+            )
         groups[f"at the bytes of `{name}`"] = rows
     return groups
 
@@ -81,7 +86,7 @@ def table(source: Source, groups: Groups, tuned: str = "") -> str:
             for i, (_, plan) in enumerate(group):
                 outs.append(str(Path(folder) / f"{number}-{i}"))
                 started = time.monotonic()
-                quantize(source, plan, Path(outs[-1]))
+                write_plan(source, plan, Path(outs[-1]))
                 seconds.append(time.monotonic() - started)
             found = compare(source, outs)
             rows.append(f"| **{title}** | | | | | |")
@@ -96,7 +101,8 @@ def table(source: Source, groups: Groups, tuned: str = "") -> str:
                 print(rows[-1], flush=True)
     return "\n".join(
         [
-            f"{machine()}; rounded on 16,384 tokens,{tuned} judged on {found[0].tokens} held out.",
+            f"{machine()}; quantized on 16,384 tokens,{tuned} evaluated on {found[0].tokens} held "
+            "out.",
             "",
             "| | bpw | KL mean | ratio | top-1 | time |",
             "|---|---|---|---|---|---|",
@@ -108,16 +114,16 @@ def table(source: Source, groups: Groups, tuned: str = "") -> str:
 def main() -> None:
     """Make the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("part", nargs="?", choices=("experts", "recipes"))
+    parser.add_argument("part", nargs="?", assignments=("experts", "recipes"))
     parser.add_argument("profile", nargs="?")
     args = parser.parse_args()
     if args.part != "recipes":
         source = open_source(str(demo_checkpoint()))
         text = table(source, expert_plans(source), " tuned on 1,024 a step,")
-        save(text, "rounding-experts")
+        save(text, "quantizer-experts")
     if args.part != "experts":
         source, profile = demo_and_profile(args.profile)
-        save(table(source, recipe_plans(source, profile)), "rounding-recipes")
+        save(table(source, recipe_plans(source, profile)), "quantizer-recipes")
 
 
 if __name__ == "__main__":

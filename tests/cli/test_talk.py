@@ -91,7 +91,7 @@ def test_generate_is_mlx_lms_own(cli, out):
     shown = cli("generate", out, "-p", "The w5", "--max-tokens", 5, "--reasoning", "low")
     assert shown.stdout.strip() == expected.strip()
     assert "cut after 5 tokens" in shown.stderr
-    assert "does not ask for a reasoning effort" in shown.stderr
+    assert "does not read a reasoning effort" in shown.stderr
 
 
 def test_generate_prints_the_answer_alone(cli, out, monkeypatch):
@@ -139,7 +139,7 @@ def test_serve_answers(out):
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     try:
         asked = {"messages": [{"role": "user", "content": "The"}], "max_tokens": 3}
-        request = urllib.request.CalibrationSpec(
+        request = urllib.request.Request(
             f"http://127.0.0.1:{port}/v1/chat/completions",
             json.dumps(asked).encode(),
             {"Content-Type": "application/json"},
@@ -171,16 +171,16 @@ def test_a_port_that_is_taken(out):
         command = [sys.executable, "-m", "quantkit", "serve", str(out), "--port", port]
         done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 2
-    assert "cannot be listened on" in done.stderr
+    assert "cannot be bound" in done.stderr
 
 
 BAD = {
-    "no such folder": (("generate", "nowhere", "-p", "x"), "no such folder"),
-    "nothing to serve": (("serve", "nowhere"), "no such folder"),
+    "no such folder": (("generate", "nowhere", "-p", "x"), "neither a folder"),
+    "nothing to serve": (("serve", "nowhere"), "neither a folder"),
     "another effort": (("generate", "OUT", "-p", "x", "--reasoning", "much"), "low, medium, high"),
-    "no model in the folder": (("chat", "EMPTY"), "holds no model"),
-    "no model to serve": (("serve", "EMPTY"), "holds no model"),
-    "no such host": (("serve", "OUT", "--host", "256.256.256.256"), "cannot be listened on"),
+    "no model in the folder": (("chat", "EMPTY"), "not a model"),
+    "no model to serve": (("serve", "EMPTY"), "not a model"),
+    "no such host": (("serve", "OUT", "--host", "256.256.256.256"), "cannot be bound"),
     "an empty prompt": (("generate", "OUT", "-p", ""), "the prompt is empty"),
     "no text": (("generate", "OUT", "-p", "\udce9"), "not UTF-8"),
 }
@@ -219,8 +219,8 @@ def test_bench_records_what_it_measured(cli, out, tmp_path):
     ("options", "message"),
     [
         (("--context", "x"), "not a number of tokens"),
-        (("--context", "0"), "one token or more"),
-        (("--context", "999999999999"), "more than the"),
+        (("--context", "0"), "must be 1 or more"),
+        (("--context", "999999999999"), "exceed the"),
         (("--tokens", "1"), "16"),
     ],
 )

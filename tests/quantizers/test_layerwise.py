@@ -14,9 +14,9 @@ import pytest
 
 import quantkit
 from quantkit.backend import mx
-from quantkit.calibration.text import read_text
-from quantkit.formats.affine import objective
+from quantkit.calibration.calibration_set import read_calibration_set
 from quantkit.quantizers.embeddings import drop_gradients, embedding_hessians
+from quantkit.quantizers.gptq import objective
 from quantkit.quantizers.hessians import Inputs
 from quantkit.storage.work_dir import WorkDirectory
 from quantkit.streaming.layer_runner import StreamingModel
@@ -26,16 +26,16 @@ from quantkit.streaming.lm_head import (
     divergence_gradient,
     label_gradients,
 )
-from tests import tiny
-from tests.streaming.test_streaming import plainly_loaded
+from tests.support import tiny
 from tests.support.families import LLAMA, write
+from tests.support.reference import plainly_loaded
 from tests.support.text import words
 
 QUANTIZE = (sys.executable, "-m", "quantkit", "quantize")
 pytestmark = pytest.mark.skipif(
     version("mlx-lm").startswith("0.31"), reason="mlx-lm differentiates its expert indices there"
 )
-FEW = ("--rounding-tokens", "512")
+FEW = ("--quantizer-tokens", "512")
 
 
 def hashes(out):
@@ -51,7 +51,7 @@ def text(tmp_path_factory):
 def rounded(checkpoint, text, tmp_path_factory):
     """The tiny gpt-oss in 3 bits, by gptq."""
     out = tmp_path_factory.mktemp("rounded") / "out"
-    options = ("-r", "uniform-3", "--rounding", "gptq", "--calibration", text, *FEW)
+    options = ("-r", "uniform-3", "--quantizer", "gptq", "--calibration", text, *FEW)
     subprocess.run([*QUANTIZE, checkpoint, "-o", out, *options], check=True, capture_output=True)
     return out
 
@@ -60,21 +60,21 @@ def test_stock_mlx_lm_loads_it(cli, rounded):
     result = cli("verify", rounded)
     assert result.exit_code == 0, result.output
     report = json.loads((rounded / "quantkit.json").read_text())
-    assert report["plan"]["rounding"] == "gptq"
+    assert report["plan"]["quantizer"] == "gptq"
     assert report["plan"]["calibration_texts"][0]["name"] == "text.txt"
     assert "gptq" in (rounded / "README.md").read_text()
 
 
 def test_the_same_inputs_give_the_same_bytes(cli, checkpoint, text, rounded, tmp_path):
-    options = ("-r", "uniform-3", "--rounding", "gptq", "--calibration", text, *FEW)
+    options = ("-r", "uniform-3", "--quantizer", "gptq", "--calibration", text, *FEW)
     result = cli("quantize", checkpoint, "-o", tmp_path / "out", *options)
     assert result.exit_code == 0, result.output
     assert hashes(tmp_path / "out") == hashes(rounded)
 
 
-@pytest.mark.parametrize("mark", ["rounded-1.npz", "rounded-head.npz"])
+@pytest.mark.parametrize("mark", ["quantized-1.npz", "quantized-4.npz"])
 def test_a_killed_run_goes_on_at_its_layer(checkpoint, text, rounded, tmp_path, mark):
-    options = ("-r", "uniform-3", "--rounding", "gptq", "--calibration", text, *FEW)
+    options = ("-r", "uniform-3", "--quantizer", "gptq", "--calibration", text, *FEW)
     command = [*QUANTIZE, checkpoint, "-o", tmp_path / "out", *options]
     waits = tmp_path / "out.partial" / "work" / mark
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -82,7 +82,7 @@ def test_a_killed_run_goes_on_at_its_layer(checkpoint, text, rounded, tmp_path, 
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-    first = tmp_path / "out.partial" / "work" / "rounded-0.npz"
+    first = tmp_path / "out.partial" / "work" / "quantized-0.npz"
     stamp = first.stat().st_mtime_ns
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while process.poll() is None and first.exists():
@@ -97,7 +97,7 @@ def test_a_killed_run_goes_on_at_its_layer(checkpoint, text, rounded, tmp_path, 
 
 def test_killed_while_gradients_are_taken(checkpoint, text, rounded, tmp_path):
     """The next run goes on at the layer that was reached."""
-    options = ("-r", "uniform-3", "--rounding", "gptq", "--calibration", text, *FEW)
+    options = ("-r", "uniform-3", "--quantizer", "gptq", "--calibration", text, *FEW)
     command = [*QUANTIZE, checkpoint, "-o", tmp_path / "out", *options]
     work = tmp_path / "out.partial" / "work"
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -105,10 +105,10 @@ def test_killed_while_gradients_are_taken(checkpoint, text, rounded, tmp_path):
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-    assert not (work / "rounded-embedding.npz").exists()
+    assert not (work / "quantized--1.npz").exists()
     stamp = (work / "e-h.npy").stat().st_mtime_ns
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while process.poll() is None and not (work / "rounded-embedding.npz").exists():
+    while process.poll() is None and not (work / "quantized--1.npz").exists():
         with suppress(FileNotFoundError):
             assert (work / "e-h.npy").stat().st_mtime_ns == stamp
         assert not (work / "e-g-4.npy").exists()  # where a way back begins
@@ -167,11 +167,13 @@ def test_an_embeddings_hessian_is_that_of_the_whole_model(tmp_path, case):
 
 
 def test_an_embedding_is_rounded_under_its_gradients(cli, checkpoint, text, rounded, tmp_path):
-    options = ("-r", "uniform-3", "--calibration", text, "--rounding", "rtn")
+    options = ("-r", "uniform-3", "--calibration", text, "--quantizer", "rtn")
     assert cli("quantize", checkpoint, "-o", tmp_path / "rtn", *options).exit_code == 0
     source = quantkit.open_source(str(checkpoint))
     model, name = StreamingModel(source), "model.embed_tokens"
-    tokens = mx.array(read_text(source.checkpoint, quantkit.CalibrationSpec(str(text), 512)).tokens)
+    tokens = mx.array(
+        read_calibration_set(source.checkpoint, quantkit.CalibrationSpec(str(text), 512)).tokens
+    )
     found = embedding_hessians(model, [name], tokens, WorkDirectory(tmp_path), lambda *_: None)
     losses = []
     for out in (tmp_path / "rtn", rounded):
@@ -204,7 +206,7 @@ def test_a_table_of_positions_is_no_head(cli, tmp_path, text):
     mx.save_safetensors(str(folder / "model.safetensors"), values, {"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config))
     tiny.write_tokenizer(folder, 320)
-    more = ("--rounding-tokens", 512, "--calibration", text, "--rounding", "gptq")
+    more = ("--quantizer-tokens", 512, "--calibration", text, "--quantizer", "gptq")
     outs = [tmp_path / "rtn", tmp_path / "out"]
     assert cli("quantize", folder, "-r", "uniform-4", "-o", outs[0]).exit_code == 0
     made = cli("quantize", folder, "-r", "uniform-4", "-o", outs[1], *more, "--json")
@@ -217,12 +219,12 @@ def test_a_table_of_positions_is_no_head(cli, tmp_path, text):
 
 def test_another_text_does_not_go_on_from_it(cli, checkpoint, text, tmp_path):
     """What waits was rounded on other inputs."""
-    options = ("-r", "uniform-3", "--rounding", "gptq", *FEW, "-o", tmp_path / "out")
+    options = ("-r", "uniform-3", "--quantizer", "gptq", *FEW, "-o", tmp_path / "out")
     command = [*QUANTIZE, checkpoint, *options, "--calibration", text]
     process = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL)
     while (
         process.poll() is None
-        and not (tmp_path / "out.partial" / "work" / "rounded-0.npz").exists()
+        and not (tmp_path / "out.partial" / "work" / "quantized-0.npz").exists()
     ):
         time.sleep(0.002)
     process.kill()
@@ -230,7 +232,7 @@ def test_another_text_does_not_go_on_from_it(cli, checkpoint, text, tmp_path):
     other = words(tmp_path / "other.txt", 4)
     result = cli("quantize", checkpoint, *options, "--calibration", other)
     assert result.exit_code == 2
-    assert "another text to round on" in result.stderr
+    assert "another text for the quantizer" in result.stderr
 
 
 @pytest.mark.parametrize("method", ["search", "gptq"])
@@ -239,31 +241,33 @@ def test_a_dense_model_and_its_outputs(cli, tmp_path, text, method):
     source = write(tmp_path / "src", LLAMA)
     options = ("-r", "uniform-3", "--calibration", text, *FEW)
     outs = {}
-    for rounding in ("rtn", method):
-        outs[rounding] = tmp_path / rounding
-        result = cli("quantize", source, "-o", outs[rounding], *options, "--rounding", rounding)
+    for quantizer in ("rtn", method):
+        outs[quantizer] = tmp_path / quantizer
+        result = cli("quantize", source, "-o", outs[quantizer], *options, "--quantizer", quantizer)
         assert result.exit_code == 0, result.output
     assert cli("verify", outs[method]).exit_code == 0
     opened = quantkit.open_source(str(source))
     native = StreamingModel(opened)
-    tokens = mx.array(read_text(opened.checkpoint, quantkit.CalibrationSpec(text, 512)).tokens)
+    tokens = mx.array(
+        read_calibration_set(opened.checkpoint, quantkit.CalibrationSpec(text, 512)).tokens
+    )
     plain = plainly_loaded(source)
     x = plain.model.layers[0].input_layernorm(plain.model.embed_tokens(tokens))
     x = x.reshape(-1, x.shape[-1])
     hessian = (x.T @ x)[None]
     name = "model.layers.0.self_attn.q_proj"
     losses = {}
-    for rounding, out in outs.items():
+    for quantizer, out in outs.items():
         made = mx.load(str(out / "model.safetensors"))
         packed, s, b = (made[f"{name}.{part}"] for part in ("weight", "scales", "biases"))
         values = mx.dequantize(packed, s.astype(mx.float32), b.astype(mx.float32), 64, 3)
         weight = native.values(name).astype(mx.float32)
-        losses[rounding] = objective(weight[None], values[None], hessian).item()
+        losses[quantizer] = objective(weight[None], values[None], hessian).item()
     assert losses[method] < 0.9 * losses["rtn"]
 
 
 def tuned(checkpoint, text, out, steps=12):
-    options = ("-r", "uniform-3", "--rounding", "gptq", "--calibration", text, *FEW)
+    options = ("-r", "uniform-3", "--quantizer", "gptq", "--calibration", text, *FEW)
     return [*QUANTIZE, checkpoint, "-o", out, *options, "--tune", str(steps)]
 
 
@@ -318,7 +322,7 @@ def test_a_tuned_shard_that_is_lost_is_written_again(checkpoint, text, tmp_path)
 def test_tuning_a_dense_tied_model(cli, tmp_path, text):
     """Attention and feed-forward are tuned; the embedding, which is the head, is not."""
     source = write(tmp_path / "src", {**LLAMA, "tie_word_embeddings": True})
-    options = ("-r", "uniform-3", "--calibration", text, *FEW, "--rounding", "gptq")
+    options = ("-r", "uniform-3", "--calibration", text, *FEW, "--quantizer", "gptq")
     for name, extra in (("plain", ()), ("tuned", ("--tune", 20))):
         result = cli("quantize", source, "-o", tmp_path / name, *options, *extra)
         assert result.exit_code == 0, result.output
@@ -336,7 +340,7 @@ def test_a_damaged_expert_that_no_token_reaches(cli, tmp_path, text, method):
         values["model.layers.1.mlp.experts.down_proj_scales"][3, 0, 0] = 255
 
     source = tiny.write_gpt_oss(tmp_path / "src", spoil)
-    options = ("-r", "uniform-3", "--rounding", method, "--calibration", text, *FEW)
+    options = ("-r", "uniform-3", "--quantizer", method, "--calibration", text, *FEW)
     result = cli("quantize", source, "-o", tmp_path / "out", *options)
     assert result.exit_code == 2
     assert "values are NaN or infinite" in result.stderr
@@ -348,19 +352,19 @@ def test_stacks_without_experts_are_rounded_to_nearest():
     """Of a stack that is called without indices nobody knows which matrix saw what."""
     from quantkit.artifacts.inventory import Weight
     from quantkit.quantizers.hessians import has_inputs
-    from quantkit.streaming.layer_trace import Step
+    from quantkit.streaming.layer_trace import ModuleCall
 
     x = mx.zeros((2, 4))
     stack = Weight("w", "other", 0, None, (3, 4, 4), "bf16", 96)
-    assert not has_inputs(stack, [Step("w", (x,), x)])
-    assert has_inputs(stack, [Step("w", (x, mx.zeros((2, 1), mx.int32)), x)])
-    assert has_inputs(Weight("w", "q", 0, None, (4, 4), "bf16", 32), [Step("w", (x,), x)])
+    assert not has_inputs(stack, [ModuleCall("w", (x,), x)])
+    assert has_inputs(stack, [ModuleCall("w", (x, mx.zeros((2, 1), mx.int32)), x)])
+    assert has_inputs(Weight("w", "q", 0, None, (4, 4), "bf16", 32), [ModuleCall("w", (x,), x)])
 
 
 def test_tuning_goes_with_a_rounding(cli, checkpoint, tmp_path):
     result = cli("quantize", checkpoint, "-r", "uniform-3", "--tune", 2, "-o", tmp_path / "out")
     assert result.exit_code == 2
-    assert "--tune goes with" in result.stderr
+    assert "--tune needs" in result.stderr
 
 
 def test_the_divergences_gradient(checkpoint):
@@ -377,8 +381,8 @@ def test_the_divergences_gradient(checkpoint):
 
 
 def test_rounding_to_nearest_is_mlxs_own(cli, checkpoint, tmp_path):
-    for rounding, out in ((None, "a"), ("rtn", "b")):
-        extra = () if rounding is None else ("--rounding", rounding)
+    for quantizer, out in ((None, "a"), ("rtn", "b")):
+        extra = () if quantizer is None else ("--quantizer", quantizer)
         assert cli("quantize", checkpoint, "-r", "uniform-3", "-o", tmp_path / out, *extra).exit_code == 0  # fmt: skip
     assert hashes(tmp_path / "a") == hashes(tmp_path / "b")
 
@@ -399,8 +403,8 @@ def test_hessians_of_experts_that_saw_little():
 
 
 def test_no_such_rounding(cli, checkpoint, tmp_path):
-    options = ("-r", "uniform-3", "--rounding", "best", "-o", tmp_path / "out")
+    options = ("-r", "uniform-3", "--quantizer", "best", "-o", tmp_path / "out")
     result = cli("quantize", checkpoint, *options)
     assert result.exit_code == 2
-    assert "Roundings: rtn, search, gptq" in result.stderr
+    assert "Use one of rtn, search, gptq" in result.stderr
     assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,152 @@
+"""The sensitivity profile: the KL cost of every weight of a checkpoint in every tier."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from math import isfinite
+from typing import Any
+
+from quantkit.artifacts.calibration import CalibrationText
+from quantkit.artifacts.inventory import SourceId, is_count, source_id
+from quantkit.errors import ProfileError
+from quantkit.storage.json_files import FORMAT_VERSION
+
+_LARGEST_KL = 1e6  # nats per token
+UNMEASURED = "none"  # the method of a table that holds sizes only
+IMPORTANCE_FILE = "importance.safetensors"
+
+
+@dataclass(frozen=True)
+class TierCost:
+    """The cost of storing one weight in `tier`: stored bytes, and KL divergence.
+
+    `kl` is the increase of the mean KL divergence to the native model, in nats per token, predicted
+    or measured by the method of the profile; `stderr` is its standard error over the sequences.
+    """
+
+    tier: str
+    bytes: int
+    kl: float
+    stderr: float
+
+
+@dataclass(frozen=True)
+class WeightSensitivity:
+    """The costs of one weight in all tiers, largest tier first.
+
+    `unseen_experts` counts the experts of a stack to which no calibration token was routed. Such a
+    stack's costs are estimates: each unseen expert counts as if it had received one token.
+    """
+
+    name: str
+    role: str
+    layer: int | None
+    storage: str
+    parameters: int
+    unseen_experts: int
+    costs: tuple[TierCost, ...]
+
+    @property
+    def estimated(self) -> bool:
+        return self.unseen_experts > 0
+
+    @property
+    def by_tier(self) -> dict[str, TierCost]:
+        return {cost.tier: cost for cost in self.costs}
+
+
+@dataclass(frozen=True)
+class SensitivityProfile:
+    """The table weight x tier -> TierCost of one checkpoint.
+
+    `method` is `fisher` (predicted from one backward pass) or `kl` (measured). `expert_tokens` maps
+    the module path of a stack of experts to the number of tokens that each expert received.
+    """
+
+    source: SourceId
+    model_type: str
+    method: str
+    quantizer: str
+    draws: int
+    tiers: tuple[str, ...]
+    calibration: CalibrationText
+    weights: tuple[WeightSensitivity, ...]
+    expert_tokens: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether KL costs are known: a table of sizes has zeros instead."""
+        return self.method != UNMEASURED
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the profile as a JSON object."""
+        weights = [
+            {**asdict(weight), "estimated": weight.estimated, "costs": _costs(weight)}
+            for weight in self.weights
+        ]
+        return {
+            "kind": "profile",
+            "version": FORMAT_VERSION,
+            "source": asdict(self.source),
+            "model_type": self.model_type,
+            "method": self.method,
+            "quantizer": self.quantizer,
+            "draws": self.draws,
+            "tiers": list(self.tiers),
+            "calibration": self.calibration.to_json(),
+            "versions": dict(self.versions),
+            "expert_tokens": {name: list(seen) for name, seen in self.expert_tokens.items()},
+            "weights": weights,
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any], where: str) -> "SensitivityProfile":
+        """Read the object that `to_json` returns. Raises ProfileError naming `where`."""
+        if data.get("kind") != "profile":
+            raise ProfileError(f"{where}: expected a profile, found {data.get('kind')!r}.")
+        if data.get("version") != FORMAT_VERSION:
+            raise ProfileError(
+                f"{where}: profile of version {data.get('version')!r}, this quantkit reads "
+                f"{FORMAT_VERSION}. Make it again: quantkit profile SRC -o {where} --force"
+            )
+        try:
+            return cls(
+                source=source_id(data["source"]),
+                model_type=data["model_type"],
+                method=data["method"],
+                quantizer=data["quantizer"],
+                draws=data["draws"],
+                tiers=tuple(data["tiers"]),
+                calibration=CalibrationText.from_json(data["calibration"]),
+                weights=_weights(data["weights"]),
+                expert_tokens={k: tuple(v) for k, v in data["expert_tokens"].items()},
+                versions=dict(data["versions"]),
+            )
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as exc:
+            raise ProfileError(f"{where}: not a complete profile ({exc}). Make it again.") from exc
+
+
+def _costs(weight: WeightSensitivity) -> dict[str, dict[str, Any]]:
+    return {
+        cost.tier: {"bytes": cost.bytes, "kl": cost.kl, "stderr": cost.stderr}
+        for cost in weight.costs
+    }
+
+
+def _weights(data: Sequence[Mapping[str, Any]]) -> tuple[WeightSensitivity, ...]:
+    weights = tuple(_weight(weight) for weight in data)
+    if len({weight.name for weight in weights}) != len(weights):
+        raise ValueError("a weight is listed twice")
+    return weights
+
+
+def _weight(data: Mapping[str, Any]) -> WeightSensitivity:
+    costs = tuple(TierCost(tier, **cost) for tier, cost in data["costs"].items())
+    if not isinstance(data["name"], str) or not is_count(data["unseen_experts"]):
+        raise TypeError("a weight has a malformed name or count")
+    for cost in costs:
+        possible = 0 <= cost.kl < _LARGEST_KL and isfinite(cost.stderr)
+        if not is_count(cost.bytes) or not possible or isinstance(cost.kl, bool):
+            raise ValueError(f"{data['name']}, tier {cost.tier}: impossible cost")
+    fields = ("name", "role", "layer", "storage", "parameters", "unseen_experts")
+    return WeightSensitivity(**{key: data[key] for key in fields}, costs=costs)

@@ -1,0 +1,27 @@
+"""Open the checkpoint that a user names."""
+
+from pathlib import Path
+
+from quantkit.checkpoint.source import STATED, Source, open_source
+
+DEMOS = ("demo", "demo-llama")
+
+
+def open_model(
+    name: str,
+    revision: str | None = None,
+    *,
+    dtype: str | None = None,
+    trust_remote_code: bool = False,
+) -> Source:
+    """Open a folder, a Hub id, or one of the small models `demo` and `demo-llama`.
+
+    The small models are built on first use. `dtype` is the float type of `open_source`. Raises
+    InputError.
+    """
+    if name in DEMOS and not Path(name).exists():
+        from quantkit.demo import build
+
+        built = build.demo_checkpoint() if name == "demo" else build.plain_checkpoint()
+        name = str(built)
+    return open_source(name, revision, floats=dtype or STATED, trust_remote_code=trust_remote_code)

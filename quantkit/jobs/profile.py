@@ -1,0 +1,46 @@
+"""Profile: from a checkpoint to its sensitivity profile."""
+
+from pathlib import Path
+
+from quantkit.artifacts.sensitivity import SensitivityProfile
+from quantkit.checkpoint.source import Source, with_values
+from quantkit.progress import Progress
+from quantkit.sensitivity.measure import ProfileSettings, Profiling, make, prepare
+
+
+def profile(
+    source: Source,
+    out: Path,
+    settings: ProfileSettings | None = None,
+    *,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> SensitivityProfile:
+    """Measure the KL cost of every weight in every tier, and write the profile to `out`.
+
+    A source on the Hub is downloaded first. Raises InputError.
+    """
+    return run_profiling(prepare_profile(source, out, settings, force), progress)
+
+
+def prepare_profile(
+    source: Source, out: Path, settings: ProfileSettings | None = None, force: bool = False
+) -> Profiling:
+    """Check all inputs of a profile, and read its text. Raises InputError."""
+    return prepare(with_values(source), out, settings or ProfileSettings(), force)
+
+
+def run_profiling(profiling: Profiling, progress: Progress | None = None) -> SensitivityProfile:
+    """Measure and write a prepared profile. Raises InputError."""
+    progress = progress or Progress()
+    text, wanted = profiling.calibration.text, profiling.settings.text
+    if text.sequences < wanted.sequences:
+        progress.note(f"the text has only {text.tokens:,} of {wanted.tokens:,} tokens")
+    note_skipped_rows(text.name, text.skipped_rows, progress)
+    return make(profiling, progress.stage("Profiling", profiling.steps, "steps"))
+
+
+def note_skipped_rows(name: str, rows: int, progress: Progress) -> None:
+    """Note the rows of a text that hold no text."""
+    if rows:
+        progress.note(f"{name}: skipped {rows} rows without text")

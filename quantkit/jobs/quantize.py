@@ -1,0 +1,249 @@
+"""Quantize: from a checkpoint and a request for tiers to a repo with its report and card."""
+
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from quantkit.artifacts.memory import MemoryTarget
+from quantkit.artifacts.plan import Plan
+from quantkit.artifacts.report import Report
+from quantkit.artifacts.sensitivity import SensitivityProfile
+from quantkit.calibration.calibration_set import (
+    CalibrationSpec,
+    load_tokenizer,
+    read_calibration_set,
+)
+from quantkit.checkpoint.hub import is_repo_id
+from quantkit.checkpoint.provenance import versions
+from quantkit.checkpoint.source import Source, with_values
+from quantkit.errors import CalibrationError, InputError, UntrustedCodeError
+from quantkit.jobs.open_model import open_model
+from quantkit.jobs.planning import PlanRequest, choose_plan
+from quantkit.jobs.profile import note_skipped_rows, prepare_profile, run_profiling
+from quantkit.planning.allocator import plan_by_budget
+from quantkit.planning.mac_memory import memory_needed
+from quantkit.progress import Progress
+from quantkit.publish.card import license_of
+from quantkit.publish.report import documents, read_report, record
+from quantkit.quantizers.calibrated import CalibratedQuantization
+from quantkit.quantizers.registry import find_quantizer
+from quantkit.quantizers.scale_tuning import Tuning, TuningText
+from quantkit.sensitivity.entries import DEFAULT_TIERS, size_table
+from quantkit.sensitivity.measure import ProfileSettings
+from quantkit.sensitivity.store import load_profile
+from quantkit.storage.hashing import digest
+from quantkit.storage.output_dir import require_apart, require_free
+from quantkit.storage.paths import REPORT_FILE, plain_path
+from quantkit.streaming.attention import attention_settings, require_same_attention
+from quantkit.streaming.layer_runner import StreamingModel, has_gradients
+from quantkit.writer.config import companions
+from quantkit.writer.writer import SHARD_BYTES, Rewrite, Written, rewrite
+
+QUANTIZER_TOKENS = 16384
+_TUNE_PER_VALIDATE = 8  # sequences for the quantizer, for each that validates the tuning
+
+
+@dataclass(frozen=True)
+class QuantizeOptions:
+    """The options of `quantize` beside the choice of tiers.
+
+    `profile_text` is read for a profile that has to be made, `quantizer_text` by a calibrated
+    quantizer. `tuning_steps` are steps of scale tuning after it. `command` is the command line that
+    the card states, `base_model` the Hub id that it names, by default the source's own.
+    """
+
+    profile_text: CalibrationSpec = field(default_factory=CalibrationSpec)
+    quantizer_text: CalibrationSpec = field(
+        default_factory=lambda: CalibrationSpec(tokens=QUANTIZER_TOKENS)
+    )
+    tuning_steps: int = 0
+    shard_bytes: int = SHARD_BYTES
+    command: str | None = None
+    base_model: str | None = None
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class QuantizeOutcome:
+    """The report of the repo; `complete` if it existed already, `resumed` if a run was resumed."""
+
+    report: Report
+    complete: bool = False
+    resumed: bool = False
+
+
+def quantize(
+    source: Source | str,
+    out: Path | str,
+    request: PlanRequest,
+    options: QuantizeOptions | None = None,
+    *,
+    progress: Progress | None = None,
+) -> QuantizeOutcome:
+    """Quantize a checkpoint to the repo `out`, as `quantkit quantize` does.
+
+    `source` is a source, a folder or a Hub id. A budget without a profile uses the one in
+    OUT-profile, which is made first if it is missing. Raises InputError and its subclasses.
+    """
+    options, progress = options or QuantizeOptions(), progress or Progress()
+    out = Path(out)
+    check_request(out, request, options)
+    source = open_model(source) if isinstance(source, str) else source
+    _require_output(source, out, options.force)
+    profile = _profile_for(source, out, request, options, progress)
+    plan = choose_plan(source, request, profile, progress).plan
+    if options.tuning_steps:
+        plan = replace(plan, tuning_steps=options.tuning_steps)
+    return write_plan(source, plan, out, options, progress=progress)
+
+
+def check_request(out: Path, request: PlanRequest, options: QuantizeOptions) -> None:
+    """Check everything that needs no checkpoint. Raises InputError."""
+    request.require_consistent()
+    for path in (request.plan, Path(request.profile) if request.profile else None):
+        require_apart(out, path if path is not None and path.exists() else None)
+    calibrated = request.plan is not None or find_quantizer(request.quantizer_name).calibrated
+    if options.tuning_steps and not calibrated:
+        raise InputError("`tuning_steps` needs `quantizer` search or gptq.")
+    if options.shard_bytes < 1:
+        raise InputError("`shard_bytes` must be larger than 0. Write it like 5GB.")
+
+
+def _require_output(source: Source, out: Path, force: bool) -> None:
+    require_apart(out, source.checkpoint.folder)
+    if not (out / REPORT_FILE).exists():
+        require_free(out, force)
+
+
+def _profile_for(
+    source: Source, out: Path, request: PlanRequest, options: QuantizeOptions, progress: Progress
+) -> SensitivityProfile | None:
+    """Return the named profile, or for a budget the one in OUT-profile, made if it is missing."""
+    if request.profile is not None:
+        return load_profile(request.profile, source.inventory)
+    if request.budget is None:
+        return None
+    constraints, budget = request.constraints(), request.parsed_budget(source)
+    named = [*(constraints.tiers or ()), *(tier for _, tier in constraints.pins)]
+    names = [*DEFAULT_TIERS, *(tier.name for tier in named if tier.quantized)]
+    tiers = tuple(dict.fromkeys(names))
+    # Sizes need no measurement: refuse an impossible budget before hours of work.
+    sizes = size_table(source.inventory, tiers)
+    plan_by_budget(source.inventory, sizes, budget, constraints)
+    folder = out.with_name(f"{out.name}-profile")
+    settings = ProfileSettings(options.profile_text, tiers)
+    try:
+        profiling = prepare_profile(source, folder, settings)
+    except InputError:
+        if not options.force:
+            raise
+        profiling = prepare_profile(source, folder, settings, options.force)
+    return run_profiling(profiling, progress)
+
+
+def write_plan(
+    source: Source,
+    plan: Plan,
+    out: Path,
+    options: QuantizeOptions | None = None,
+    *,
+    progress: Progress | None = None,
+) -> QuantizeOutcome:
+    """Write the repo of `plan`, its report and card included.
+
+    A source on the Hub is downloaded first. Raises the errors of `rewrite`, InputError,
+    CalibrationError and HubError.
+    """
+    options, progress = options or QuantizeOptions(), progress or Progress()
+    require_same_attention(source.checkpoint)
+    if options.base_model is not None and not is_repo_id(options.base_model):
+        raise InputError(f"`base_model` {options.base_model!r}: write a Hub id like user/name.")
+    if source.checkpoint.folder is None:
+        _require_output(source, plain_path(out), options.force)  # before the download
+        source = with_values(source)
+    companions(source.checkpoint.path(""), source.inventory)  # refuses missing files
+    quantization: CalibratedQuantization | None = None
+    hashes: dict[str, str] = {}
+    if find_quantizer(plan.quantizer).calibrated:
+        plan, quantization, hashes = _calibrated(source, plan, options, progress)
+    elif plan.tuning_steps:
+        raise InputError("`tuning_steps` needs `quantizer` search or gptq.")
+    else:
+        _require_tokenizer(source)
+    draft = _draft(source, plan, options)
+
+    def describe(written: Written) -> Mapping[str, str]:
+        described = replace(plan, source=written.source)
+        return documents(replace(draft, plan=described, shards=written.shards, files=written.files))
+
+    job = Rewrite(source, plan, out, quantization, hashes, options.shard_bytes, options.force)
+    outcome = rewrite(job, describe, progress)
+    if draft.base_model is not None and read_report(out).base_model != draft.base_model:
+        record(out, base_model=draft.base_model)  # a complete repo under another name
+    return QuantizeOutcome(read_report(out), outcome.complete, outcome.resumed)
+
+
+def _draft(source: Source, plan: Plan, options: QuantizeOptions) -> Report:
+    """Return the report without the written files."""
+    name = source.checkpoint.name
+    base_model = options.base_model
+    if base_model is None and is_repo_id(name):  # the name of a local folder has no slash
+        base_model = name
+    target = plan.memory_target or MemoryTarget()
+    return Report(
+        plan=plan,
+        shards=(),
+        files=(),
+        versions=versions(),
+        source_config=attention_settings(source.checkpoint.stated_config),
+        base_model=base_model,
+        license=license_of(source.checkpoint.path("")),
+        command=options.command,
+        memory=memory_needed(plan.total_bytes, source.checkpoint.settings, target),
+    )
+
+
+def _require_tokenizer(source: Source) -> None:
+    """Check that stock mlx-lm reads the tokenizer, before the work. Raises CalibrationError.
+
+    Untrusted code is left to the users of the repo. The tokenizers library refuses folders whose
+    name is not text.
+    """
+    if str(source.checkpoint.path("")).isprintable():
+        with suppress(UntrustedCodeError):
+            load_tokenizer(source.checkpoint)
+
+
+def _calibrated(
+    source: Source, plan: Plan, options: QuantizeOptions, progress: Progress
+) -> tuple[Plan, CalibratedQuantization, dict[str, str]]:
+    """Return the plan with its calibration text, the quantization, and the hashes of its inputs."""
+    if plan.tuning_steps and not has_gradients(source):
+        raise InputError(
+            "`tuning_steps`: a mixture of experts needs mlx-lm 0.32 (and so Python 3.11)."
+        )
+    spec = options.quantizer_text
+    count = spec.sequences
+    validated = max(1, count // _TUNE_PER_VALIDATE) if plan.tuning_steps else 0
+    if plan.tuning_steps:  # new text for every step, and some to choose the best step
+        needed = max(spec.tokens, Tuning(plan.tuning_steps).all_tokens)
+        spec = replace(spec, tokens=needed + validated * spec.sequence_length)
+    calibration = read_calibration_set(source.checkpoint, spec)
+    tokens, text = calibration.tokens, calibration.text
+    note_skipped_rows(text.name, text.skipped_rows, progress)
+    split = len(tokens) - min(validated, max(0, len(tokens) - count))
+    tuning = TuningText(tokens[:split], tokens[split:])
+    if plan.tuning_steps and not len(tuning.validate):
+        raise CalibrationError(
+            f"{text.name}: has no text beside the quantizer's. Give fewer `quantizer_tokens`, or "
+            "more text."
+        )
+    plan = replace(plan, calibration_texts=tuple(dict.fromkeys((*plan.calibration_texts, text))))
+    hashes = {
+        "quantizer": plan.quantizer,
+        "number of tuning steps": str(plan.tuning_steps),
+        "text for the quantizer": digest([text.sha256, count, split]),
+    }
+    model = StreamingModel(source)
+    return plan, CalibratedQuantization(model, plan, tokens[:count], tuning), hashes

@@ -1,0 +1,97 @@
+"""Calibrated quantization of a plan: layer by layer, then scale tuning, as one generator."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from quantkit.artifacts.plan import Plan
+from quantkit.backend import mx
+from quantkit.formats.tiers import parse_tier
+from quantkit.progress import Progress
+from quantkit.quantizers.layer_files import EMBEDDING, LayerFiles, QuantizedWeight
+from quantkit.quantizers.layerwise import EMBEDDING_TOKENS, LayerwiseQuantizer, changed_tiers
+from quantkit.quantizers.scale_tuning import ScaleTuner, Tuning, TuningText
+from quantkit.storage.work_dir import Tensors, WorkDirectory
+from quantkit.streaming.layer_runner import StreamingModel
+
+
+@dataclass(frozen=True)
+class CalibratedQuantization:
+    """A plan to quantize on text: `tokens` (sequences, length) for the quantizer, `tuning` text."""
+
+    model: StreamingModel
+    plan: Plan
+    tokens: np.ndarray
+    tuning: TuningText
+
+    def weights(
+        self, shards: Sequence[Sequence[str]], folder: Path, progress: Progress
+    ) -> Iterator[QuantizedWeight]:
+        """Yield the quantized weights of `shards`, which list names in the order of the model.
+
+        The tensors are None for a weight to be rounded to nearest. Asking for a weight of the next
+        shard means that the last one is complete: its files in `folder`, the work directory, are
+        removed.
+        """
+        files = LayerFiles(WorkDirectory(folder))
+        layers = len(self.model.layers)
+        stage = progress.stage("Quantizing", layers + 2, "layers")
+        layerwise = LayerwiseQuantizer(self.model, self.plan, mx.array(self.tokens), files, stage)
+        tuner = self._tuned(layerwise, files, progress) if self.plan.tuning_steps else None
+        pending = {name for names in shards for name in names if name in layerwise.tiers}
+        loaded: tuple[int | None, dict[str, Tensors]] = (None, {})
+        for names in shards:
+            for name in names:
+                number = layerwise.stage_of(name) if name in pending else None
+                if number is None:
+                    yield name, None
+                    continue
+                if loaded[0] != number:
+                    tensors = layerwise.load(number)
+                    if tuner and EMBEDDING < number < layers:
+                        tensors = tuner.tensors(number)
+                    loaded = (number, tensors)
+                yield name, loaded[1].get(name)
+            pending -= set(names)
+            for number in {n for name in names if (n := layerwise.stage_of(name)) is not None}:
+                if not any(layerwise.stage_of(name) == number for name in pending):
+                    files.drop(number)
+
+    def _tuned(
+        self, layerwise: LayerwiseQuantizer, files: LayerFiles, progress: Progress
+    ) -> ScaleTuner:
+        """Quantize all layers, tune their scales, and return the tuner with the best point."""
+        layerwise.load(len(self.model.layers))
+        tuning = Tuning(self.plan.tuning_steps)
+        stage = progress.stage("Tuning scales", tuning.steps, "steps")
+        tiers = changed_tiers(self.model, self.plan)
+        tuner = ScaleTuner(self.model, tiers, files, tuning, self.tuning, stage)
+        tuner.run()
+        return tuner
+
+    def work_bytes(self, shard_bytes: int) -> int:
+        """Return the disk space, in bytes, that the work directory needs."""
+        plan, layers = self.plan, len(self.model.layers)
+        by_layer = [sum(a.bytes for a in plan.assignments if a.layer == i) for i in range(layers)]
+        affine = [
+            (assignment, tier)
+            for assignment in plan.assignments
+            if (tier := parse_tier(assignment.storage)).mode == "affine"
+        ]
+        tokens = self.tokens.size
+        if plan.tuning_steps:
+            tokens = self.tuning.tune.size + self.tuning.validate.size
+        stream = 4 * self.model.head_weight.shape[-1]  # bytes per token
+        # The streams of two layers, two layers, and the layers of an incomplete shard.
+        space = 2 * stream * tokens + 2 * max(by_layer, default=0)
+        space += min(shard_bytes, plan.total_bytes)
+        if any(assignment.role == "embedding" for assignment, _ in affine):
+            # The inputs of all layers, for the backward pass.
+            space += stream * min(tokens, EMBEDDING_TOKENS) * (layers + 3)
+        if plan.tuning_steps:
+            # All quantized layers, and per group two generations of six float32 values.
+            groups = sum(a.parameters // tier.group_size for a, tier in affine)
+            space += plan.total_bytes + 52 * groups
+        return space

@@ -1,0 +1,45 @@
+"""One weight quantized under the Hessians of its inputs, in slices that fit in memory."""
+
+from quantkit.artifacts.inventory import Weight
+from quantkit.backend import memory_limits, mx
+from quantkit.formats.affine import AffineWeight, concatenate
+from quantkit.formats.codec import FLOAT_TYPES
+from quantkit.formats.tiers import Tier
+from quantkit.quantizers.hessians import Hessians, Inputs, stacked
+from quantkit.quantizers.registry import Quantizer
+
+
+def quantize_rows(
+    weight: mx.array, hessians: Hessians, tier: Tier, quantizer: Quantizer, dtype: mx.Dtype
+) -> AffineWeight:
+    """Quantize `weight` (matrices, out, in) in float32, some rows at a time.
+
+    Scales and biases are stored as `dtype`.
+    """
+    quantize = quantizer.function()
+    step = max(1, memory_limits().block_values // (weight.shape[0] * weight.shape[-1]))
+    slices: list[AffineWeight] = []
+    for start in range(0, weight.shape[-2], step):
+        slices.append(quantize(weight[..., start : start + step, :], hessians, tier, dtype))
+        mx.eval(slices[-1].q, slices[-1].scales, slices[-1].biases)
+    return slices[0] if len(slices) == 1 else concatenate(slices, axis=-2)
+
+
+def quantize_weight(
+    weight: Weight, values: mx.array, inputs: Inputs, tier: Tier, quantizer: Quantizer
+) -> AffineWeight:
+    """Quantize all `values` (..., out, in) of a weight for its `inputs`."""
+    stack = stacked(values)
+    slices = []
+    for experts, hessian in inputs.hessians(len(stack)):
+        chunk = stack[experts].astype(mx.float32)
+        dtype = scales_dtype(weight)
+        slices.append(quantize_rows(chunk, Hessians(hessian), tier, quantizer, dtype))
+    whole = concatenate(slices, axis=0)
+    shaped = (x.reshape(*values.shape[:-1], -1) for x in (whole.q, whole.scales, whole.biases))
+    return AffineWeight(*shaped)
+
+
+def scales_dtype(weight: Weight) -> mx.Dtype:
+    """Return the dtype in which the scales and biases of a weight are stored."""
+    return FLOAT_TYPES[weight.dtype]
