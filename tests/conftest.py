@@ -42,6 +42,14 @@ def quant(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Path:
     return out
 
 
+@pytest.fixture(scope="session")
+def demo() -> Path:
+    """The demo checkpoint, built on first use."""
+    from quantkit.demo.build import demo_checkpoint
+
+    return demo_checkpoint()
+
+
 @pytest.fixture
 def refused(cli: Cli, tmp_path: Path) -> Callable[..., str]:
     """Quantize a bad source: the one line it is refused with, exit code 2, and nothing left."""

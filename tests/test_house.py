@@ -1,6 +1,7 @@
 """The dependency rule: a room imports only rooms above it, and stages never each other."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -54,3 +55,21 @@ def test_the_fast_blas_comes_before_mlx_lm(path):
 def test_files_stay_small():
     for path in FILES:
         assert len(path.read_text().splitlines()) <= 400, path
+
+
+TESTS = Path(__file__).parent
+
+
+def test_tests_mirror_the_package():
+    """A test file is named after the module that it is about, in a folder of the same room."""
+    mirrored = list(TESTS.glob("*/test_*.py"))
+    assert len(mirrored) > 20
+    for path in mirrored:
+        module = ROOT / path.parent.name / f"{path.stem.removeprefix('test_')}.py"
+        assert module.is_file(), f"{path.name}: there is no {module.relative_to(ROOT)}"
+
+
+def test_no_test_imports_another():
+    for path in TESTS.rglob("*.py"):
+        for module in imports(path):
+            assert not re.search(r"tests\.(.*\.)?test_", module), f"{path.name} imports {module}"

@@ -26,13 +26,11 @@ def text(tmp_path_factory):
 @pytest.fixture
 def run(tmp_path):
     def run(*arguments, **env):
-        unquantized = {
-            k: v for k, v in os.environ.items() if k not in ("QUANTKIT_CACHE", "HF_HOME")
-        }
+        inherited = {k: v for k, v in os.environ.items() if k not in ("QUANTKIT_CACHE", "HF_HOME")}
         done = subprocess.run(
             [sys.executable, "-m", "quantkit", *map(str, arguments)],
             cwd=tmp_path,
-            env={k: v for k, v in {**unquantized, **env}.items() if v is not None},
+            env={k: v for k, v in {**inherited, **env}.items() if v is not None},
             capture_output=True,
             text=True,
             check=False,

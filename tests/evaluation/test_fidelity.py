@@ -244,14 +244,14 @@ def test_a_damaged_cache_is_made_anew(cli, checkpoint, quants, text, damage, tmp
     monkeypatch.setenv("QUANTKIT_CACHE", str(tmp_path))
     expected = compared(cli, checkpoint, quants[0], *options(text))
     (path,) = (tmp_path / "native").iterdir()
-    unquantized = np.load(path)
+    cached = np.load(path)
     if damage in ("empty", "zip"):
         path.write_bytes(b"" if damage == "empty" else b"PK\x03\x04 and more")
     else:
-        spoilt = {"zeros": unquantized * 0, "rows": unquantized[:1], "nan": unquantized * np.nan}
+        spoilt = {"zeros": cached * 0, "rows": cached[:1], "nan": cached * np.nan}
         np.save(path, spoilt[damage])
     assert compared(cli, checkpoint, quants[0], *options(text)) == expected
-    assert np.array_equal(np.load(path), unquantized)
+    assert np.array_equal(np.load(path), cached)
 
 
 @pytest.mark.parametrize(

@@ -217,3 +217,22 @@ def test_less_memory_gives_the_same_plan(cli, checkpoint, profiled, tmp_path):
     bad = cli("profile", checkpoint, "-o", tmp_path / "q", "--memory", "lots")
     assert bad.exit_code == 2
     assert bad.stderr.count("\n") == 1
+
+
+def test_python_writes_the_demo_as_the_command_does(cli, demo, tmp_path):
+    """The main job on the demo model, by a budget: the same repo, byte for byte."""
+    few = ("--tokens", 64, "--sequence-length", 32, "--tiers", "q6g64,q3g64")
+    assert cli("profile", demo, "-o", tmp_path / "p", *few).exit_code == 0
+    options = ("--profile", tmp_path / "p", "-b", "4.5bpw", "--quantizer", "rtn")
+    result = cli("quantize", demo, *options, "-o", tmp_path / "command")
+    assert result.exit_code == 0, result.output
+    command = quantkit.read_report(tmp_path / "command").command
+    request = quantkit.PlanRequest(budget="4.5bpw", profile=str(tmp_path / "p"), quantizer="rtn")
+    options = quantkit.QuantizeOptions(command=command)
+    quantkit.quantize(str(demo), tmp_path / "python", request, options)
+    names = {path.name for path in (tmp_path / "command").iterdir()}
+    assert names == {path.name for path in (tmp_path / "python").iterdir()}
+    assert "quantkit.json" in names
+    for name in names:
+        ours, theirs = (tmp_path / folder / name for folder in ("python", "command"))
+        assert ours.read_bytes() == theirs.read_bytes(), name

@@ -162,10 +162,10 @@ def test_only_the_tiers_that_are_named(cli, checkpoint, saved):
 
 def test_routers_only_when_asked(cli, checkpoint, saved):
     options = ("-b", "3.2bpw")
-    unquantized = tiers(planned(cli, checkpoint, saved, *options))
+    chosen = tiers(planned(cli, checkpoint, saved, *options))
     free = tiers(planned(cli, checkpoint, saved, *options, "--routers"))
     pinned = tiers(planned(cli, checkpoint, saved, *options, "--pin", "router=q8g64"))
-    assert unquantized["model.layers.0.mlp.router"] == "bf16"
+    assert chosen["model.layers.0.mlp.router"] == "bf16"
     assert free["model.layers.0.mlp.router"] != "bf16"
     assert pinned["model.layers.0.mlp.router"] == "q8g64"
 
@@ -501,13 +501,13 @@ def test_numbers_that_are_none(cli, checkpoint, saved, option, number):
 def test_what_a_run_needs_is_not_replaced(cli, checkpoint, saved, tmp_path):
     import shutil
 
-    unquantized = shutil.copytree(saved, tmp_path / "unquantized")
-    plan = unquantized / "plan.json"
-    planned(cli, checkpoint, unquantized, "-b", "5bpw", "-o", plan)
-    for options in (("--profile", unquantized, "-b", "5bpw"), ("--plan", plan)):
-        result = cli("quantize", checkpoint, *options, "-o", unquantized, "--force")
+    precious = shutil.copytree(saved, tmp_path / "precious")
+    plan = precious / "plan.json"
+    planned(cli, checkpoint, precious, "-b", "5bpw", "-o", plan)
+    for options in (("--profile", precious, "-b", "5bpw"), ("--plan", plan)):
+        result = cli("quantize", checkpoint, *options, "-o", precious, "--force")
         assert result.exit_code == 2, result.output
-        assert (unquantized / "profile.json").exists()
+        assert (precious / "profile.json").exists()
         assert plan.exists()
 
 

@@ -88,8 +88,8 @@ def test_experts_are_decoded_exactly_and_encoded_as_mlx_would(tmp_path, checkpoi
         w.name: tier if w.role.startswith("expert") else NATIVE for w in source.inventory.weights
     }
     write_repo(source, make_plan(source.inventory, tiers, "test"), tmp_path / "out")
-    unquantized = {w.name: NATIVE for w in source.inventory.weights}
-    write_repo(source, make_plan(source.inventory, unquantized, "test"), tmp_path / "native")
+    native = {w.name: NATIVE for w in source.inventory.weights}
+    write_repo(source, make_plan(source.inventory, native, "test"), tmp_path / "native")
     ours, native = tensors(tmp_path / "out"), tensors(tmp_path / "native")
     for name in (w.name for w in source.inventory.weights if w.role.startswith("expert")):
         packed = native[f"{name}.weight"], native[f"{name}.scales"]

@@ -126,11 +126,11 @@ def test_what_a_model_keeps_in_f32_stays(tmp_path):
     config = {**KLEAR, "torch_dtype": "bfloat16"}
     source = write_from_model(tmp_path / "src", config, lambda name: "F32")
     found = rewritten(source, tmp_path / "out")
-    unquantized = {name for name, value in found.items() if value.dtype == mx.float32}
-    assert unquantized == {"model.layers.0.mlp.expert_bias"}
+    in_f32 = {name for name, value in found.items() if value.dtype == mx.float32}
+    assert in_f32 == {"model.layers.0.mlp.expert_bias"}
     mlx_lm.convert(str(source), str(tmp_path / "theirs"), quantize=False)
     theirs = tensors(tmp_path / "theirs")
-    assert {name for name, value in theirs.items() if value.dtype == mx.float32} == unquantized
+    assert {name for name, value in theirs.items() if value.dtype == mx.float32} == in_f32
     unpacked = [
         name for name in found if name in theirs and theirs[name].dtype == found[name].dtype
     ]
@@ -147,8 +147,8 @@ def test_a_profile_serves_every_type(cli, tmp_path, checkpoint):
     for dtype in ("float16", "bfloat16"):
         planned = cli("plan", checkpoint, *budget, "--dtype", dtype)
         assert planned.exit_code == 0, planned.output
-        unquantized = {w["tier"] for w in json.loads(planned.stdout)["weights"]}
-        assert {"f16", "bf16"} & unquantized == {dtype[0] + ("f16" if dtype[0] == "b" else "16")}
+        tiers = {w["tier"] for w in json.loads(planned.stdout)["weights"]}
+        assert {"f16", "bf16"} & tiers == {dtype[0] + ("f16" if dtype[0] == "b" else "16")}
 
 
 TOO_LARGE = {"norm": "model.norm.weight", "weight": "model.layers.0.self_attn.q_proj.weight"}
