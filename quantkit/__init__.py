@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from quantkit.artifacts.plan import Plan
     from quantkit.artifacts.report import Report
     from quantkit.artifacts.sensitivity import SensitivityProfile
-    from quantkit.backend import limited_memory
+    from quantkit.backend.memory_limits import limited_memory
     from quantkit.calibration.calibration_set import CalibrationSpec
     from quantkit.checkpoint.source import Source, open_source
     from quantkit.demo.build import demo_checkpoint
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from quantkit.planning.recipe import Recipe, load_recipe, plan_by_recipe, recipe_names
     from quantkit.progress import Progress
     from quantkit.publish.plot import plot_fidelity, plot_frontier, plot_profile
-    from quantkit.publish.report import read_report
+    from quantkit.publish.record import read_report
     from quantkit.sensitivity.measure import ProfileSettings
     from quantkit.sensitivity.store import load_profile
 
@@ -69,7 +69,7 @@ _HOME = {
     "demo_checkpoint": "demo.build",
     "encode": "formats.codec",
     "frontier": "planning.frontier",
-    "limited_memory": "backend",
+    "limited_memory": "backend.memory_limits",
     "load_profile": "sensitivity.store",
     "load_recipe": "planning.recipe",
     "make_plan": "planning.plan",
@@ -85,7 +85,7 @@ _HOME = {
     "profile": "jobs.profile",
     "quantize": "jobs.quantize",
     "read_plan": "planning.plan",
-    "read_report": "publish.report",
+    "read_report": "publish.record",
     "recipe_names": "planning.recipe",
     "recipe_plans": "planning.frontier",
     "refine": "jobs.refine",

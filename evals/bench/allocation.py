@@ -31,7 +31,7 @@ from quantkit.planning.budget import Budget
 from quantkit.planning.constraints import Constraints
 from quantkit.planning.frontier import recipe_plans
 from quantkit.planning.knapsack import solve
-from quantkit.planning.options import Option
+from quantkit.planning.knapsack_items import Option
 from quantkit.sensitivity.store import load_profile
 from quantkit.streaming.layer_runner import StreamingModel
 from quantkit.streaming.measure_kl import measure_kl

@@ -28,7 +28,7 @@ def bench(
     """
     from quantkit.backend import speed_hint
     from quantkit.evaluation.speed import measure
-    from quantkit.publish.report import read_report
+    from quantkit.publish.record import read_report
     from quantkit.units import parse_count
 
     report = read_report(out)

@@ -74,13 +74,14 @@ def compare(
 
     `quantkit compare openai/gpt-oss-20b gpt-oss-20b-q8 mlx-community/gpt-oss-20b-MXFP4-Q8`
     """
-    from quantkit.backend import limited_memory, speed_hint
+    from quantkit.backend import speed_hint
+    from quantkit.backend.memory_limits import limited_memory
     from quantkit.calibration.calibration_set import CalibrationSpec
     from quantkit.checkpoint.source import STORED
     from quantkit.jobs.compare import compare as run
     from quantkit.jobs.compare import require_made_from
     from quantkit.jobs.open_model import open_model
-    from quantkit.publish.report import read_report
+    from quantkit.publish.record import read_report
 
     if results.plot is not None:
         from quantkit.publish.plot import require_plots

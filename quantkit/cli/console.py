@@ -49,7 +49,7 @@ def print_json(value: Any) -> None:
 
 def record(out: Path, **fields: Any) -> None:
     """Set fields of a repo's report and card. Raises OutputError."""
-    from quantkit.publish.report import record as put
+    from quantkit.publish.record import record as put
 
     if not put(out, **fields):
         note(f"{out}/README.md was edited by hand and stays; quantkit.json has the new values.")

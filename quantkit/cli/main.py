@@ -12,16 +12,18 @@ from typer.core import TyperGroup
 from quantkit import __version__
 from quantkit.cli import console
 from quantkit.cli.bench import bench
+from quantkit.cli.chat import chat
 from quantkit.cli.compare import compare
 from quantkit.cli.demo import demo
 from quantkit.cli.diff import diff
 from quantkit.cli.expand import Command, expanded, option_names, with_flags
+from quantkit.cli.generate import generate
 from quantkit.cli.inspect import inspect
 from quantkit.cli.plan import plan
 from quantkit.cli.profile import profile
 from quantkit.cli.quantize import quantize
 from quantkit.cli.report import report
-from quantkit.cli.talk import chat, generate, serve
+from quantkit.cli.serve import serve
 from quantkit.cli.upload import upload
 from quantkit.cli.verify import verify
 from quantkit.errors import CacheWarning, QuantkitError

@@ -106,7 +106,7 @@ def profile(
 
     `quantkit profile demo -o demo-profile --tokens 1024 --check 48`
     """
-    from quantkit.backend import limited_memory
+    from quantkit.backend.memory_limits import limited_memory
     from quantkit.errors import InputError
     from quantkit.sensitivity.store import load_profile
 

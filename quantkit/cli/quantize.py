@@ -86,7 +86,8 @@ def quantize(
 
     `quantkit quantize openai/gpt-oss-20b --budget mac:16GB -o gpt-oss-20b-16GB`
     """
-    from quantkit.backend import limited_memory, speed_hint
+    from quantkit.backend import speed_hint
+    from quantkit.backend.memory_limits import limited_memory
     from quantkit.calibration.calibration_set import CalibrationSpec
     from quantkit.jobs.quantize import QuantizeOptions, check_request
     from quantkit.jobs.quantize import quantize as run

@@ -11,7 +11,7 @@ def report(out: Repo, json: Json = False) -> None:
 
     `quantkit report gpt-oss-20b-16GB`
     """
-    from quantkit.publish.report import read_report
+    from quantkit.publish.record import read_report
 
     read = read_report(out)
     if json:

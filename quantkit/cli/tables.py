@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from quantkit.publish.upload import Upload
 
 _MOST_FILES = 8
+_LARGE = 10_000_000  # bytes, below which gigabytes would be shown as 0.00
 _LEAST_TEXT = 14  # characters of a heading, or a column of text, over several lines
 _BETWEEN = 2  # characters between two columns
 
@@ -89,10 +90,10 @@ def _predictions(plan: Plan) -> None:
         print(f"proven            no plan within is predicted below {bound:.4g}; gap {gap:.2g}")
 
 
-def print_explanation(results_: "Explanation") -> None:
+def print_explanation(explanation: "Explanation") -> None:
     """Print an explanation: alternatives of each weight, and the next steps."""
     table = _table("weight", "tier", "#KL", "#up worth", "to", "#down worth", "to")
-    for assignment, up, down in results_.weights:
+    for assignment, up, down in explanation.weights:
         table.add_row(
             assignment.name.removeprefix("model."),
             assignment.tier,
@@ -101,9 +102,9 @@ def print_explanation(results_: "Explanation") -> None:
             *(("", "") if down is None else (f"{down.worth:.3g}", down.to)),
         )
     _show(table, "KL over price of a step: a step up pays above 1, a step down below 1")
-    for kind, price in zip(("stored", "read per token"), results_.shadow_prices, strict=False):
+    for kind, price in zip(("stored", "read per token"), explanation.shadow_prices, strict=False):
         print(f"price             {price * 1e9:.4g} nats per token per GB {kind}")
-    for title, steps in (("more budget", results_.up), ("less budget", results_.down)):
+    for title, steps in (("more budget", explanation.up), ("less budget", explanation.down)):
         print(f"{title}       next steps, best first:")
         for step in steps:
             cost = f"saves {step.saves:.3g}" if step.saves >= 0 else f"costs {-step.saves:.3g}"
@@ -112,13 +113,14 @@ def print_explanation(results_: "Explanation") -> None:
             print(f"  {moved}, {step.bytes:+,} bytes, {cost}")
 
 
-def print_differences(results_: Sequence["Difference"]) -> None:
+def print_differences(differences: Sequence["Difference"]) -> None:
     """Print a line per weight that two plans store differently."""
     table = _table("weight", "first", "second", "#bytes", "#KL")
-    for one in results_:
+    for one in differences:
         kl = "" if one.kl is None else f"{one.kl:+.3g}"
         table.add_row(one.weight, one.before, one.after, f"{one.bytes:+,}", kl)
-    _show(table, f"{len(results_)} weights differ, {sum(one.bytes for one in results_):+,} bytes")
+    more = sum(one.bytes for one in differences)
+    _show(table, f"{len(differences)} weights differ, {more:+,} bytes")
 
 
 def plan_row(plan: Plan) -> dict[str, Any]:
@@ -212,17 +214,17 @@ def print_validation(check: Mapping[str, Any]) -> None:
 
 def print_fidelity(results: Sequence[Fidelity], text: str) -> None:
     """Print a column per repo, every value with its 95% interval."""
-    table = _table("", *(f"#{Path(results_.repo).name or results_.repo}" for results_ in results))
-    table.add_row("size", *(size(results_.bytes) for results_ in results))
-    table.add_row("bits per weight", *(f"{results_.bits_per_weight:.3f}" for results_ in results))
-    table.add_row("KL mean", *(_spread(results_.kl_mean) for results_ in results))
+    table = _table("", *(f"#{Path(result.repo).name or result.repo}" for result in results))
+    table.add_row("size", *(size(result.bytes) for result in results))
+    table.add_row("bits per weight", *(f"{result.bits_per_weight:.3f}" for result in results))
+    table.add_row("KL mean", *(_spread(result.kl_mean) for result in results))
     for kind in results[0].kl_by_text:
-        table.add_row(f"  {kind}", *(_spread(results_.kl_by_text[kind]) for results_ in results))
-    table.add_row("KL median", *(_spread(results_.kl_median) for results_ in results))
-    table.add_row("KL 95%", *(_spread(results_.kl_p95) for results_ in results))
-    table.add_row("KL 99.9%", *(_spread(results_.kl_p999) for results_ in results))
-    table.add_row("top-1 agreement", *(_spread(results_.top1_agreement) for results_ in results))
-    table.add_row("perplexity ratio", *(_spread(results_.perplexity_ratio) for results_ in results))
+        table.add_row(f"  {kind}", *(_spread(result.kl_by_text[kind]) for result in results))
+    table.add_row("KL median", *(_spread(result.kl_median) for result in results))
+    table.add_row("KL 95%", *(_spread(result.kl_p95) for result in results))
+    table.add_row("KL 99.9%", *(_spread(result.kl_p999) for result in results))
+    table.add_row("top-1 agreement", *(_spread(result.top1_agreement) for result in results))
+    table.add_row("perplexity ratio", *(_spread(result.perplexity_ratio) for result in results))
     few = results[0]
     print(
         f"Against native, over {few.tokens} tokens ({few.sequences} sequences) of {text}; KL in "
@@ -231,10 +233,10 @@ def print_fidelity(results: Sequence[Fidelity], text: str) -> None:
     _show(table)
 
 
-def _spread(results_: Interval) -> str:
-    if results_.low is None or results_.high is None:
-        return f"{results_.value:.4g}"
-    return f"{results_.value:.4g}\n{results_.low:.3g} to {results_.high:.3g}"
+def _spread(interval: Interval) -> str:
+    if interval.low is None or interval.high is None:
+        return f"{interval.value:.4g}"
+    return f"{interval.value:.4g}\n{interval.low:.3g} to {interval.high:.3g}"
 
 
 def print_speed(speed: Speed, where: str) -> None:
@@ -292,11 +294,12 @@ def _tier_table(plan: Plan) -> "Table":
 
 
 def _totals(total: int, parameters: int, active: int | None) -> None:
-    print(f"total             {total:,} bytes = {gb(total)} = {gib(total)}")
+    units = f"{gb(total)} = {gib(total)}" if total >= _LARGE else size(total)
+    print(f"total             {total:,} bytes = {units}")
     bits = bits_per_weight(total, parameters)
     print(f"bits per weight   {bits:.3f} over {count(parameters)} parameters")
     if active is not None:
-        print(f"read per token    {gb(active)}")
+        print(f"read per token    {size(active)}")
 
 
 def _table(*columns: str) -> "Table":
@@ -328,8 +331,8 @@ def _show(table: "Table", title: str | None = None) -> None:
     console = Console(markup=False, highlight=False)
     if title:
         print(title)
-    for piece_ in _parts_that_fit(table, console.width):
-        console.print(piece_)
+    for piece in _parts_that_fit(table, console.width):
+        console.print(piece)
         print()
 
 
@@ -348,10 +351,10 @@ def _parts_that_fit(table: "Table", width: int) -> "Iterator[Table]":
             groups.append(columns[:1])
         groups[-1].append(column)
     for group in groups:
-        piece_ = _table()
-        piece_.columns = [replace(column, _index=number) for number, column in enumerate(group)]
-        piece_.rows = table.rows
-        yield piece_
+        piece = _table()
+        piece.columns = [replace(column, _index=number) for number, column in enumerate(group)]
+        piece.rows = table.rows
+        yield piece
 
 
 def _width(columns: Sequence["Column"], of_one: Callable[["Column"], int]) -> int:

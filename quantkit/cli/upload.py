@@ -47,7 +47,7 @@ def upload(
     `quantkit upload gpt-oss-20b-16GB user/gpt-oss-20b-16GB --private`
     """
     from quantkit.cli.verify import require_good, run_checks
-    from quantkit.publish.report import read_report
+    from quantkit.publish.record import read_report
     from quantkit.publish.upload import is_foreign, plan_upload, send
 
     report = read_report(out)

@@ -30,7 +30,7 @@ def verify(
 
     `quantkit verify gpt-oss-20b-16GB`
     """
-    from quantkit.publish.report import read_report
+    from quantkit.publish.record import read_report
 
     checks = run_checks(out, read_report(out), load, not json, trust_remote_code)
     require_good(checks, json)

@@ -17,7 +17,8 @@ import numpy as np
 from quantkit.artifacts.calibration import CalibrationText
 from quantkit.artifacts.fidelity import Fidelity
 from quantkit.artifacts.report import Report
-from quantkit.backend import memory_limits, mx, on_cpu
+from quantkit.backend import mx, on_cpu
+from quantkit.backend.memory_limits import memory_limits
 from quantkit.calibration.calibration_set import (
     CalibrationSpec,
     load_tokenizer,
@@ -268,7 +269,7 @@ def _fidelity(
         kl_median=quantiles[0],
         kl_p95=quantiles[1],
         kl_p999=quantiles[2],
-        top1_agreement=mean_interval(same.mean(axis=1), drawn),
+        top1_agreement=mean_interval(same.mean(axis=1), drawn, most=1.0),
         perplexity_ratio=mean_interval(growth, drawn, np.exp),
         kl_by_text=by_text,
         quantiles=tuple(np.quantile(kl, np.linspace(0, 1, 101)).tolist()),

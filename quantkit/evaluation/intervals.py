@@ -17,15 +17,25 @@ def resamples(rng: np.random.Generator, sequences: int) -> np.ndarray:
 
 
 def mean_interval(
-    by_sequence: np.ndarray, drawn: np.ndarray, then: Callable[[Any], Any] = lambda x: x
+    by_sequence: np.ndarray,
+    drawn: np.ndarray,
+    then: Callable[[Any], Any] = lambda x: x,
+    most: float = np.inf,
 ) -> Interval:
-    """Return the mean of `by_sequence` (sequences,) under `then`, for indices from `resamples`."""
+    """Return the mean of `by_sequence` (sequences,) under `then`, for indices from `resamples`.
+
+    The values lie between 0 and `most`.
+    """
     resampled = then(by_sequence[drawn].mean(axis=1))
-    return bootstrap_interval(float(then(by_sequence.mean())), resampled, len(by_sequence))
+    return bootstrap_interval(float(then(by_sequence.mean())), resampled, len(by_sequence), most)
 
 
-def bootstrap_interval(value: float, resampled: np.ndarray, sequences: int) -> Interval:
-    """Return the interval of a value, from the percentiles of its resampled values (resamples,).
+def bootstrap_interval(
+    value: float, resampled: np.ndarray, sequences: int, most: float = np.inf
+) -> Interval:
+    """Return the interval of a value between 0 and `most`.
+
+    Its ends are percentiles of the resampled values (resamples,).
 
     Percentiles are too narrow for few sequences: they are widened by sqrt(n / (n - 1)) and by
     Student's quantile over the normal one. A single sequence gives no interval.
@@ -34,4 +44,5 @@ def bootstrap_interval(value: float, resampled: np.ndarray, sequences: int) -> I
         return Interval(value, None, None)
     low, high = np.quantile(resampled, (0.025, 0.975))
     wider = (sequences / (sequences - 1)) ** 0.5 * stdtrit(sequences - 1, 0.975) / 1.96
-    return Interval(value, value - wider * (value - low), value + wider * (high - value))
+    low, high = value - wider * (value - low), value + wider * (high - value)
+    return Interval(value, max(0.0, float(low)), min(most, float(high)))

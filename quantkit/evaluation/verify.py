@@ -9,12 +9,13 @@ from typing import Any
 from quantkit.artifacts.plan import Assignment
 from quantkit.artifacts.report import Report
 from quantkit.backend import mx
+from quantkit.calibration.chat_template import has_chat_template, render_chat
 from quantkit.checkpoint.checkpoint import INDEX_FILE, Checkpoint, open_folder
 from quantkit.checkpoint.generic import build_model
 from quantkit.checkpoint.headers import StoredTensor
 from quantkit.checkpoint.model_config import mlx_quantization
 from quantkit.checkpoint.stock import load_stock
-from quantkit.errors import OutputError, SourceError, first_line
+from quantkit.errors import InputError, OutputError, SourceError, first_line
 from quantkit.formats.dtypes import FLOATS, nan_scales, nonfinite
 from quantkit.formats.tiers import TIERS, Tier
 from quantkit.progress import Stage
@@ -170,9 +171,9 @@ def _check_bytes(checkpoint: Checkpoint, report: Report) -> str:
             raise _WrongError(
                 f"{assignment.name}: quantkit.json names no tier {assignment.storage!r}."
             )
-        if (stored_ := _parameters(checkpoint.tensors, assignment)) != assignment.parameters:
+        if (count := _parameters(checkpoint.tensors, assignment)) != assignment.parameters:
             raise _WrongError(
-                f"{assignment.name} holds {stored_} weights, planned {assignment.parameters}."
+                f"{assignment.name} holds {count} weights, planned {assignment.parameters}."
             )
         actual = sum(
             remaining.pop(f"{assignment.name}.{suffix}", 0) for suffix in _suffixes(assignment)
@@ -249,11 +250,23 @@ def _check_mlx_lm(repo: Path, trust_remote_code: bool) -> Iterator[Check]:
         return
     yield Check(name, True, f"mlx-lm {mlx_lm.__version__}, strict")
     try:
-        prompt = tokenizer.encode("The") or [0]
+        prompt = _prompt(tokenizer)
         produced = list(mlx_lm.stream_generate(model, tokenizer, prompt, max_tokens=4))
         finite = not any(mx.any(mx.isnan(step.logprobs)).item() for step in produced)
+    except InputError as exc:
+        yield Check("generates", False, f"{exc}.")
+        return
     except Exception as exc:  # noqa: BLE001  (mlx-lm raises anything)
         yield Check("generates", False, f"{type(exc).__name__}: {first_line(exc)}")
         return
     detail = f"{len(produced)} tokens" if finite else "log-probabilities are NaN"
     yield Check("generates", finite and bool(produced), detail)
+
+
+def _prompt(tokenizer: Any) -> list[int]:
+    """Return a short chat by the repo's template, or a word. Raises InputError."""
+    if not has_chat_template(tokenizer):
+        return tokenizer.encode("The") or [0]
+    messages = [{"role": "user", "content": "Hello"}]
+    text = render_chat(tokenizer, messages, add_generation_prompt=True)
+    return tokenizer.encode(text, add_special_tokens=False) or [0]

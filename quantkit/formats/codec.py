@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from quantkit.backend import memory_limits, mx, on_cpu
+from quantkit.backend import mx, on_cpu
+from quantkit.backend.memory_limits import memory_limits
 from quantkit.formats import mxfp4
 from quantkit.formats.tiers import MXFP4, Tier
 

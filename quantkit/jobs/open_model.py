@@ -24,4 +24,5 @@ def open_model(
 
         built = build.demo_checkpoint() if name == "demo" else build.plain_checkpoint()
         name = str(built)
-    return open_source(name, revision, floats=dtype or STATED, trust_remote_code=trust_remote_code)
+    floats = STATED if dtype is None else dtype
+    return open_source(name, revision, floats=floats, trust_remote_code=trust_remote_code)

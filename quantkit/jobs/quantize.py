@@ -25,7 +25,7 @@ from quantkit.planning.allocator import plan_by_budget
 from quantkit.planning.mac_memory import memory_needed
 from quantkit.progress import Progress
 from quantkit.publish.card import license_of
-from quantkit.publish.report import documents, read_report, record
+from quantkit.publish.record import documents, read_report, record
 from quantkit.quantizers.calibrated import CalibratedQuantization
 from quantkit.quantizers.registry import find_quantizer
 from quantkit.quantizers.scale_tuning import Tuning, TuningText

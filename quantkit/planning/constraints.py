@@ -10,7 +10,7 @@ from quantkit.artifacts.sensitivity import SensitivityProfile, TierCost
 from quantkit.errors import InputError, PlanError
 from quantkit.formats.tiers import NATIVE, Tier, canonical, native_name, parse_tier
 from quantkit.planning.budget import Budget
-from quantkit.planning.options import Option
+from quantkit.planning.knapsack_items import Option
 from quantkit.planning.plan import active_bytes, stored_bytes
 from quantkit.quantizers.registry import RTN, find_quantizer
 

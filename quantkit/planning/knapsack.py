@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from quantkit.planning.options import Merged, Option, alike
+from quantkit.planning.knapsack_items import Merged, Option, alike
 
 _INFEASIBLE = 2  # of scipy's milp
 _LARGE = 2  # items to branch on

@@ -59,13 +59,13 @@ def license_of(folder: Path) -> License | None:
 
 def _front(report: Report) -> str:
     front: dict[str, object] = {"library_name": "mlx", "pipeline_tag": "text-generation"}
-    if fidelity := report.license:
-        stated_ = {
-            "license": fidelity.id,
-            "license_name": fidelity.name,
-            "license_link": fidelity.link,
+    if licence := report.license:
+        fields = {
+            "license": licence.id,
+            "license_name": licence.name,
+            "license_link": licence.link,
         }
-        front |= {name: value for name, value in stated_.items() if value is not None}
+        front |= {name: value for name, value in fields.items() if value is not None}
     if report.base_model:
         front |= {"base_model": report.base_model, "base_model_relation": "quantized"}
     front["tags"] = ["mlx", "quantkit", report.plan.model_type]
@@ -216,7 +216,7 @@ def _usage(report: Report) -> str:
 
 def _origin(report: Report) -> list[str]:
     versions = ", ".join(f"{name} {number}" for name, number in report.versions.items())
-    stated_ = f"Hashes and the tier of every weight are in `quantkit.json`. Versions: {versions}."
+    details = f"Hashes and the tier of every weight are in `quantkit.json`. Versions: {versions}."
     if report.command is None:
-        return [stated_]
-    return ["## How it was made", f"```sh\n{report.command}\n```", stated_]
+        return [details]
+    return ["## How it was made", f"```sh\n{report.command}\n```", details]

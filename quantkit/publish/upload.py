@@ -18,7 +18,7 @@ from quantkit.artifacts.report import Report
 from quantkit.checkpoint.hub import is_repo_id
 from quantkit.errors import HubError, HubUnreachableError, first_line
 from quantkit.publish.card import CARD_FILE
-from quantkit.publish.report import updated
+from quantkit.publish.record import updated
 from quantkit.storage.json_files import encoded
 from quantkit.storage.paths import REPORT_FILE
 

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from quantkit.artifacts.inventory import Weight
-from quantkit.backend import memory_limits, mx
+from quantkit.backend import mx
+from quantkit.backend.memory_limits import memory_limits
 from quantkit.streaming.layer_trace import ModuleCall
 
 _COPIES = 6  # of a Hessian, while it is factored

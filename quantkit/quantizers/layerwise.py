@@ -13,7 +13,8 @@ import numpy as np
 
 from quantkit.artifacts.inventory import Weight
 from quantkit.artifacts.plan import Plan
-from quantkit.backend import free_memory, memory_limits, mx
+from quantkit.backend import free_memory, mx
+from quantkit.backend.memory_limits import memory_limits
 from quantkit.errors import DamagedError, SourceError
 from quantkit.formats.codec import to_numpy
 from quantkit.formats.tiers import Tier, parse_tier

@@ -1,7 +1,8 @@
 """One weight quantized under the Hessians of its inputs, in slices that fit in memory."""
 
 from quantkit.artifacts.inventory import Weight
-from quantkit.backend import memory_limits, mx
+from quantkit.backend import mx
+from quantkit.backend.memory_limits import memory_limits
 from quantkit.formats.affine import AffineWeight, concatenate
 from quantkit.formats.codec import FLOAT_TYPES
 from quantkit.formats.tiers import Tier

@@ -42,10 +42,10 @@ def attention_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the RoPE and sliding-window settings of a config, verbatim, with those in
     `text_config`.
     """
-    differences = {key: config[key] for key in _KEYS if key in config}
+    settings = {key: config[key] for key in _KEYS if key in config}
     if isinstance(text := config.get("text_config"), Mapping):
-        differences["text_config"] = attention_settings(text)
-    return differences
+        settings["text_config"] = attention_settings(text)
+    return settings
 
 
 def require_same_attention(checkpoint: Checkpoint) -> None:

@@ -49,9 +49,7 @@ def _sorted_product(x: mx.array, indices: mx.array, weight: Any) -> mx.array:
     counts = np.bincount(np.array(indices), minlength=weight.shape[0])
     by_expert = mx.split(x[:, 0], np.cumsum(counts)[:-1].tolist())
     # A slice is a view; weight[e] would be a copy.
-    used = [
-        rows_ @ weight[e : e + 1].squeeze(0).T for e, rows_ in enumerate(by_expert) if counts[e]
-    ]
+    used = [rows @ weight[e : e + 1].squeeze(0).T for e, rows in enumerate(by_expert) if counts[e]]
     return mx.expand_dims(mx.concatenate(used), -2)
 
 

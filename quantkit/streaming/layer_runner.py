@@ -16,7 +16,8 @@ from importlib.metadata import version
 from typing import Any
 
 from quantkit.artifacts.inventory import Weight
-from quantkit.backend import memory_limits, mx, on_cpu
+from quantkit.backend import mx, on_cpu
+from quantkit.backend.memory_limits import memory_limits
 from quantkit.checkpoint.generic import build_model
 from quantkit.checkpoint.source import Source
 from quantkit.errors import SourceError

@@ -36,8 +36,8 @@ def label_gradients(model: StreamingModel, h: mx.array, u: mx.array) -> list[mx.
             place = (cumulated <= level[..., None]).sum(axis=-1, keepdims=True)
             here = (place < len(rows)) & (level >= below)[..., None]
             hit = (mx.arange(len(rows)) == place) & here
-            _, (gradient_part,) = mx.vjp(logits, [h], [hit.astype(mx.float32) - p])
-            gradients[draw] = gradients[draw] + gradient_part
+            _, (term,) = mx.vjp(logits, [h], [hit.astype(mx.float32) - p])
+            gradients[draw] = gradients[draw] + term
         below = cumulated[..., -1]
         mx.eval(gradients, below)
         free_memory()
@@ -158,8 +158,8 @@ def divergence_gradient(
         log_p = model.head_block(h, rows) - native.normalizer[..., None]
         p, log_q = mx.exp(log_p), logits(other) - changed.normalizer[..., None]
         kl = kl + (p * (log_p - log_q)).sum(axis=-1)
-        _, (gradient_part,) = mx.vjp(logits, [other], [mx.exp(log_q) - p])
-        gradient = gradient + gradient_part
+        _, (term,) = mx.vjp(logits, [other], [mx.exp(log_q) - p])
+        gradient = gradient + term
         mx.eval(kl, gradient)
         free_memory()
     return kl, gradient

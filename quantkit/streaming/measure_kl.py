@@ -8,7 +8,8 @@ from contextlib import ExitStack
 
 import numpy as np
 
-from quantkit.backend import memory_limits, mx
+from quantkit.backend import mx
+from quantkit.backend.memory_limits import memory_limits
 from quantkit.formats.tiers import Tier
 from quantkit.streaming.layer_runner import StreamingModel
 from quantkit.streaming.layer_trace import HookedLayer, hooked

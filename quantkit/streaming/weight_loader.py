@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from quantkit.artifacts.inventory import Weight
-from quantkit.backend import free_memory, memory_limits, mx
+from quantkit.backend import free_memory, mx
+from quantkit.backend.memory_limits import memory_limits
 from quantkit.formats.codec import fake_quantize
 from quantkit.formats.tiers import Tier
 

@@ -13,7 +13,7 @@ from quantkit.checkpoint.source import open_source
 from quantkit.errors import SourceError
 from quantkit.evaluation.verify import verify
 from quantkit.planning.recipe import load_recipe, plan_by_recipe
-from quantkit.publish.report import read_report
+from quantkit.publish.record import read_report
 from tests.support import hub, tiny
 from tests.support.families import LLAMA, tensors, write
 from tests.support.repo import write_repo

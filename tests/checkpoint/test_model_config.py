@@ -14,7 +14,7 @@ from quantkit.checkpoint.source import open_source
 from quantkit.errors import SourceError
 from quantkit.evaluation.verify import verify
 from quantkit.planning.recipe import load_recipe, plan_by_recipe
-from quantkit.publish.report import read_report
+from quantkit.publish.record import read_report
 from quantkit.streaming.attention import attention_differences, attention_settings
 from tests.support import tiny
 from tests.support.families import LLAMA

@@ -12,7 +12,7 @@ from quantkit.checkpoint.source import STORED, open_source
 from quantkit.evaluation.verify import verify
 from quantkit.formats.tiers import TensorSpec
 from quantkit.planning.recipe import load_recipe, plan_by_recipe
-from quantkit.publish.report import read_report
+from quantkit.publish.record import read_report
 from tests.support import tiny
 from tests.support.families import LLAMA, MOE, tensors, write_from_model
 from tests.support.repo import write_repo

@@ -16,7 +16,7 @@ from quantkit.demo.smollm2 import SmolLM2, gguf_path
 from quantkit.errors import SourceError
 from quantkit.evaluation.verify import verify
 from quantkit.planning.recipe import load_recipe, plan_by_recipe
-from quantkit.publish.report import read_report
+from quantkit.publish.record import read_report
 
 
 @pytest.fixture(scope="module")

@@ -197,21 +197,6 @@ def test_one_known_sequence_among_others_and_a_common_opening():
     assert not overlaps(opening, about)
 
 
-def test_intervals_hold_what_they_say():
-    """Of ten sequences with normal means, 95% of the intervals have the truth inside."""
-    from quantkit.evaluation.intervals import mean_interval
-
-    rng = np.random.default_rng(0)
-    for sequences in (4, 16):
-        inside = 0
-        for _ in range(400):
-            values = rng.normal(3, 1, sequences)
-            found = mean_interval(values, rng.integers(0, sequences, (400, sequences)))
-            inside += found.low < 3 < found.high
-        assert 0.91 < inside / 400 < 0.99
-    assert mean_interval(np.ones(1), np.zeros((10, 1), int)).low is None
-
-
 def test_a_vocabulary_of_another_size(cli, checkpoint, tmp_path, text):
     """Padded or cut, with the same tokenizer: refused, not read past its end."""
     other = tiny.write_gpt_oss(tmp_path / "other", config={**tiny.CONFIG, "vocab_size": 60})

@@ -9,7 +9,8 @@ from quantkit.checkpoint.headers import read_header
 from quantkit.checkpoint.source import open_source
 from quantkit.evaluation.verify import verify
 from quantkit.planning.recipe import load_recipe, plan_by_recipe
-from quantkit.publish.report import read_report
+from quantkit.publish.record import read_report
+from tests.support import tiny
 from tests.support.repo import write_repo
 
 SHARD = "model-00002-of-00003.safetensors"
@@ -186,3 +187,16 @@ def test_a_repo_that_failed_is_not_loaded(repo):
     checks = list(verify(repo, read_report(repo)))
     assert checks[-1].ok is None
     assert "a check failed" in checks[-1].detail
+
+
+@pytest.mark.parametrize("template", ["{{ messages[0]['content'", "{{ raise_exception('no') }}"])
+def test_a_chat_template_that_fails(tmp_path, template):
+    """mlx-lm loads such a repo, and no chat with it works."""
+    source = tiny.write_gpt_oss(tmp_path / "src")
+    (source / "chat_template.jinja").write_text(template)
+    opened = open_source(str(source))
+    plan = plan_by_recipe(opened.inventory, load_recipe("mxfp4-q8"))
+    write_repo(opened, plan, tmp_path / "out")
+    found = failures(tmp_path / "out")
+    assert list(found) == ["generates"]
+    assert "the chat template cannot render it" in found["generates"]

@@ -3,7 +3,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quantkit.backend import MemoryLimits, mx
+from quantkit.backend import mx
+from quantkit.backend.memory_limits import MemoryLimits
 from quantkit.errors import TierError
 from quantkit.formats import mxfp4
 from quantkit.formats.codec import decode, decode_mxfp4, encode, fake_quantize, to_mx, to_numpy

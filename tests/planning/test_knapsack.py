@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quantkit.planning.knapsack import ImpossibleError, solve
-from quantkit.planning.options import Option, undominated
+from quantkit.planning.knapsack_items import Option, undominated
 
 LOSSES = st.one_of(st.sampled_from([0.0, 0.1, 0.2]), st.floats(0, 1))
 

@@ -8,7 +8,7 @@ import pytest
 from quantkit.checkpoint.source import open_source
 from quantkit.evaluation.verify import verify
 from quantkit.planning.recipe import load_recipe, plan_by_recipe
-from quantkit.publish.report import read_report
+from quantkit.publish.record import read_report
 from quantkit.publish.upload import plan_upload
 from tests.support import tiny
 from tests.support.families import LLAMA, write_from_model

@@ -13,7 +13,7 @@ from quantkit.checkpoint.source import open_source
 from quantkit.errors import OutputError, PlanError
 from quantkit.planning.recipe import load_recipe, plan_by_recipe
 from quantkit.publish.card import card, license_of
-from quantkit.publish.report import documents, read_report, record
+from quantkit.publish.record import documents, read_report, record
 from tests.support.repo import write_repo
 
 
