@@ -2,19 +2,18 @@
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from fnmatch import fnmatchcase
-from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any
 
 from quantkit.artifacts.inventory import Inventory
 from quantkit.artifacts.plan import Plan
-from quantkit.backend import mx  # noqa: F401  (before mlx-lm: see backend)
 from quantkit.checkpoint.checkpoint import CHAT_TEMPLATES
 from quantkit.checkpoint.model_config import with_dtype
 from quantkit.errors import SourceError
 from quantkit.formats.tiers import Tier, parse_tier
+from quantkit.writer.modalities import absent_modalities, settings_without_tensors
 
 _COMPANIONS = (
     *("*.json", "*.jinja", "*.txt", "*.jsonl", "*.model", "*.tiktoken", "*.py"),
@@ -30,10 +29,6 @@ _NOT_COPIED = (
     ".*",
 )
 _PROCESSORS = ("*processor*.json", "*processing_*.py")
-_MODALITIES = {  # words in the names of tensors and settings
-    "vision": ("vision", "visual", "image", "video", "mm", "boi", "eoi"),
-    "audio": ("audio", "speech", "boa", "eoa"),
-}
 
 
 def edit_config(config: Mapping[str, Any], inventory: Inventory, plan: Plan) -> dict[str, Any]:
@@ -45,7 +40,7 @@ def edit_config(config: Mapping[str, Any], inventory: Inventory, plan: Plan) -> 
     left_out = {"quantization", "quantization_config", "_name_or_path"}  # the last: a user's path
     dtypes: Counter[str] = Counter(weight.dtype for weight in inventory.weights)
     edited = with_dtype(config, dtypes.most_common(1)[0][0]) if dtypes else dict(config)
-    left_out.update(_settings_without_tensors(config, inventory))
+    left_out.update(settings_without_tensors(config, inventory))
     edited = {key: value for key, value in edited.items() if key not in left_out}
     tiers = _quantized(inventory, plan)
     if tiers:
@@ -69,40 +64,13 @@ def _quantized(inventory: Inventory, plan: Plan) -> dict[str, Tier]:
     return tiers
 
 
-def _settings_without_tensors(config: Mapping[str, Any], inventory: Inventory) -> Iterator[str]:
-    """Yield the config keys of image and audio encoders that the repo lacks.
-
-    Apps that find such keys load the repo as a vision-language model, and fail. Settings that
-    mlx-lm's model requires stay.
-    """
-    absent = _absent_modalities(inventory)
-    words = [word for modality in absent for word in _MODALITIES[modality]]
-    keys = [key for key in config if key.partition("_")[0] in words]
-    required = _required_settings(config) if keys else set()
-    yield from (key for key in keys if key not in required)
-
-
-def _absent_modalities(inventory: Inventory) -> list[str]:
-    names = [w.name for w in inventory.weights] + [t.name for t in inventory.unquantized]
-    present = {word.partition("_")[0] for name in names for word in name.split(".")}
-    return [m for m, words in _MODALITIES.items() if not present.intersection(words)]
-
-
-def _required_settings(config: Mapping[str, Any]) -> set[str]:
-    """Return the config keys that mlx-lm's model requires."""
-    from mlx_lm.utils import _get_classes
-
-    parameters = signature(_get_classes(dict(config))[1]).parameters.values()
-    return {p.name for p in parameters if p.default is Parameter.empty}
-
-
 def companions(folder: Path, inventory: Inventory) -> list[str]:
     """Return the names of the source's files that belong in the repo.
 
     These are tokenizer, chat templates, generation settings and licence; image and audio processors
     only if the repo has such encoders. Raises SourceError for a broken link or a missing tokenizer.
     """
-    not_copied = (*_NOT_COPIED, *(_PROCESSORS if len(_absent_modalities(inventory)) == 2 else ()))
+    not_copied = (*_NOT_COPIED, *(_PROCESSORS if len(absent_modalities(inventory)) == 2 else ()))
     paths = sorted(
         path
         for path in folder.iterdir()
