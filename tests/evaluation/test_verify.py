@@ -5,9 +5,12 @@ import shutil
 import numpy as np
 import pytest
 
+from quantkit.backend import on_cpu
 from quantkit.checkpoint.headers import read_header
 from quantkit.checkpoint.source import open_source
 from quantkit.evaluation.verify import verify
+from quantkit.formats.tiers import NATIVE
+from quantkit.planning.plan import make_plan
 from quantkit.planning.recipe import load_recipe, plan_by_recipe
 from quantkit.publish.record import read_report
 from tests.support import tiny
@@ -200,3 +203,13 @@ def test_a_chat_template_that_fails(tmp_path, template):
     found = failures(tmp_path / "out")
     assert list(found) == ["generates"]
     assert "the chat template cannot render it" in found["generates"]
+
+
+@pytest.mark.skipif(not on_cpu(), reason="GPUs run experts in any float type")
+def test_experts_in_floats_on_a_cpu(tmp_path):
+    """mlx cannot run them there, which is no fault of the repo."""
+    opened = open_source(str(tiny.write_gpt_oss(tmp_path / "src", packed=False)))
+    plan = make_plan(opened.inventory, {w.name: NATIVE for w in opened.inventory.weights}, "test")
+    write_repo(opened, plan, tmp_path / "out")
+    checks = list(verify(tmp_path / "out", read_report(tmp_path / "out")))
+    assert [check.ok for check in checks] == [True] * 7 + [None]
