@@ -1,10 +1,10 @@
 """The allocator against the shipped recipes: the same bytes, the same quantizer, measured KL.
 
     python evals/bench/allocation.py [PROFILE]
-    python evals/bench/allocation.py solver       how long the knapsack takes
+    python evals/bench/allocation.py solver       the time of the knapsack
 
-On the demo model and text that is held out. PROFILE is a profile of it (`quantkit profile demo -o
-PROFILE`); it is made first where none is given. Puts its table into README.md here.
+On the demo model and held-out text. PROFILE is a profile of it (`quantkit profile demo -o
+PROFILE`), made first if it is missing. The table goes into README.md here.
 """
 
 import argparse

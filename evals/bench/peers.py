@@ -2,9 +2,9 @@
 
     python evals/bench/peers.py
 
-On plain SmolLM2-135M in BF16. Each runs in a process of its own, by its own main(), on the same
-text, in float32 (products in BF16 do not go through BLAS), and stores BF16. Ours gets the bytes of
-mlx_lm.gptq's. All are judged from their written repos on text that none has seen.
+On plain SmolLM2-135M in BF16. Each tool runs in its own process, by its own main(), on the same
+text, in float32 (BLAS on a CPU has no BF16 products), and stores BF16. quantkit gets the bytes of
+mlx_lm.gptq. All repos are compared to the native model on held-out text.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Draws docs/frontier.png from the measured tables in README.md here.
+"""Draw docs/frontier.png from the measured tables in README.md here.
 
 python evals/bench/picture.py
 """

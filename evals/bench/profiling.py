@@ -1,4 +1,4 @@
-"""The profiler: does it predict, what does it cost, what memory does it need, and mlx_lm's own.
+"""The profiler: accuracy, cost and memory, beside mlx_lm's own.
 
     python evals/bench/profiling.py check     48 entries of the demo model, measured
     python evals/bench/profiling.py memory    some full-shape layers of the 20b, random values

@@ -1,10 +1,10 @@
-"""Quantizers: KL to native and top-1 agreement at the same bytes, in one run.
+"""Quantizers: KL divergence and top-1 agreement at the same bytes, in one run.
 
     python evals/bench/quantizers.py experts              experts in one tier, other weights native
     python evals/bench/quantizers.py recipes [PROFILE]    our plans at the bytes of recipes
 
-On the demo model; without a name, both. PROFILE is a profile of it (`quantkit profile demo -o
-PROFILE`), made first where none is given. Every repo is written, and judged from its files on
+Runs on the demo model; without a name, both. PROFILE is a profile of it (`quantkit profile demo -o
+PROFILE`), made first if it is missing. Every repo is written, and compared to the native model on
 held-out text. The tables go into README.md here.
 """
 

@@ -2,9 +2,8 @@
 
     python evals/bench/rewrite.py [--work FOLDER] [--rounds 3]
 
-Needs 45 GB of disk. Every command runs as a process of its own, in turn, round by round, from a
-cold page cache where the machine lets us drop it; the table in README.md beside this file is
-replaced by what was measured.
+Needs 45 GB of disk. Every command runs in its own process, in turn, round by round, from a cold
+page cache if the machine allows dropping it. The table goes into README.md here.
 """
 
 import argparse

@@ -5,6 +5,8 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass
 
+from quantkit.errors import InputError
+
 
 @dataclass(frozen=True)
 class MemoryLimits:
@@ -23,13 +25,15 @@ class MemoryLimits:
 
     @classmethod
     def within(cls, memory: int) -> "MemoryLimits":
-        """Scale all limits so that they take about `memory` bytes together."""
-        scale = max(memory, _LEAST_MEMORY) / DEFAULT_MEMORY
+        """Scale all limits so that they take about `memory` bytes together. Raises InputError."""
+        if memory < LEAST_MEMORY:
+            raise InputError(f"`memory` must be at least {LEAST_MEMORY // 10**6} MB.")
+        scale = memory / DEFAULT_MEMORY
         return cls(**{name: int(scale * value) for name, value in asdict(cls()).items()})
 
 
 DEFAULT_MEMORY = 4_000_000_000  # bytes that the default limits take together
-_LEAST_MEMORY = 250_000_000
+LEAST_MEMORY = 250_000_000
 _LIMITS: ContextVar[MemoryLimits] = ContextVar("memory limits", default=MemoryLimits())  # noqa: B039
 
 

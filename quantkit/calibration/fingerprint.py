@@ -4,7 +4,7 @@ import numpy as np
 
 _PASSAGE = 16  # tokens
 _SKETCH = 2048  # passages
-_FEWEST = 4  # sampled passages, to judge a single sequence
+_FEWEST = 4  # sampled passages, to decide on a single sequence
 
 
 def sketch(tokens: np.ndarray) -> str:

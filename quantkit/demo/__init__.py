@@ -1,1 +1,1 @@
-"""A gpt-oss that can really speak, small enough to try everything on: SmolLM2, upcycled."""
+"""The demo models: a small gpt-oss that answers (SmolLM2, upcycled), and SmolLM2 itself."""

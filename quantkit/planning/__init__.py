@@ -1,1 +1,1 @@
-"""Choosing tiers: recipes, or budgets and a profile, in; a plan out. No model runs here."""
+"""Choose tiers: recipes, or budgets and a profile, in; a plan out. No model runs here."""

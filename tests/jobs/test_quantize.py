@@ -214,9 +214,11 @@ def test_less_memory_gives_the_same_plan(cli, checkpoint, profiled, tmp_path):
                 assert cost.kl == pytest.approx(expected[weight.name]["q4g64"].kl, rel=1e-3)
                 compared += 1
     assert compared > 20
-    bad = cli("profile", checkpoint, "-o", tmp_path / "q", "--memory", "lots")
-    assert bad.exit_code == 2
-    assert bad.stderr.count("\n") == 1
+    for memory, says in (("lots", "not a number"), ("0", "at least 250 MB"), ("9MB", "--memory")):
+        bad = cli("profile", checkpoint, "-o", tmp_path / "q", "--memory", memory)
+        assert bad.exit_code == 2
+        assert bad.stderr.count("\n") == 1
+        assert says in bad.stderr
 
 
 def test_python_writes_the_demo_as_the_command_does(cli, demo, tmp_path):
