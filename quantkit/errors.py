@@ -18,11 +18,32 @@ A message names the file, tensor or `field`, the expected and the actual value, 
 Fields of the library stand in backticks; the command line shows them as its own options.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def in_field(name: str) -> Iterator[None]:
+    """Name the field in errors about its value, such as `budget`, unless they name it already."""
+    try:
+        yield
+    except InputError as exc:
+        if f"`{name}`" in str(exc):
+            raise
+        raise type(exc)(f"`{name}`: {exc}") from exc
+
 
 def first_line(exc: BaseException) -> str:
     """Return the first line of a foreign error's message, or its type if the message is empty."""
     text = str(exc).strip()
     return text.splitlines()[0] if text else type(exc).__name__
+
+
+def fault(exc: Exception) -> str:
+    """Return the fault in a JSON value, without Python's own words for it."""
+    if isinstance(exc, MalformedError):
+        return str(exc)
+    return f"{exc.args[0]!r} is missing" if isinstance(exc, KeyError) else "malformed"
 
 
 class QuantkitError(Exception):
@@ -43,6 +64,10 @@ class SourceError(InputError):
 
 class DamagedError(SourceError):
     """A value is NaN or infinite, or a file does not have its published hash."""
+
+
+class MalformedError(TypeError, ValueError):
+    """A value read from JSON is malformed. Readers of files turn it into an InputError."""
 
 
 class CacheWarning(UserWarning):

@@ -69,6 +69,16 @@ def size(stored_bytes: int) -> str:
     return f"{stored_bytes} B"
 
 
+def plural(number: int, noun: str) -> str:
+    """Return a number with its noun, such as `1 weight` or `3 weights`."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def like_others(number: int) -> str:
+    """Return `, like 3 others` after the first of several, nothing after the only one."""
+    return f", like {plural(number - 1, 'other')}" if number > 1 else ""
+
+
 def count(parameters: int) -> str:
     """Format a parameter count as `20.91B`, `134.5M` or `12.3k`."""
     for scale, unit in ((10**9, "B"), (10**6, "M"), (10**3, "k")):

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from quantkit.artifacts.inventory import is_count
+from quantkit.errors import MalformedError
 
 _SKETCH = re.compile(r"(\d{1,10}:([0-9a-f]{8})*)?")
 
@@ -41,8 +42,8 @@ class CalibrationText:
         text = cls(**{key: value for key, value in data.items() if key != "tokens"})
         names = (text.name, text.licence, text.sha256, text.sketch)
         if not all(isinstance(name, str) for name in names) or not _SKETCH.fullmatch(text.sketch):
-            raise TypeError("calibration text: a name, licence, hash or sketch is malformed")
+            raise MalformedError("calibration text: a name, licence, hash or sketch is malformed")
         counts = (text.sequences, text.sequence_length, text.seed, text.skipped_rows)
         if not all(is_count(count) for count in counts):
-            raise TypeError("calibration text: a size or seed is not a whole number")
+            raise MalformedError("calibration text: a size or seed is not a whole number")
         return text

@@ -7,6 +7,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from quantkit.artifacts.roles import EXPERT_ROLES
+from quantkit.errors import MalformedError
 from quantkit.units import bits_per_weight
 
 
@@ -146,7 +147,7 @@ def source_file(data: Mapping[str, Any]) -> SourceFile:
     path = PurePosixPath(file.name)
     plain = str(path) == file.name and not path.is_absolute() and ".." not in path.parts
     if not hashed or not is_count(file.size) or not plain or not path.name:
-        raise TypeError(f"file {file.name!r}: malformed name, size or hash")
+        raise MalformedError(f"file {file.name!r}: malformed name, size or hash")
     return file
 
 

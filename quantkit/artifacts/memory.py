@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from quantkit.artifacts.inventory import is_count
+from quantkit.errors import MalformedError
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class MemoryTarget:
         """Read `asdict` of a target. Raises TypeError for anything else."""
         target = cls(**data)
         if not all(value is None or is_count(value) for value in asdict(target).values()):
-            raise TypeError("memory target: not a whole number")
+            raise MalformedError("memory target: not a whole number")
         return target
 
 
@@ -47,5 +48,5 @@ class Memory:
         """Read `asdict` of a memory report. Raises TypeError for anything else."""
         memory = cls(**data)
         if not all(value is None or is_count(value) for value in asdict(memory).values()):
-            raise TypeError("memory: not a whole number")
+            raise MalformedError("memory: not a whole number")
         return memory

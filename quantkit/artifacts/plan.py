@@ -9,7 +9,7 @@ from quantkit.artifacts.calibration import CalibrationText
 from quantkit.artifacts.inventory import SourceId, is_count, source_id
 from quantkit.artifacts.memory import MemoryTarget
 from quantkit.artifacts.roles import ROLES
-from quantkit.errors import PlanError
+from quantkit.errors import MalformedError, PlanError, fault
 from quantkit.storage.hashing import digest
 from quantkit.storage.json_files import FORMAT_VERSION, require_kind
 from quantkit.units import bits_per_weight
@@ -195,7 +195,7 @@ class Plan:
                 memory_target=_memory_target(data.get("memory_target")),
             )
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as exc:
-            raise PlanError(f"{where}: not a complete plan ({exc}). Make it again.") from exc
+            raise PlanError(f"{where}: not a complete plan ({fault(exc)}). Make it again.") from exc
 
 
 def tiers_sha256(tiers: Iterable[tuple[str, str]]) -> str:
@@ -209,7 +209,7 @@ def _optimality(data: Mapping[str, Any] | None) -> Optimality | None:
     limits, prices = tuple(map(str, data["limits"])), tuple(map(float, data["shadow_prices"]))
     bound, gap = float(data["bound"]), float(data["gap"])
     if not prices or not all(0 <= number < math.inf for number in (bound, gap, *prices)):
-        raise ValueError("its optimality holds impossible numbers")
+        raise MalformedError("its optimality holds impossible numbers")
     return Optimality(limits, bound, gap, prices)
 
 
@@ -222,14 +222,14 @@ def _kl(value: Any) -> float | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e9:
-        raise TypeError(f"{value!r:.20} is not a KL divergence")
+        raise MalformedError(f"{value!r:.20} is not a KL divergence")
     return float(value)
 
 
 def _assignments(data: Sequence[Mapping[str, Any]]) -> tuple[Assignment, ...]:
     assignments = tuple(_assignment(assignment) for assignment in data)
     if len({assignment.name for assignment in assignments}) != len(assignments):
-        raise ValueError("a weight is listed twice")
+        raise MalformedError("a weight is listed twice")
     return assignments
 
 
@@ -238,7 +238,7 @@ def _assignment(data: Mapping[str, Any]) -> Assignment:
     texts = (assignment.name, assignment.role, assignment.tier, assignment.storage)
     optional = [n for n in (assignment.active_bytes, assignment.layer) if n is not None]
     if not all(isinstance(text, str) for text in texts):
-        raise TypeError(f"weight {assignment.name!r}: a name, role or tier is not text")
+        raise MalformedError(f"weight {assignment.name!r}: a name, role or tier is not text")
     if not all(is_count(number) for number in (assignment.parameters, assignment.bytes, *optional)):
-        raise TypeError(f"weight {assignment.name!r}: a count is not a whole number")
+        raise MalformedError(f"weight {assignment.name!r}: a count is not a whole number")
     return replace(assignment, kl=_kl(assignment.kl))

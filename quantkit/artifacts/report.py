@@ -10,7 +10,7 @@ from quantkit.artifacts.inventory import SourceFile, is_count, source_file
 from quantkit.artifacts.memory import Memory
 from quantkit.artifacts.plan import Plan
 from quantkit.artifacts.speed import Speed
-from quantkit.errors import PlanError
+from quantkit.errors import MalformedError, PlanError, fault
 from quantkit.storage.json_files import FORMAT_VERSION, require_kind
 from quantkit.units import bits_per_weight
 
@@ -121,7 +121,7 @@ class Report:
             speed = _optional(data, "speed", Speed.from_json)
             cards = tuple(str(sha256) for sha256 in data.get("cards", ()))
         except (AttributeError, KeyError, TypeError, ValueError) as exc:
-            raise PlanError(f"{where}: not a complete report ({exc}).") from exc
+            raise PlanError(f"{where}: not a complete report ({fault(exc)}).") from exc
         return cls(
             Plan.from_json(plan, where),
             shards,
@@ -144,14 +144,14 @@ def _optional(data: Mapping[str, Any], name: str, read: Callable[[Any], _T]) -> 
 def _optional_text(data: Mapping[str, Any], name: str) -> str | None:
     value = data.get(name)
     if value is not None and not isinstance(value, str):
-        raise TypeError(f"{name} is not text")
+        raise MalformedError(f"{name} is not text")
     return value
 
 
 def _license(data: Mapping[str, Any]) -> License:
     license_ = License(**data)
     if not all(value is None or isinstance(value, str) for value in asdict(license_).values()):
-        raise TypeError("the licence is not text")
+        raise MalformedError("the licence is not text")
     return license_
 
 
@@ -160,5 +160,5 @@ def shard_record(data: Mapping[str, Any]) -> ShardRecord:
     shard = ShardRecord(**data)
     counts = is_count(shard.size) and is_count(shard.tensor_bytes)
     if not counts or not isinstance(shard.sha256, str) or Path(shard.name).name != shard.name:
-        raise TypeError(f"shard {shard.name!r}: malformed name, size or hash")
+        raise MalformedError(f"shard {shard.name!r}: malformed name, size or hash")
     return shard

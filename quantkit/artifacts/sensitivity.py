@@ -7,7 +7,7 @@ from typing import Any
 
 from quantkit.artifacts.calibration import CalibrationText
 from quantkit.artifacts.inventory import SourceId, is_count, source_id
-from quantkit.errors import ProfileError
+from quantkit.errors import MalformedError, ProfileError, fault
 from quantkit.storage.json_files import FORMAT_VERSION
 
 _LARGEST_KL = 1e6  # nats per token
@@ -123,7 +123,9 @@ class SensitivityProfile:
                 versions=dict(data["versions"]),
             )
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as exc:
-            raise ProfileError(f"{where}: not a complete profile ({exc}). Make it again.") from exc
+            raise ProfileError(
+                f"{where}: not a complete profile ({fault(exc)}). Make it again."
+            ) from exc
 
 
 def _costs(weight: WeightSensitivity) -> dict[str, dict[str, Any]]:
@@ -136,17 +138,17 @@ def _costs(weight: WeightSensitivity) -> dict[str, dict[str, Any]]:
 def _weights(data: Sequence[Mapping[str, Any]]) -> tuple[WeightSensitivity, ...]:
     weights = tuple(_weight(weight) for weight in data)
     if len({weight.name for weight in weights}) != len(weights):
-        raise ValueError("a weight is listed twice")
+        raise MalformedError("a weight is listed twice")
     return weights
 
 
 def _weight(data: Mapping[str, Any]) -> WeightSensitivity:
     costs = tuple(TierCost(tier, **cost) for tier, cost in data["costs"].items())
     if not isinstance(data["name"], str) or not is_count(data["unseen_experts"]):
-        raise TypeError("a weight has a malformed name or count")
+        raise MalformedError("a weight has a malformed name or count")
     for cost in costs:
         possible = 0 <= cost.kl < _LARGEST_KL and isfinite(cost.stderr)
         if not is_count(cost.bytes) or not possible or isinstance(cost.kl, bool):
-            raise ValueError(f"{data['name']}, tier {cost.tier}: impossible cost")
+            raise MalformedError(f"{data['name']}, tier {cost.tier}: impossible cost")
     fields = ("name", "role", "layer", "storage", "parameters", "unseen_experts")
     return WeightSensitivity(**{key: data[key] for key in fields}, costs=costs)

@@ -20,6 +20,7 @@ from quantkit.errors import SourceError
 from quantkit.formats.dtypes import numpy_dtype
 from quantkit.storage.hashing import digest
 from quantkit.storage.json_files import load_json
+from quantkit.units import like_others
 
 INDEX_FILE = "model.safetensors.index.json"
 CHAT_TEMPLATES = "additional_chat_templates/*.jinja"
@@ -181,8 +182,9 @@ def merge_headers(
     if weight_map is not None and (extra := tensors.keys() - weight_map.keys()):
         name = min(extra)
         raise SourceError(
-            f"{tensors[name].file}: tensor {name!r} is not in {INDEX_FILE}, like {len(extra) - 1} "
-            "others. If the shards are right, remove the index: they can be read without it."
+            f"{tensors[name].file}: tensor {name!r} is not in "
+            f"{INDEX_FILE}{like_others(len(extra))}. If the shards are right, remove the index: "
+            "they can be read without it."
         )
     if not tensors:
         raise SourceError("the checkpoint holds no tensors.")

@@ -27,6 +27,7 @@ from quantkit.errors import SourceError
 from quantkit.formats.codec import to_numpy
 from quantkit.formats.dtypes import FLOATS
 from quantkit.formats.tiers import TIERS, Tier, parse_tier
+from quantkit.units import like_others
 
 _DTYPES = {
     "BOOL": mx.bool_,
@@ -251,7 +252,7 @@ def _require_loadable(
             if advice is None and missing and unknown:
                 advice = f"found {min(unknown)}, which is not part of the model."
             raise SourceError(
-                f"tensor {min(names)!r} {fault}, like {len(names) - 1} others: "
+                f"tensor {min(names)!r} {fault}{like_others(len(names))}: "
                 f"mlx-lm would not load this checkpoint{f'; {advice}' if advice else '.'}"
             )
     for name, shape in shapes.items():

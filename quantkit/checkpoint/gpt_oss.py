@@ -22,6 +22,7 @@ from quantkit.checkpoint.tensor_map import Layout, Place, float_storage
 from quantkit.checkpoint.views import RowView, TransposedView, plain_view
 from quantkit.errors import SourceError
 from quantkit.formats.tiers import MXFP4, TensorSpec
+from quantkit.units import like_others
 
 MODEL_TYPE = "gpt_oss"
 _BLOCK = 32  # values that share an MXFP4 scale
@@ -279,8 +280,8 @@ class _Reader:
         if self._left:
             tensor = self._left[min(self._left)]
             raise SourceError(
-                f"{tensor.file}: tensor {tensor.name!r} is not part of a gpt_oss model, "
-                f"like {len(self._left) - 1} others; {self._explanation()}"
+                f"{tensor.file}: tensor {tensor.name!r} is not part of a gpt_oss model"
+                f"{like_others(len(self._left))}; {self._explanation()}"
             )
 
     def _explanation(self) -> str:

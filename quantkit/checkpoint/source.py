@@ -81,6 +81,8 @@ def open_source(
 
 
 def _open(name: str, revision: str | None) -> Checkpoint:
+    if not name.strip():
+        raise SourceError("the name of the checkpoint is empty. Give a folder or a Hub id.")
     folder = user_path(name)
     try:
         exists = folder.exists()

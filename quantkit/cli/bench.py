@@ -27,12 +27,14 @@ def bench(
     `quantkit bench gpt-oss-20b-16GB --context 1k,8k`
     """
     from quantkit.backend import speed_hint
+    from quantkit.errors import in_field
     from quantkit.evaluation.speed import measure
     from quantkit.publish.record import read_report
     from quantkit.units import parse_count
 
     report = read_report(out)
-    contexts = [parse_count(text) for text in context.split(",")]
+    with in_field("context"):
+        contexts = [parse_count(text) for text in context.split(",")]
     console.note(speed_hint())
     with console.Bars() as bars:
         stage = bars.stage("Generating", len(contexts) * tokens, "tokens")

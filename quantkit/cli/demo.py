@@ -6,8 +6,7 @@ from typing import Annotated
 import typer
 
 from quantkit.cli import console, tables
-from quantkit.cli.options import Json
-from quantkit.storage.paths import user_path
+from quantkit.cli.options import Json, named_path
 
 
 def demo(
@@ -17,7 +16,7 @@ def demo(
             "--output",
             "-o",
             metavar="OUT",
-            parser=user_path,
+            parser=named_path,
             help="Folder to write. Default: in the cache.",
         ),
     ] = None,

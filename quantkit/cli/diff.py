@@ -7,11 +7,11 @@ from typing import Annotated
 import typer
 
 from quantkit.cli import console, tables
-from quantkit.cli.options import Json
-from quantkit.storage.paths import user_path
+from quantkit.cli.options import Json, named_path
 
 SavedPlan = Annotated[
-    Path, typer.Argument(parser=user_path, help="Plan saved by `quantkit plan -o`.")
+    Path,
+    typer.Argument(metavar="PLAN", parser=named_path, help="Plan saved by `quantkit plan -o`."),
 ]
 
 
@@ -20,12 +20,12 @@ def diff(a: SavedPlan, b: SavedPlan, json: Json = False) -> None:
 
     `quantkit diff 16GB.json 24GB.json`
     """
-    from quantkit.artifacts.plan import Plan
     from quantkit.errors import PlanError
     from quantkit.planning.explain import diff as find_differences
+    from quantkit.planning.plan import unedited_plan
     from quantkit.storage.json_files import load_json
 
-    before, after = (Plan.from_json(load_json(path, PlanError), str(path)) for path in (a, b))
+    before, after = (unedited_plan(load_json(path, PlanError), str(path)) for path in (a, b))
     differences = find_differences(before, after)
     if json:
         console.print_json([asdict(difference) for difference in differences])

@@ -10,6 +10,8 @@ import typer
 from typer.core import TyperCommand
 from typer.models import OptionInfo
 
+from quantkit.units import plural
+
 ESSENTIAL = ("Arguments", "Options", "Input", "Budget", "Output", "Text", "Sampling", "Address")
 _HELP_ALL = "help_all"
 _FIELD = re.compile(r"`([a-z_]+)`")
@@ -91,14 +93,18 @@ def _print_all(ctx: typer.Context, asked: bool) -> None:
 
 
 def _help_all(parameters: Sequence[Parameter]) -> Iterator[Parameter]:
-    """Yield the parameter of `--help-all`, if any option is advanced."""
+    """Yield the parameter of `--help-all`, which is hidden if no option is advanced."""
     options = [option for p in parameters for option in get_args(p.annotation)]
-    if count := sum(_is_advanced(option) for option in options if isinstance(option, OptionInfo)):
-        option = typer.Option(
-            "--help-all", is_eager=True, callback=_print_all, help=f"Show {count} more options."
-        )
-        annotation = Annotated[bool, option]
-        yield Parameter(_HELP_ALL, Parameter.KEYWORD_ONLY, default=False, annotation=annotation)
+    count = sum(_is_advanced(option) for option in options if isinstance(option, OptionInfo))
+    option = typer.Option(
+        "--help-all",
+        is_eager=True,
+        callback=_print_all,
+        hidden=not count,
+        help=f"Show {plural(count, 'more option')}.",
+    )
+    annotation = Annotated[bool, option]
+    yield Parameter(_HELP_ALL, Parameter.KEYWORD_ONLY, default=False, annotation=annotation)
 
 
 def with_flags(message: str, names: Mapping[str, str]) -> str:

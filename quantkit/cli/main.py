@@ -32,6 +32,16 @@ _USAGE_ERROR: Any = typer.BadParameter.__bases__[0]  # click's UsageError, where
 
 
 class _Commands(TyperGroup):
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse the options before the command; a bad one becomes one line."""
+        if not args:  # shows the help
+            return list(super().parse_args(ctx, args))
+        try:
+            return list(super().parse_args(ctx, args))
+        except _USAGE_ERROR as exc:
+            console.error(f"{exc.format_message()} See: quantkit --help")
+            raise typer.Exit(2) from exc
+
     def invoke(self, ctx: Any) -> Any:
         """Run a command; an error raised on purpose becomes one line and an exit code."""
         try:

@@ -1,10 +1,8 @@
 """Arguments and options of the commands, each declared once, in groups that commands share."""
 
-import os
-import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -16,10 +14,17 @@ if TYPE_CHECKING:
     from quantkit.generation.chat_model import SamplingParameters
     from quantkit.jobs.planning import PlanRequest
 
-_NOT_REPEATED = ("force", "json")
 INPUT, BUDGET, CONSTRAINTS = "Input", "Budget", "Constraints"
 QUANTIZER, TEXT, OUTPUT, SAMPLING = "Quantizer", "Calibration text", "Output", "Sampling"
 RUNTIME = "Runtime"
+
+
+def named_path(text: str) -> Path:
+    """Return a path with ~ expanded. Refuses the empty string, which would mean this folder."""
+    if not text.strip():
+        raise typer.BadParameter("is empty. Name a file or folder.")
+    return user_path(text)
+
 
 Src = Annotated[
     str,
@@ -29,12 +34,12 @@ Src = Annotated[
         "for a first try, demo (a gpt-oss) or demo-llama.",
     ),
 ]
-Repo = Annotated[Path, typer.Argument(metavar="OUT", parser=user_path, help="Repo by quantkit.")]
+Repo = Annotated[Path, typer.Argument(metavar="OUT", parser=named_path, help="Repo by quantkit.")]
 Model = Annotated[
     str,
     typer.Argument(
         metavar="OUT",
-        parser=lambda name: str(user_path(name)),
+        parser=lambda name: str(named_path(name)),
         help="Folder or Hub id that stock mlx-lm loads.",
     ),
 ]
@@ -96,7 +101,7 @@ Plot = Annotated[
     Path | None,
     typer.Option(
         metavar="PNG",
-        parser=user_path,
+        parser=named_path,
         rich_help_panel=OUTPUT,
         help="Save a plot (needs the extra `plot`).",
     ),
@@ -167,7 +172,7 @@ class TierOptions:
             "--plan",
             "-p",
             metavar="FILE",
-            parser=user_path,
+            parser=named_path,
             rich_help_panel=BUDGET,
             help="Plan saved by `quantkit plan -o`.",
         ),
@@ -253,8 +258,8 @@ class TierOptions:
             metavar="N",
             min=0,
             rich_help_panel=QUANTIZER,
-            help="Measure the plan, correct the predictions and solve again, N times. Runs the "
-            "model a layer at a time.",
+            help="Measure the plan on 2,048 tokens of the shipped text, correct the predictions "
+            "and solve again, N times.",
         ),
     ] = 0
 
@@ -370,31 +375,8 @@ class OneAnswerSampling(SamplingOptions):
 
 def memory_bytes(memory: str | None) -> int | None:
     """Return the bytes of `--memory`, None if it is not given. Raises InputError."""
+    from quantkit.errors import in_field
     from quantkit.units import parse_bytes
 
-    return None if memory is None else parse_bytes(memory)
-
-
-def command_line(ctx: typer.Context) -> str:
-    """Return the command line for others to repeat: paths without folders, the output as OUT."""
-    words = ["quantkit", str(ctx.info_name)]
-    for option in ctx.command.params:
-        origin = ctx.get_parameter_source(str(option.name))
-        if origin is None or origin.name != "COMMANDLINE" or option.name in _NOT_REPEATED:
-            continue
-        value: Any = ctx.params[str(option.name)]
-        for one in value if isinstance(value, list | tuple) else [value]:
-            text = "OUT" if option.name == "output" else _without_folders(str(one))
-            if option.param_type_name == "argument":
-                words.append(text)
-            else:
-                words += [option.opts[0]] if one is True else [option.opts[0], text]
-    return shlex.join(words)
-
-
-def _without_folders(text: str) -> str:
-    if text.startswith("like:"):
-        return f"like:{_without_folders(text.removeprefix('like:'))}"
-    is_path = os.sep in text or text.startswith(("~", "."))
-    path = user_path(text)
-    return path.resolve().name if is_path and path.exists() else text
+    with in_field("memory"):
+        return None if memory is None else parse_bytes(memory)

@@ -7,8 +7,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from quantkit.cli import console, tables
-from quantkit.cli.options import OUTPUT, Force, Json, Plot, SourceOptions, Src, TierOptions
-from quantkit.storage.paths import user_path
+from quantkit.cli.options import (
+    OUTPUT,
+    Force,
+    Json,
+    Plot,
+    SourceOptions,
+    Src,
+    TierOptions,
+    named_path,
+)
 
 if TYPE_CHECKING:
     from quantkit.artifacts.sensitivity import SensitivityProfile
@@ -26,7 +34,7 @@ class PlanOutput:
             "--output",
             "-o",
             metavar="FILE",
-            parser=user_path,
+            parser=named_path,
             rich_help_panel=OUTPUT,
             help="Save the plan as JSON.",
         ),
@@ -67,24 +75,27 @@ def plan(
 
     `quantkit plan openai/gpt-oss-120b --recipe moringlabs-3.6bit`
     """
-    from quantkit.errors import OutputError
+    from quantkit.errors import OutputError, in_field
     from quantkit.jobs.planning import choose_plan
     from quantkit.sensitivity.store import load_profile
 
-    _require_consistent(src, tiers, output)
     request = tiers.request()
+    if not output.frontier:
+        request.require_consistent()
+    _require_consistent(src, tiers, output)
     if output.plot is not None:
         from quantkit.publish.plot import require_plots
 
         require_plots(output.plot)
-    if not output.frontier:
-        request.require_consistent()
     if output.output is not None and output.output.exists() and not output.force:
         raise OutputError(
             f"{output.output}: exists. Choose another file, or replace it with `force`."
         )
     source = opening.open(src)
-    profile = load_profile(tiers.profile, source.inventory) if tiers.profile else None
+    profile = None
+    if tiers.profile is not None:
+        with in_field("profile"):
+            profile = load_profile(tiers.profile, source.inventory)
     if output.frontier:
         assert profile is not None
         _frontier(source, profile, request, output.plot, json)
@@ -100,16 +111,17 @@ def _require_consistent(src: str, tiers: TierOptions, output: PlanOutput) -> Non
 
     if output.plot is not None and not output.frontier:
         raise InputError("`plot` draws the frontier; add `frontier`.")
-    given = (tiers.budget, tiers.recipe, tiers.plan, output.explain, output.output)
-    if output.frontier and (tiers.refine or any(value is not None for value in given)):
+    others = (tiers.budget, tiers.recipe, tiers.plan, output.explain, output.output)
+    if output.frontier and (tiers.refine or any(value is not None for value in others)):
         raise InputError(
             "`frontier` solves a range of budgets; leave out `budget`, `recipe`, `plan`, `refine`, "
             "`explain` and `output`."
         )
-    needs_profile = tiers.budget is not None or output.frontier or output.explain is not None
-    if tiers.profile is None and needs_profile:
+    options = {"budget": tiers.budget, "frontier": output.frontier, "explain": output.explain}
+    given = [name for name, value in options.items() if value not in (None, False)]
+    if tiers.profile is None and given:
         raise InputError(
-            "a budget needs the KL costs of weights. Give `profile` PROFILE; make one with: "
+            f"`{given[0]}` needs the KL costs of weights. Give `profile` PROFILE; make one with: "
             f"quantkit profile {src} -o PROFILE"
         )
 
@@ -139,6 +151,8 @@ def _show(
         console.print_json(planned.plan.to_json())
     else:
         tables.print_plan(planned.plan, request.bandwidth)
+    if output.output is not None and not json:
+        print(f"Saved to {output.output}.")
 
 
 def _frontier(

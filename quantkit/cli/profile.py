@@ -19,8 +19,8 @@ from quantkit.cli.options import (
     Src,
     TextOptions,
     memory_bytes,
+    named_path,
 )
-from quantkit.storage.paths import user_path
 
 if TYPE_CHECKING:
     from quantkit.artifacts.sensitivity import SensitivityProfile
@@ -39,7 +39,7 @@ class ProfileOptions:
             "--output",
             "-o",
             metavar="PROFILE",
-            parser=user_path,
+            parser=named_path,
             rich_help_panel=OUTPUT,
             help="Folder to write.",
         ),

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from quantkit.cli import console, tables
+from quantkit.cli.command_line import command_line
 from quantkit.cli.options import (
     OUTPUT,
     QUANTIZER,
@@ -19,10 +20,9 @@ from quantkit.cli.options import (
     Text,
     TierOptions,
     Tokens,
-    command_line,
     memory_bytes,
+    named_path,
 )
-from quantkit.storage.paths import user_path
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class WriteOptions:
             "--output",
             "-o",
             metavar="OUT",
-            parser=user_path,
+            parser=named_path,
             rich_help_panel=OUTPUT,
             help="Folder to write.",
         ),
@@ -89,15 +89,18 @@ def quantize(
     from quantkit.backend import speed_hint
     from quantkit.backend.memory_limits import limited_memory
     from quantkit.calibration.calibration_set import CalibrationSpec
+    from quantkit.errors import in_field
     from quantkit.jobs.quantize import QuantizeOptions, check_request
     from quantkit.jobs.quantize import quantize as run
     from quantkit.units import parse_bytes
 
+    with in_field("shard_size"):
+        shard_bytes = parse_bytes(writing.shard_size)
     options = QuantizeOptions(
         profile_text=CalibrationSpec(writing.calibration, writing.tokens),
         quantizer_text=CalibrationSpec(writing.calibration, writing.quantizer_tokens),
         tuning_steps=writing.tune,
-        shard_bytes=parse_bytes(writing.shard_size),
+        shard_bytes=shard_bytes,
         command=command_line(ctx),
         base_model=writing.base_model,
         force=writing.force,

@@ -15,7 +15,7 @@ from quantkit.artifacts.roles import ROLES, group_roles
 from quantkit.artifacts.sensitivity import SensitivityProfile
 from quantkit.artifacts.speed import Speed
 from quantkit.formats.tiers import parse_tier
-from quantkit.units import bits_per_weight, count, gb, gib, size
+from quantkit.units import bits_per_weight, count, gb, gib, plural, size
 
 if TYPE_CHECKING:
     from rich.table import Column, Table
@@ -120,7 +120,7 @@ def print_differences(differences: Sequence["Difference"]) -> None:
         kl = "" if one.kl is None else f"{one.kl:+.3g}"
         table.add_row(one.weight, one.before, one.after, f"{one.bytes:+,}", kl)
     more = sum(one.bytes for one in differences)
-    _show(table, f"{len(differences)} weights differ, {more:+,} bytes")
+    _show(table, f"{plural(len(differences), 'weight')} differ, {more:+,} bytes")
 
 
 def plan_row(plan: Plan) -> dict[str, Any]:
@@ -155,6 +155,10 @@ def print_report(report: Report, where: str) -> None:
             print(f"  {file.name}  {size(file.size)}  {(file.sha256 or '')[:16]}")
         if len(files) > _MOST_FILES:
             print(f"  and {len(files) - _MOST_FILES} more")
+    if report.fidelity is not None:
+        print_fidelity([report.fidelity], report.fidelity.text)
+    if report.speed is not None:
+        print_speed(report.speed, where)
     print("versions          " + ", ".join(f"{k} {v}" for k, v in report.versions.items()))
 
 

@@ -35,6 +35,7 @@ from quantkit.errors import (
     OutputError,
     SourceError,
     first_line,
+    in_field,
 )
 from quantkit.evaluation.intervals import bootstrap_interval, mean_interval, resamples
 from quantkit.progress import Stage
@@ -81,7 +82,8 @@ def prepare(native: Source, repos: Sequence[str], spec: CalibrationSpec) -> Comp
     """
     native = with_values(native)
     require_same_attention(native.checkpoint)
-    text = _evaluation_text(native, spec)
+    with in_field("text"):
+        text = _evaluation_text(native, spec)
     words = load_tokenizer(native.checkpoint).get_vocab()
     opened = []
     for name in repos:

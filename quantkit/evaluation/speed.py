@@ -73,7 +73,7 @@ def _require_possible(
             raise InputError("`context` and `tokens` must be 1 or more.")
         if context + generated > longest:
             raise InputError(
-                f"{context} + {generated} tokens exceed the model's context of {longest}."
+                f"`context`: {context} + {generated} tokens exceed the model's context, {longest}."
             )
         needed = _predicted(report, config, context + generated) or 0
         if needed > _memory():

@@ -22,6 +22,7 @@ from quantkit.progress import Stage
 from quantkit.storage.hashing import hash_file
 from quantkit.storage.json_files import load_json
 from quantkit.streaming.attention import attention_differences, compared_layers
+from quantkit.units import like_others, plural
 
 _BLOCK = 1 << 22  # elements looked at in one go
 _TOP_LEVEL = ("group_size", "bits", "mode")
@@ -78,7 +79,7 @@ def verify(
     if load and good:
         yield from _check_mlx_lm(repo, trust_remote_code)
     else:
-        reason = "skipped, since a check failed" if load else "skipped (--no-load)"
+        reason = "skipped, since a check failed" if load else "not loaded, as requested"
         yield Check("stock mlx-lm loads it", None, reason)
 
 
@@ -101,7 +102,7 @@ def _check_index(repo: Path, checkpoint: Checkpoint) -> str:
     claimed = metadata.get("total_size") if isinstance(metadata, dict) else None
     if claimed != stored:
         raise _WrongError(f"{INDEX_FILE}: total_size {claimed}, the shards hold {stored} bytes.")
-    return f"{len(checkpoint.tensors)} tensors in {len(indexed)} shards"
+    return f"{plural(len(checkpoint.tensors), 'tensor')} in {plural(len(indexed), 'shard')}"
 
 
 def _check_config(checkpoint: Checkpoint) -> str:
@@ -118,7 +119,7 @@ def _check_config(checkpoint: Checkpoint) -> str:
         (entries.keys() - scaled, "is in config.json's quantization, but has no scales"),
     ):
         if names:
-            raise _WrongError(f"{min(names)} {fault}, like {len(names) - 1} others.")
+            raise _WrongError(f"{min(names)} {fault}{like_others(len(names))}.")
     for name, entry in entries.items():
         _check_module(name, _tier_of(name, entry), checkpoint.tensors)
     return f"{len(entries)} quantized modules"

@@ -7,7 +7,7 @@ from quantkit.artifacts.memory import MemoryTarget
 from quantkit.artifacts.plan import Plan
 from quantkit.artifacts.sensitivity import SensitivityProfile
 from quantkit.checkpoint.source import Source
-from quantkit.errors import InputError, PlanError
+from quantkit.errors import InputError, PlanError, in_field
 from quantkit.formats.tiers import parse_tier
 from quantkit.planning.allocator import plan_by_budget
 from quantkit.planning.budget import Budget, parse_budget, parse_speed
@@ -85,13 +85,16 @@ class PlanRequest:
         if self.quantizer is not None:
             find_quantizer(self.quantizer)
         names = () if self.tiers is None else self.tiers.split(",")
-        tiers = tuple(parse_tier(name) for name in names if name.strip())
+        with in_field("tiers"):
+            tiers = tuple(parse_tier(name) for name in names if name.strip())
+        with in_field("min_tier"):
+            min_tier = None if self.min_tier is None else parse_tier(self.min_tier)
         if self.tiers is not None and not tiers:
             raise InputError("`tiers` is empty. Name tiers such as q4g64,q3g64.")
         return Constraints(
             pins=parse_pins(self.pins),
             tiers=None if self.tiers is None else tiers,
-            min_tier=None if self.min_tier is None else parse_tier(self.min_tier),
+            min_tier=min_tier,
             ties=self.ties,
             routers=self.routers,
             quantizer=self.quantizer or DEFAULT_QUANTIZER,
@@ -102,9 +105,11 @@ class PlanRequest:
         """Context and reserve beside the weights. Raises InputError."""
         target = MemoryTarget()
         if self.context is not None:
-            target = replace(target, context=parse_count(self.context))
+            with in_field("context"):
+                target = replace(target, context=parse_count(self.context))
         if self.reserve is not None:
-            target = replace(target, reserve=parse_bytes(self.reserve))
+            with in_field("reserve"):
+                target = replace(target, reserve=parse_bytes(self.reserve))
         return target
 
     @property
@@ -116,8 +121,10 @@ class PlanRequest:
     def active_limit(self) -> int | None:
         """The bytes that may be read per token. Raises InputError."""
         if self.speed is not None:
-            return parse_speed(self.speed)[0]
-        return None if self.active_bytes is None else parse_bytes(self.active_bytes)
+            with in_field("speed"):
+                return parse_speed(self.speed)[0]
+        with in_field("active_bytes"):
+            return None if self.active_bytes is None else parse_bytes(self.active_bytes)
 
     def parsed_budget(self, source: Source) -> Budget:
         """Return the budget for a checkpoint. Raises InputError."""

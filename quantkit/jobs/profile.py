@@ -37,7 +37,7 @@ def run_profiling(profiling: Profiling, progress: Progress | None = None) -> Sen
     if text.sequences < wanted.sequences:
         progress.note(f"the text has only {text.tokens:,} of {wanted.tokens:,} tokens")
     note_skipped_rows(text.name, text.skipped_rows, progress)
-    return make(profiling, progress.stage("Profiling", profiling.steps, "steps"))
+    return make(profiling, progress)
 
 
 def note_skipped_rows(name: str, rows: int, progress: Progress) -> None:

@@ -10,6 +10,7 @@ from quantkit.artifacts.plan import Plan
 from quantkit.artifacts.report import Report
 from quantkit.artifacts.sensitivity import SensitivityProfile
 from quantkit.calibration.calibration_set import (
+    CalibrationSet,
     CalibrationSpec,
     load_tokenizer,
     read_calibration_set,
@@ -17,7 +18,7 @@ from quantkit.calibration.calibration_set import (
 from quantkit.checkpoint.hub import is_repo_id
 from quantkit.checkpoint.provenance import versions
 from quantkit.checkpoint.source import Source, with_values
-from quantkit.errors import CalibrationError, InputError, UntrustedCodeError
+from quantkit.errors import CalibrationError, InputError, UntrustedCodeError, in_field
 from quantkit.jobs.open_model import open_model
 from quantkit.jobs.planning import PlanRequest, choose_plan
 from quantkit.jobs.profile import note_skipped_rows, prepare_profile, run_profiling
@@ -121,7 +122,8 @@ def _profile_for(
 ) -> SensitivityProfile | None:
     """Return the named profile, or for a budget the one in OUT-profile, made if it is missing."""
     if request.profile is not None:
-        return load_profile(request.profile, source.inventory)
+        with in_field("profile"):
+            return load_profile(request.profile, source.inventory)
     if request.budget is None:
         return None
     constraints, budget = request.constraints(), request.parsed_budget(source)
@@ -229,7 +231,7 @@ def _calibrated(
     if plan.tuning_steps:  # new text for every step, and some to choose the best step
         needed = max(spec.tokens, Tuning(plan.tuning_steps).all_tokens)
         spec = replace(spec, tokens=needed + validated * spec.sequence_length)
-    calibration = read_calibration_set(source.checkpoint, spec)
+    calibration = _read(source, spec)
     tokens, text = calibration.tokens, calibration.text
     note_skipped_rows(text.name, text.skipped_rows, progress)
     split = len(tokens) - min(validated, max(0, len(tokens) - count))
@@ -247,3 +249,13 @@ def _calibrated(
     }
     model = StreamingModel(source)
     return plan, CalibratedQuantization(model, plan, tokens[:count], tuning), hashes
+
+
+def _read(source: Source, spec: CalibrationSpec) -> CalibrationSet:
+    """Read the quantizer's text. Raises CalibrationError that names its own fields."""
+    try:
+        with in_field("calibration"):
+            return read_calibration_set(source.checkpoint, spec)
+    except CalibrationError as exc:
+        message = str(exc).replace("`tokens`", "`quantizer_tokens`")
+        raise CalibrationError(message.replace("`calibration`: `", "`")) from exc

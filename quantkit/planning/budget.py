@@ -79,17 +79,17 @@ def _parse(
     if colon and kind.lower() == "like":
         return Budget(_bytes_like(value, inventory), text)
     if colon:
-        raise InputError(f"budget {text!r}: use mac:64GB, mac:this, like:RECIPE or like:FOLDER.")
+        raise InputError(f"`budget` {text!r}: use mac:64GB, mac:this, like:RECIPE or like:FOLDER.")
     if _NUMBER.fullmatch(text):
         number = text.strip()
         raise InputError(
-            f"budget {text!r} has no unit. Write {number}bpw for bits per weight, or {number}GB."
+            f"`budget` {text!r} has no unit. Write {number}bpw for bits per weight, or {number}GB."
         )
     try:
         return Budget(parse_bytes(text), text.strip())
     except InputError as exc:
         raise InputError(
-            f"budget {text!r} is not understood. Write it like 4.25bpw, 12GB, 48GiB, mac:64GB, "
+            f"`budget` {text!r} is not understood. Write it like 4.25bpw, 12GB, 48GiB, mac:64GB, "
             "like:mxfp4-q8 or lossless."
         ) from exc
 
@@ -100,7 +100,8 @@ def parse_speed(text: str) -> tuple[int, int]:
     bandwidth = parse_bytes(match[2]) if match else 0
     if match is None or not bandwidth or not Fraction(match[1]):
         raise InputError(
-            f"speed {text!r}: write tokens per second at a memory bandwidth, like 60tok/s@400GB/s."
+            f"`speed` {text!r}: write tokens per second at a memory bandwidth, like "
+            "60tok/s@400GB/s."
         )
     return int(bandwidth / Fraction(match[1])), bandwidth
 
@@ -121,7 +122,7 @@ def _mac(text: str, config: ModelConfig, target: MemoryTarget) -> Budget:
     )
     if left <= 0:
         raise InputError(
-            f"budget {label}: nothing is left for weights. Lower `context` or `reserve`."
+            f"`budget` {label}: nothing is left for weights. Lower `context` or `reserve`."
         )
     return Budget(left, label, memory_target=replace(target, mac_gib=mac_gib))
 
@@ -130,7 +131,7 @@ def _memory(text: str) -> int:
     """Return bytes of memory, which is sold in powers of two, whichever unit is written."""
     match = re.fullmatch(r"\s*([0-9]{1,6})\s*(?:GB|GiB)?\s*", text, re.IGNORECASE)
     if match is None or not int(match[1]):
-        raise InputError(f"budget mac:{text}: write the Mac's memory like mac:64GB, or mac:this.")
+        raise InputError(f"`budget` mac:{text}: write the Mac's memory like mac:64GB, or mac:this.")
     return int(match[1]) << 30
 
 
@@ -140,7 +141,7 @@ def _bytes_like(text: str, inventory: Inventory) -> int:
     folder = user_path(text)
     if not text or not folder.is_dir():
         names = ", ".join(recipe_names())
-        raise InputError(f"budget like:{text}: neither a folder nor a recipe. Recipes: {names}.")
+        raise InputError(f"`budget` like:{text}: neither a folder nor a recipe. Recipes: {names}.")
     checkpoint = open_folder(folder)
     stored = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
     checkpoint.close()

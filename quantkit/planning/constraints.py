@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 from quantkit.artifacts.inventory import Inventory, Weight
 from quantkit.artifacts.roles import ROLE_GROUPS, ROLES
 from quantkit.artifacts.sensitivity import SensitivityProfile, TierCost
-from quantkit.errors import InputError, PlanError
+from quantkit.errors import InputError, PlanError, in_field
 from quantkit.formats.tiers import NATIVE, Tier, canonical, native_name, parse_tier
 from quantkit.planning.budget import Budget
 from quantkit.planning.knapsack_items import Option
@@ -62,9 +62,10 @@ def parse_pins(texts: Iterable[str]) -> tuple[tuple[str, Tier], ...]:
         pattern, equals, tier = text.rpartition("=")
         if not equals or not pattern:
             raise InputError(
-                f"`pin` {text!r}: write it like 'lm_head=q6g64' or 'experts.*=native'."
+                f"`pins` {text!r}: write it like 'lm_head=q6g64' or 'experts.*=native'."
             )
-        pins.append((pattern, parse_tier(tier)))
+        with in_field("pins"):
+            pins.append((pattern, parse_tier(tier)))
     return tuple(pins)
 
 
@@ -73,9 +74,11 @@ def groups_of(
 ) -> list[Group]:
     """Return the groups of weights with their options. Raises PlanError or InputError."""
     tier_costs = allowed_tiers(inventory, profile, constraints)
-    for pattern in (*(pattern for pattern, _ in constraints.pins), *constraints.ties):
-        if not any(matches(pattern, w.name, w.role) for w in inventory.weights):
-            raise InputError(f"pattern {pattern!r} matches no weight.")
+    pins = [pattern for pattern, _ in constraints.pins]
+    for field, patterns in (("pins", pins), ("ties", constraints.ties)):
+        for pattern in patterns:
+            if not any(matches(pattern, w.name, w.role) for w in inventory.weights):
+                raise InputError(f"`{field}` pattern {pattern!r} matches no weight.")
     groups: dict[object, list[Weight]] = {}
     for weight in inventory.weights:
         tie = next((t for t in constraints.ties if matches(t, weight.name, weight.role)), None)

@@ -78,7 +78,7 @@ def explain(
     """
     chosen = [c for c in plan.assignments if matches(pattern, c.name, c.role)]
     if not chosen:
-        raise InputError(f"pattern {pattern!r} matches no weight.")
+        raise InputError(f"`explain` pattern {pattern!r} matches no weight.")
     prices = plan.optimality.shadow_prices if plan.optimality else ()
     active = None if plan.active_bytes is None else 0
     groups = groups_of(inventory, profile, Budget(0, active_bytes=active), constraints)

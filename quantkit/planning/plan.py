@@ -7,9 +7,10 @@ from typing import Any
 from quantkit.artifacts.inventory import Inventory, UnquantizedTensor, Weight
 from quantkit.artifacts.plan import Assignment, Plan, tiers_sha256
 from quantkit.artifacts.sensitivity import SensitivityProfile
-from quantkit.errors import PlanError, TierError
+from quantkit.errors import PlanError, TierError, fault
 from quantkit.formats.tiers import Tier, canonical, parse_tier, resolve
 from quantkit.storage.json_files import require_kind
+from quantkit.units import like_others
 
 UNQUANTIZED = "unquantized"
 
@@ -59,7 +60,7 @@ def read_plan(data: Mapping[str, Any], inventory: Inventory, where: str) -> Plan
                 f"{where}: norms, biases and sinks are never quantized; no tier applies to them."
             )
     except (KeyError, TypeError, AttributeError) as exc:
-        raise PlanError(f"{where}: not a complete plan ({exc} is missing or malformed).") from exc
+        raise PlanError(f"{where}: not a complete plan ({fault(exc)}).") from exc
     if len(tiers) != len(data["weights"]):
         raise PlanError(f"{where}: names a weight twice.")
     if structure != inventory.source.structure:
@@ -69,7 +70,22 @@ def read_plan(data: Mapping[str, Any], inventory: Inventory, where: str) -> Plan
         )
     if edited and not origin.startswith("edited"):
         origin = f"edited from {origin}"
-    return _with_saved(make_plan(inventory, tiers, origin), Plan.from_json(data, where), edited)
+    try:
+        plan = make_plan(inventory, tiers, origin)
+    except PlanError as exc:
+        raise PlanError(f"{where}: {exc}") from exc
+    return _with_saved(plan, Plan.from_json(data, where), edited)
+
+
+def unedited_plan(data: Mapping[str, Any], where: str) -> Plan:
+    """Read a plan without its checkpoint. Raises PlanError if it was edited: its bytes are old."""
+    plan = Plan.from_json(data, where)
+    if plan.tiers_sha256 != data.get("tiers_sha256"):
+        raise PlanError(
+            f"{where}: was edited. Count its bytes again first: "
+            f"quantkit plan SRC --plan {where} -o FILE"
+        )
+    return plan
 
 
 def _with_saved(plan: Plan, saved: Plan, edited: bool) -> Plan:
@@ -156,12 +172,12 @@ def _active(inventory: Inventory, role: str, rows: int, stored: int) -> int | No
 
 def _require_same_weights(inventory: Inventory, tiers: Mapping[str, Tier]) -> None:
     names = {weight.name for weight in inventory.weights}
-    for wrong, fault in (
+    for wrong, problem in (
         (names - tiers.keys(), "has no tier"),
         (tiers.keys() - names, "is unknown"),
     ):
         if wrong:
             raise PlanError(
-                f"plan: weight {min(wrong)!r} {fault}, like {len(wrong) - 1} others: "
+                f"plan: weight {min(wrong)!r} {problem}{like_others(len(wrong))}: "
                 f"not a plan for {inventory.source.name}."
             )

@@ -99,7 +99,7 @@ def load_recipe(name: str) -> Recipe:
         path = recipes_folder() / f"{name}.toml"
         if name not in recipe_names():
             raise RecipeError(
-                f"unknown recipe {name!r}. Use {', '.join(recipe_names())}, "
+                f"unknown `recipe` {name!r}. Use {', '.join(recipe_names())}, "
                 "or the path of a .toml file."
             )
     try:

@@ -146,12 +146,12 @@ def _require_names(repo: str, revision: str | None) -> None:
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
+    if not is_repo_id(repo) or not repo.isascii():
+        raise HubError(f"{repo!r}: not a repo on the Hub. Write it like user/name.")
     try:
         validate_repo_id(repo)
     except HFValidationError as exc:
         raise HubError(f"{repo!r}: not a repo on the Hub ({first_line(exc)})") from exc
-    if not is_repo_id(repo) or not repo.isascii():
-        raise HubError(f"{repo!r}: not a repo on the Hub. Write it like user/name.")
     if revision is not None and not revision.strip():
         raise HubError("`revision`: name a branch.")
 

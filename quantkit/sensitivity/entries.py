@@ -11,7 +11,7 @@ from quantkit.artifacts.sensitivity import (
     TierCost,
     WeightSensitivity,
 )
-from quantkit.errors import TierError
+from quantkit.errors import TierError, in_field
 from quantkit.formats.tiers import Tier, native_name, parse_tier
 
 DEFAULT_TIERS = (
@@ -50,7 +50,8 @@ def parse_tiers(text: str | None) -> tuple[str, ...]:
     """Parse a list such as `q4g64,q3g64`; None gives the default tiers. Raises TierError."""
     if text is None:
         return DEFAULT_TIERS
-    tiers = [parse_tier(name) for name in text.split(",") if name.strip()]
+    with in_field("tiers"):
+        tiers = [parse_tier(name) for name in text.split(",") if name.strip()]
     for tier in tiers:
         if not tier.quantized:
             raise TierError(

@@ -20,10 +20,10 @@ from quantkit.calibration.calibration_set import (
 )
 from quantkit.checkpoint.provenance import input_key, versions
 from quantkit.checkpoint.source import Source, file_hashes
-from quantkit.errors import CalibrationError, InputError, SourceError
+from quantkit.errors import CalibrationError, InputError, SourceError, in_field
 from quantkit.formats.files import write_file
 from quantkit.formats.tiers import TensorSpec
-from quantkit.progress import Stage
+from quantkit.progress import Progress, Stage
 from quantkit.quantizers.registry import RTN, find_quantizer
 from quantkit.sensitivity.assemble import Assembly
 from quantkit.sensitivity.entries import DEFAULT_TIERS, Entry, candidate_entries
@@ -100,7 +100,8 @@ def prepare(source: Source, out: Path, settings: ProfileSettings, force: bool = 
             "later (it needs Python 3.11)."
         )
     require_same_attention(source.checkpoint)
-    text = read_calibration_set(source.checkpoint, settings.text)
+    with in_field("calibration"):
+        text = read_calibration_set(source.checkpoint, settings.text)
     existing = None
     hashed = with_hashes(source.inventory.source, file_hashes(source))
     source = replace(source, inventory=replace(source.inventory, source=hashed))
@@ -119,13 +120,12 @@ def prepare(source: Source, out: Path, settings: ProfileSettings, force: bool = 
     )
 
 
-def make(profiling: Profiling, progress: Stage) -> SensitivityProfile:
+def make(profiling: Profiling, progress: Progress) -> SensitivityProfile:
     """Measure, and write the folder. Raises InputError; an interrupted run can be resumed.
 
     Among several processes only the first one writes.
     """
     if profiling.existing is not None and not profiling.entries:
-        progress(profiling.steps, "all measured already")
         return profiling.existing
     group, sequences = mx.distributed.init(), len(profiling.calibration.tokens)
     if group.size() > sequences:
@@ -139,10 +139,13 @@ def make(profiling: Profiling, progress: Stage) -> SensitivityProfile:
     with OutputDirectory(
         out, _input_key(profiling, group.size()), profiling.force, "profile"
     ) as output:
+        if output.resumed:
+            progress.note(f"resuming the interrupted profile in {output.folder}")
+        stage = progress.stage("Profiling", profiling.steps, "steps")
         try:
             model = StreamingModel(profiling.source)
             output.require_space(_work_bytes(model, profiling))
-            tables, seconds = _tables(model, profiling, ProfileWork(output.work), progress)
+            tables, seconds = _tables(model, profiling, ProfileWork(output.work), stage)
         except SourceError:
             output.discard()
             raise

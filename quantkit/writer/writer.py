@@ -117,6 +117,8 @@ def rewrite(job: Rewrite, documents: Documents, progress: Progress | None = None
     require_free(out, job.force)
     with output:
         resumed = output.resumed
+        if resumed:
+            progress.note(f"resuming the interrupted run in {output.folder}")
         try:
             source, records = _write_shards(job, output, progress)
         except (DamagedError, TierError):

@@ -117,7 +117,7 @@ BAD = {
         ["quantize", "SRC", "-o", "OUT", "-r", "uniform-4", "-p", "x"],
         "choose tiers by exactly one of",
     ),
-    "no such recipe": (["quantize", "SRC", "-o", "OUT", "-r", "best"], "unknown recipe 'best'"),
+    "no such recipe": (["quantize", "SRC", "-o", "OUT", "-r", "best"], "unknown --recipe 'best'"),
     "no such plan": (
         ["quantize", "SRC", "-o", "OUT", "-p", "nope.json"],
         "nope.json: no such file",

@@ -238,3 +238,34 @@ def test_python_writes_the_demo_as_the_command_does(cli, demo, tmp_path):
     for name in names:
         ours, theirs = (tmp_path / folder / name for folder in ("python", "command"))
         assert ours.read_bytes() == theirs.read_bytes(), name
+
+
+def test_a_resumed_run_is_noted(checkpoint, tmp_path):
+    """At its start, and in the outcome; nothing is said of a run that was not interrupted."""
+    notes = []
+
+    class Interrupting(quantkit.Progress):
+        def __init__(self, after):
+            self.left = after
+
+        def stage(self, title, total, unit="bytes"):
+            def advance(more, name):
+                self.left -= 1
+                if self.left == 0:
+                    raise KeyboardInterrupt
+
+            return advance
+
+        def note(self, text):
+            notes.append(text)
+
+    request = quantkit.PlanRequest(recipe="uniform-4")
+    options = quantkit.QuantizeOptions(shard_bytes=200_000)
+    arguments = (str(checkpoint), tmp_path / "out", request, options)
+    with pytest.raises(KeyboardInterrupt):
+        quantkit.quantize(*arguments, progress=Interrupting(60))
+    assert notes == []
+    outcome = quantkit.quantize(*arguments, progress=Interrupting(-1))
+    assert outcome.resumed
+    assert len(notes) == 1
+    assert notes[0].startswith("resuming the interrupted run in")

@@ -1,4 +1,5 @@
 import json
+import re
 
 import pytest
 
@@ -79,3 +80,35 @@ def test_bad_plan_file(inventory, saved, case):
     change(saved)
     with pytest.raises(error, match=message):
         read_plan(saved, inventory, "plan.json")
+
+
+def test_an_edited_plan_is_not_compared(cli, checkpoint, tmp_path):
+    """Its bytes are those of the plan before the edit."""
+    path, again = tmp_path / "plan.json", tmp_path / "again.json"
+    assert cli("plan", checkpoint, "-r", "uniform-4", "-o", path).exit_code == 0
+    data = json.loads(path.read_text())
+    data["weights"][3]["tier"] = "q2g32"
+    path.write_text(json.dumps(data))
+    refused = cli("diff", path, path)
+    assert refused.exit_code == 2
+    assert "was edited. Count its bytes again first: quantkit plan SRC --plan" in refused.stderr
+    saved = cli("plan", checkpoint, "--plan", path, "-o", again)
+    assert f"Saved to {again}." in saved.stdout
+    assert "0 weights differ" in cli("diff", again, again).stdout
+
+
+@pytest.mark.parametrize("value", [None, 3, [], {"weights": 3}, {"weights": [3]}])
+def test_malformed_plans_show_no_python(cli, checkpoint, tmp_path, value):
+    path = tmp_path / "plan.json"
+    assert cli("plan", checkpoint, "-r", "uniform-4", "-o", path).exit_code == 0
+    data = json.loads(path.read_text())
+    if isinstance(value, dict):
+        data.update(value)
+    else:
+        data["weights"][0]["tier"] = value
+    path.write_text(json.dumps(data))
+    for command in (("plan", checkpoint, "--plan", path), ("diff", path, path)):
+        result = cli(*command)
+        assert result.exit_code == 2
+        assert str(path) in result.stderr
+        assert not re.search("object|argument|NoneType|attribute", result.stderr), result.stderr

@@ -178,7 +178,7 @@ def test_files(tmp_path):
         load_recipe(str(mine))
     with pytest.raises(RecipeError, match="no such file"):
         load_recipe(str(tmp_path / "none.toml"))
-    with pytest.raises(RecipeError, match="unknown recipe 'nope'. Use moringlabs"):
+    with pytest.raises(RecipeError, match="unknown `recipe` 'nope'. Use moringlabs"):
         load_recipe("nope")
 
 
