@@ -75,7 +75,7 @@ def plan(
 
     `quantkit plan openai/gpt-oss-120b --recipe moringlabs-3.6bit`
     """
-    from quantkit.errors import OutputError, in_field
+    from quantkit.errors import in_field
     from quantkit.jobs.planning import choose_plan
     from quantkit.sensitivity.store import load_profile
 
@@ -87,10 +87,6 @@ def plan(
         from quantkit.publish.plot import require_plots
 
         require_plots(output.plot)
-    if output.output is not None and output.output.exists() and not output.force:
-        raise OutputError(
-            f"{output.output}: exists. Choose another file, or replace it with `force`."
-        )
     source = opening.open(src)
     profile = None
     if tiers.profile is not None:
@@ -107,7 +103,12 @@ def plan(
 
 def _require_consistent(src: str, tiers: TierOptions, output: PlanOutput) -> None:
     """Check the options that `plan` alone has. Raises InputError."""
-    from quantkit.errors import InputError
+    from quantkit.errors import InputError, OutputError
+
+    if output.output is not None and output.output.exists() and not output.force:
+        raise OutputError(
+            f"{output.output}: exists. Choose another file, or replace it with `force`."
+        )
 
     if output.plot is not None and not output.frontier:
         raise InputError("`plot` draws the frontier; add `frontier`.")

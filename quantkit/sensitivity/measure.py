@@ -127,13 +127,8 @@ def make(profiling: Profiling, progress: Progress) -> SensitivityProfile:
     """
     if profiling.existing is not None and not profiling.entries:
         return profiling.existing
-    group, sequences = mx.distributed.init(), len(profiling.calibration.tokens)
-    if group.size() > sequences:
-        raise InputError(
-            f"{group.size()} processes, but only {sequences} sequences to share. Raise `tokens`, "
-            "or start fewer."
-        )
-    first, out = is_first(), profiling.out
+    group, first, out = mx.distributed.init(), is_first(), profiling.out
+    _require_sequences(profiling, group.size())
     if not first:
         out = out.with_name(f"{out.name}.process-{group.rank()}")
     with OutputDirectory(
@@ -161,6 +156,15 @@ def make(profiling: Profiling, progress: Progress) -> SensitivityProfile:
         _write_importance(output.repo / IMPORTANCE_FILE, assembly.importance())
         output.commit()
     return profile
+
+
+def _require_sequences(profiling: Profiling, processes: int) -> None:
+    sequences = len(profiling.calibration.tokens)
+    if processes > sequences:
+        raise InputError(
+            f"{processes} processes, but only {sequences} sequences to share. Raise `tokens`, or "
+            "start fewer."
+        )
 
 
 def validate_profile(
