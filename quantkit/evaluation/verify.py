@@ -59,6 +59,26 @@ def verify(
     except SourceError as exc:
         yield Check("index and shards", False, str(exc))
         return
+    good = True
+    for check in _check_files(repo, checkpoint, report, progress):
+        good = good and check.ok is True
+        yield check
+    checkpoint.close()
+    check = Check("attention as the source's", None, "skipped, since a check failed")
+    if good:  # a foreign config may describe a model of any size
+        check = _check(check.name, lambda: _check_attention(repo, report))
+        good = check.ok is True
+    yield check
+    if load and good:
+        yield from _check_mlx_lm(repo, trust_remote_code)
+    else:
+        reason = "skipped, since a check failed" if load else "not loaded, as requested"
+        yield Check("stock mlx-lm loads it", None, reason)
+
+
+def _check_files(
+    repo: Path, checkpoint: Checkpoint, report: Report, progress: Stage | None
+) -> Iterator[Check]:
     looks = {
         "index and shards": lambda: _check_index(repo, checkpoint),
         "config": lambda: _check_config(checkpoint),
@@ -66,21 +86,8 @@ def verify(
         "hashes": lambda: _check_hashes(repo, report, progress),
         "finite values": lambda: _check_finite(checkpoint),
     }
-    good = True
     for name, look in looks.items():
-        check = _check(name, look)
-        good = good and check.ok is True
-        yield check
-    checkpoint.close()
-    if good:  # a foreign config may describe a model of any size
-        check = _check("attention as the source's", lambda: _check_attention(repo, report))
-        good = check.ok is True
-        yield check
-    if load and good:
-        yield from _check_mlx_lm(repo, trust_remote_code)
-    else:
-        reason = "skipped, since a check failed" if load else "not loaded, as requested"
-        yield Check("stock mlx-lm loads it", None, reason)
+        yield _check(name, look)
 
 
 def _check(name: str, look: Callable[[], str]) -> Check:

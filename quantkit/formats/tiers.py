@@ -114,8 +114,10 @@ def parse_tier(name: str) -> Tier:
     """Return the tier called `name`. Raises TierError for an unknown one."""
     tier = TIERS.get(name.strip().lower())
     if tier is None:
-        names = ", ".join(name for name in TIERS if name != "f32")
-        raise TierError(f"unknown tier {name!r}. Use one of {names}.")
+        raise TierError(
+            f"unknown tier {name!r}. Write it like q4g64 (2, 3, 4, 5, 6 or 8 bits; g32, g64 or "
+            "g128), or mxfp4, mxfp8, nvfp4, bf16, f16, native."
+        )
     return tier
 
 

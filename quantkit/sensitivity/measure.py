@@ -238,8 +238,8 @@ def _require_same(existing: SensitivityProfile, wanted: SensitivityProfile, out:
     for setting, value in now.items():
         if before[setting] != value:
             raise InputError(
-                f"{out}: holds a profile with another {setting}. Choose another folder, or "
-                "replace it with `force`."
+                f"{out}: holds a profile with another {setting}. Use it as it is with "
+                "`profile`, choose another folder, or replace it with `force`."
             )
 
 
