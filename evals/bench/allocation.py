@@ -25,13 +25,13 @@ from quantkit.checkpoint.source import Source, open_source
 from quantkit.demo.build import demo_checkpoint
 from quantkit.formats.tiers import parse_tier
 from quantkit.jobs.profile import profile as make_profile
-from quantkit.jobs.refine import changes
 from quantkit.planning.allocator import plan_by_budget
 from quantkit.planning.budget import Budget
 from quantkit.planning.constraints import Constraints
 from quantkit.planning.frontier import recipe_plans
 from quantkit.planning.knapsack import solve
 from quantkit.planning.knapsack_items import Option
+from quantkit.quantizers.layerwise import changed_tiers
 from quantkit.sensitivity.store import load_profile
 from quantkit.streaming.layer_runner import StreamingModel
 from quantkit.streaming.measure_kl import measure_kl
@@ -72,7 +72,7 @@ def table(source: Source, profile: SensitivityProfile) -> str:
             pairs.append((f"`{name}`, other weights pinned to it", recipe, pinned))
     plans = [plan for _, recipe, ours in pairs for plan in (recipe, ours)]
     tokens = mx.array(read_calibration_set(source.checkpoint, CalibrationSpec()).held_out)
-    wanted = [changes(source, plan) for plan in plans]
+    wanted = [changed_tiers(source, plan) for plan in plans]
     costs = measure_kl(StreamingModel(source), tokens, wanted, lambda _: None)
     found = [float(loss.mean(dtype=np.float64)) for loss in costs]
     rows = []

@@ -2,10 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from quantkit.artifacts.inventory import is_count
 from quantkit.errors import MalformedError
+
+_Fields = TypeVar("_Fields", "MemoryTarget", "Memory")
 
 
 @dataclass(frozen=True)
@@ -23,10 +25,7 @@ class MemoryTarget:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "MemoryTarget":
         """Read `asdict` of a target. Raises TypeError for anything else."""
-        target = cls(**data)
-        if not all(value is None or is_count(value) for value in asdict(target).values()):
-            raise MalformedError("memory target: not a whole number")
-        return target
+        return _counted(cls(**data), "memory target")
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,11 @@ class Memory:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Memory":
         """Read `asdict` of a memory report. Raises TypeError for anything else."""
-        memory = cls(**data)
-        if not all(value is None or is_count(value) for value in asdict(memory).values()):
-            raise MalformedError("memory: not a whole number")
-        return memory
+        return _counted(cls(**data), "memory")
+
+
+def _counted(memory: _Fields, name: str) -> _Fields:
+    """Return `memory`, all of whose fields must be counts or None. Raises MalformedError."""
+    if not all(value is None or is_count(value) for value in asdict(memory).values()):
+        raise MalformedError(f"{name}: not a whole number")
+    return memory

@@ -26,6 +26,7 @@ from quantkit.units import like_others, plural
 
 _BLOCK = 1 << 22  # elements looked at in one go
 _TOP_LEVEL = ("group_size", "bits", "mode")
+_SKIPPED = "skipped, since a check failed"
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def verify(
         good = good and check.ok is True
         yield check
     checkpoint.close()
-    check = Check("attention as the source's", None, "skipped, since a check failed")
+    check = Check("attention as the source's", None, _SKIPPED)
     if good:  # a foreign config may describe a model of any size
         check = _check(check.name, lambda: _check_attention(repo, report))
         good = check.ok is True
@@ -72,7 +73,7 @@ def verify(
     if load and good:
         yield from _check_mlx_lm(repo, trust_remote_code)
     else:
-        reason = "skipped, since a check failed" if load else "not loaded, as requested"
+        reason = _SKIPPED if load else "not loaded, as requested"
         yield Check("stock mlx-lm loads it", None, reason)
 
 

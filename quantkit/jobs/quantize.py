@@ -104,11 +104,15 @@ def check_request(out: Path, request: PlanRequest, options: QuantizeOptions) -> 
     request.require_consistent()
     for path in (request.plan, Path(request.profile) if request.profile else None):
         require_apart(out, path if path is not None and path.exists() else None)
-    calibrated = request.plan is not None or find_quantizer(request.quantizer_name).calibrated
-    if options.tuning_steps and not calibrated:
-        raise InputError("`tuning_steps` needs `quantizer` search or gptq.")
+    if request.plan is None:
+        _require_tunable(options.tuning_steps, request.quantizer_name)
     if options.shard_bytes < 1:
         raise InputError("`shard_bytes` must be larger than 0. Write it like 5GB.")
+
+
+def _require_tunable(tuning_steps: int, quantizer: str) -> None:
+    if tuning_steps and not find_quantizer(quantizer).calibrated:
+        raise InputError("`tuning_steps` needs `quantizer` search or gptq.")
 
 
 def _require_output(source: Source, out: Path, force: bool) -> None:
@@ -140,7 +144,7 @@ def _profile_for(
     except InputError:
         if not options.force:
             raise
-        profiling = prepare_profile(source, folder, settings, options.force)
+        profiling = prepare_profile(source, folder, settings, force=True)
     return run_profiling(profiling, progress)
 
 
@@ -165,12 +169,11 @@ def write_plan(
         _require_output(source, plain_path(out), options.force)  # before the download
         source = with_values(source)
     companions(source.checkpoint.path(""), source.inventory)  # refuses missing files
+    _require_tunable(plan.tuning_steps, plan.quantizer)
     quantization: CalibratedQuantization | None = None
     hashes: dict[str, str] = {}
     if find_quantizer(plan.quantizer).calibrated:
         plan, quantization, hashes = _calibrated(source, plan, options, progress)
-    elif plan.tuning_steps:
-        raise InputError("`tuning_steps` needs `quantizer` search or gptq.")
     else:
         _require_tokenizer(source)
     draft = _draft(source, plan, options)

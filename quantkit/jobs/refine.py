@@ -9,12 +9,13 @@ from quantkit.artifacts.sensitivity import SensitivityProfile
 from quantkit.backend import mx
 from quantkit.calibration.calibration_set import CalibrationSpec, read_calibration_set
 from quantkit.checkpoint.source import Source, with_values
-from quantkit.formats.tiers import Tier, parse_tier
+from quantkit.formats.tiers import Tier
 from quantkit.planning.allocator import corrected_by, plan_by_budget
 from quantkit.planning.budget import Budget
 from quantkit.planning.constraints import Constraints
 from quantkit.planning.frontier import recipe_baselines
 from quantkit.progress import Progress, Stage
+from quantkit.quantizers.layerwise import changed_tiers
 from quantkit.streaming.layer_runner import StreamingModel
 from quantkit.streaming.measure_kl import measure_kl
 
@@ -62,11 +63,11 @@ def refine(
     measured: list[MeasuredPlan] = []
     for number in range(rounds + 1):
         plan = pending[0]
-        roles = list(dict.fromkeys(source.weights[name].role for name in changes(source, plan)))
-        if number == rounds:  # nothing is corrected after the last round
-            roles = []
-        candidates = [changes(source, p) for p in pending]
-        candidates += [changes(source, plan, role) for role in roles]
+        candidates = [changed_tiers(source, p) for p in pending]
+        roles: list[str] = []
+        if number < rounds:  # nothing is corrected after the last round
+            roles = list(dict.fromkeys(source.weights[name].role for name in candidates[0]))
+        candidates += [changed_tiers(source, plan, role) for role in roles]
         means = _means(model, calibration.tokens, candidates, stage)
         for p, kl in zip(pending, means, strict=False):
             named = replace(p, measured_kl=kl, calibration_texts=texts)
@@ -86,13 +87,3 @@ def _means(
     """Return the mean KL divergence of each candidate."""
     divergences = measure_kl(model, mx.array(tokens), candidates, lambda _: stage(1, "measuring"))
     return [float(kl.mean(dtype=np.float64)) for kl in divergences]
-
-
-def changes(source: Source, plan: Plan, role: str | None = None) -> dict[str, Tier]:
-    """Return weight -> tier where `plan` differs from the source, optionally for one role."""
-    return {
-        assignment.name: parse_tier(assignment.storage)
-        for assignment in plan.assignments
-        if assignment.storage != source.weights[assignment.name].storage
-        and role in (None, assignment.role)
-    }

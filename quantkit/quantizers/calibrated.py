@@ -55,9 +55,10 @@ class CalibratedQuantization:
                     loaded = (number, tensors)
                 yield name, loaded[1].get(name)
             pending -= set(names)
-            for number in {n for name in names if (n := layerwise.stage_of(name)) is not None}:
-                if not any(layerwise.stage_of(name) == number for name in pending):
-                    files.drop(number)
+            unfinished = {layerwise.stage_of(name) for name in pending}
+            stages = {n for name in names if (n := layerwise.stage_of(name)) is not None}
+            for number in stages - unfinished:
+                files.drop(number)
 
     def _tuned(
         self, layerwise: LayerwiseQuantizer, files: LayerFiles, progress: Progress
@@ -66,7 +67,7 @@ class CalibratedQuantization:
         layerwise.load(len(self.model.layers))
         tuning = Tuning(self.plan.tuning_steps)
         stage = progress.stage("Tuning scales", tuning.steps, "steps")
-        tiers = changed_tiers(self.model, self.plan)
+        tiers = changed_tiers(self.model.source, self.plan)
         tuner = ScaleTuner(self.model, tiers, files, tuning, self.tuning, stage)
         tuner.run()
         return tuner

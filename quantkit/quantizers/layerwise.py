@@ -15,6 +15,7 @@ from quantkit.artifacts.inventory import Weight
 from quantkit.artifacts.plan import Plan
 from quantkit.backend import free_memory, mx
 from quantkit.backend.memory_limits import memory_limits
+from quantkit.checkpoint.source import Source
 from quantkit.errors import DamagedError, SourceError
 from quantkit.formats.codec import to_numpy
 from quantkit.formats.tiers import Tier, parse_tier
@@ -40,12 +41,13 @@ EMBEDDING_TOKENS = 4096  # to take gradients on
 Done = dict[str, Tensors]
 
 
-def changed_tiers(model: StreamingModel, plan: Plan) -> dict[str, Tier]:
-    """Return the tier of every weight that the plan stores differently from the source."""
+def changed_tiers(source: Source, plan: Plan, role: str | None = None) -> dict[str, Tier]:
+    """Return weight -> tier where `plan` differs from the source, optionally for one role."""
     return {
         assignment.name: parse_tier(assignment.storage)
         for assignment in plan.assignments
-        if assignment.storage != model.weights[assignment.name].storage
+        if assignment.storage != source.weights[assignment.name].storage
+        and role in (None, assignment.role)
     }
 
 
@@ -69,7 +71,7 @@ class LayerwiseQuantizer:
         differentiable = has_gradients(self.model.source)
         self.tiers = {
             name: tier
-            for name, tier in changed_tiers(self.model, self.plan).items()
+            for name, tier in changed_tiers(self.model.source, self.plan).items()
             if tier.mode == "affine"
             and (differentiable or self.model.weights[name].role != "embedding")
         }

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from threading import Event
 from typing import Protocol
@@ -62,7 +63,7 @@ class Rewrite:
     shard_bytes: int = SHARD_BYTES
     force: bool = False
 
-    @property
+    @cached_property
     def shards(self) -> tuple[Shard, ...]:
         """The layout of the repo."""
         return lay_out(self.source.inventory, self.plan, self.shard_bytes)

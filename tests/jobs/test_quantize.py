@@ -10,7 +10,7 @@ import quantkit
 from quantkit.backend import mx
 from quantkit.calibration.calibration_set import read_calibration_set
 from quantkit.evaluation.fidelity import prepare
-from quantkit.jobs.refine import changes
+from quantkit.quantizers.layerwise import changed_tiers
 from quantkit.streaming.layer_runner import StreamingModel
 from quantkit.streaming.measure_kl import measure_kl
 from tests.support.text import words
@@ -89,7 +89,7 @@ def test_plans_measured_together_are_what_the_judge_finds(source, profiled, cli,
     text = words(tmp_path / "text.txt", 2)
     request = quantkit.CalibrationSpec(text, tokens=512, sequence_length=64)
     tokens = mx.array(prepare(source, [], request).text.tokens)
-    wanted = [changes(source, plan), {}, changes(source, plan, "embedding")]
+    wanted = [changed_tiers(source, plan), {}, changed_tiers(source, plan, "embedding")]
     whole, nothing, embedding = measure_kl(StreamingModel(source), tokens, wanted, lambda _: None)  # fmt: skip
     (found,) = quantkit.compare(source, [str(out)], request)
     assert whole.mean() == pytest.approx(found.kl_mean.value, rel=1e-3)
@@ -109,7 +109,9 @@ def test_refined_plans_are_measured_and_the_best_wins(cli, source, profiled, che
     text = mx.array(
         read_calibration_set(source.checkpoint, quantkit.CalibrationSpec(tokens=2048)).tokens
     )
-    (again,) = measure_kl(StreamingModel(source), text, [changes(source, plan)], lambda _: None)
+    (again,) = measure_kl(
+        StreamingModel(source), text, [changed_tiers(source, plan)], lambda _: None
+    )
     assert plan.measured_kl == pytest.approx(float(again.mean()), rel=1e-5)
     path = tmp_path / "plan.json"
     result = cli("plan", checkpoint, "--profile", folder, "-b", "4bpw", "--refine", 1, "-o", path)
