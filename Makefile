@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.quantkit-env
 
-.PHONY: help env demo test test-slow test-versions lint bench bench-profile bench-allocation bench-quantizers bench-peers clean
+.PHONY: help env demo test test-slow test-versions lint bench bench-profile bench-allocation bench-quantizers bench-starved bench-full-width bench-peers clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -48,6 +48,12 @@ bench-allocation: env ## plans by budget against the shipped recipes, really mea
 
 bench-quantizers: env ## calibrated rounding against rounding to nearest, from written repos
 	$(BIN)/python evals/bench/quantizers.py
+
+bench-starved: env ## quantizers when experts see few tokens, as those of gpt-oss do
+	$(BIN)/python evals/bench/starved.py
+
+bench-full-width: env ## one layer of gpt-oss's real width; needs 16 GB of memory
+	$(BIN)/python evals/bench/full_width.py
 
 bench-peers: env ## mlx_lm.gptq, awq and dynamic_quant side by side with quantkit
 	$(BIN)/python evals/bench/peers.py

@@ -12,7 +12,7 @@ from quantkit.planning.recipe import load_recipe, recipe_names
 from quantkit.calibration.documents import open_documents
 print(quantkit.__file__)
 print(len([load_recipe(name) for name in recipe_names()]))
-print(len([next(documents) for documents in open_documents("default", 0)]))
+print(len([next(documents) for documents in open_documents("default", 0, "evaluate")]))
 """
 
 

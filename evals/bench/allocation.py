@@ -3,8 +3,9 @@
     python evals/bench/allocation.py [PROFILE]
     python evals/bench/allocation.py solver       the time of the knapsack
 
-On the demo model and held-out text. PROFILE is a profile of it (`quantkit profile demo -o
-PROFILE`), made first if it is missing. The table goes into README.md here.
+On the demo model, measured on documents that calibrated nothing. PROFILE is a profile of it
+(`quantkit profile demo -o PROFILE`), made first if it is missing. The table goes into README.md
+here.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from quantkit.artifacts.roles import EXPERT_ROLES
 from quantkit.artifacts.sensitivity import SensitivityProfile
 from quantkit.backend import mx
 from quantkit.calibration.calibration_set import CalibrationSpec, read_calibration_set
+from quantkit.calibration.splits import EVALUATE
 from quantkit.checkpoint.source import Source, open_source
 from quantkit.demo.build import demo_checkpoint
 from quantkit.formats.tiers import parse_tier
@@ -71,7 +73,8 @@ def table(source: Source, profile: SensitivityProfile) -> str:
             pinned = experts_alone(inventory, profile, recipe)
             pairs.append((f"`{name}`, other weights pinned to it", recipe, pinned))
     plans = [plan for _, recipe, ours in pairs for plan in (recipe, ours)]
-    tokens = mx.array(read_calibration_set(source.checkpoint, CalibrationSpec()).held_out)
+    text = read_calibration_set(source.checkpoint, CalibrationSpec(), EVALUATE)
+    tokens = mx.array(text.tokens)
     wanted = [changed_tiers(source, plan) for plan in plans]
     costs = measure_kl(StreamingModel(source), tokens, wanted, lambda _: None)
     found = [float(loss.mean(dtype=np.float64)) for loss in costs]
@@ -87,7 +90,8 @@ def table(source: Source, profile: SensitivityProfile) -> str:
     return "\n".join(
         [
             f"{machine()}; profile on {profile.calibration.tokens} tokens, KL divergence on "
-            f"{tokens.size} held out; round-to-nearest everywhere.",
+            f"{tokens.size:,} of {text.text.documents} other documents; round-to-nearest "
+            "everywhere.",
             "",
             "| bytes of | bpw | predicted | measured | ours | predicted | measured | ratio |",
             "|---|---|---|---|---|---|---|---|",

@@ -4,7 +4,7 @@
 
 On plain SmolLM2-135M in BF16. Each tool runs in its own process, by its own main(), on the same
 text, in float32 (BLAS on a CPU has no BF16 products), and stores BF16. quantkit gets the bytes of
-mlx_lm.gptq. All repos are compared to the native model on held-out text.
+mlx_lm.gptq. All repos are compared to the native model on documents that calibrated nothing.
 """
 
 import argparse
@@ -104,7 +104,8 @@ def table() -> str:
     return "\n".join(
         [
             f"{machine()}; SmolLM2-135M; {ROUNDED} tokens for gptq, theirs and ours, {PROFILED} "
-            f"for awq, dynamic_quant and our profile; evaluated on {found[0].tokens} held out.",
+            f"for awq, dynamic_quant and our profile; evaluated on {found[0].tokens:,} "
+            f"tokens of {found[0].documents} other documents.",
             "",
             "| | bpw | KL mean | ratio | top-1 | time | peak memory |",
             "|---|---|---|---|---|---|---|",

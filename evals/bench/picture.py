@@ -64,7 +64,7 @@ def main() -> None:
         yscale="log",
         xlabel="bits per weight, everything stored counted",
         ylabel="KL divergence to native, nats per token",
-        title="The demo model, measured on held-out text",
+        title="The demo model, measured on other documents",
     )
     axes.legend()
     (ROOT / "docs").mkdir(exist_ok=True)

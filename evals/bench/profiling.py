@@ -24,6 +24,7 @@ from full_shape import CONFIG_20B, write_checkpoint
 
 from quantkit.backend import mx
 from quantkit.calibration.calibration_set import CalibrationSpec, read_calibration_set
+from quantkit.calibration.splits import EVALUATE
 from quantkit.checkpoint.source import open_source
 from quantkit.demo.build import demo_checkpoint, plain_checkpoint
 from quantkit.sensitivity.entries import candidate_entries
@@ -38,7 +39,7 @@ PEER_TEXT = CalibrationSpec(tokens=1024)
 
 
 def check() -> str:
-    """The demo model's whole profile, and 48 of its entries measured on held-out text."""
+    """The demo model's whole profile, and 48 of its entries measured on other documents."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "quantkit", "profile", "demo", "-o", f"{folder}/profile"]
         done = subprocess.run(
@@ -100,9 +101,8 @@ def sweep(name: str) -> None:
     source = open_source(str(Path(name) / "source"))
     tokens = np.random.default_rng(0).integers(0, 201088, (TOKENS // 256, 256), np.int32)
     entries = candidate_entries(source.inventory.weights, ["q3g64"])
-    Sweep(StreamingModel(source), tokens, entries, 1, 0, ProfileWork(Path(name) / "work")).run(
-        lambda *_: None
-    )
+    work = ProfileWork(Path(name) / "work")
+    Sweep(StreamingModel(source), tokens, entries, work, 1, 0).run(lambda *_: None)
 
 
 def peer() -> str:
@@ -112,8 +112,8 @@ def peer() -> str:
     entries = candidate_entries(source.inventory.weights, ["q4g64"])
     entries = [e for e in entries if e.weight.layer is not None]
     chosen = [entries[i] for i in np.random.default_rng(0).permutation(len(entries))[:48]]
-    text = read_calibration_set(source.checkpoint, PEER_TEXT)
-    truth = measure_entries(StreamingModel(source), mx.array(text.held_out), chosen, lambda _: None)
+    text = read_calibration_set(source.checkpoint, CalibrationSpec(), EVALUATE)
+    truth = measure_entries(StreamingModel(source), mx.array(text.tokens), chosen, lambda _: None)
     real = np.array([truth[e.key].mean() for e in chosen])
     rows = []
     for name in ("quantkit", "mlx_lm.dynamic_quant"):
@@ -129,7 +129,7 @@ def peer() -> str:
     return "\n".join(
         [
             f"{machine()}; SmolLM2-135M, {PEER_TEXT.tokens} tokens, all weights of the layers at "
-            "q4g64, 48 of them measured on held-out text.",
+            f"q4g64, 48 of them measured on {text.text.documents} other documents.",
             "",
             "| | time | peak memory | Spearman |",
             "|---|---|---|---|",
@@ -146,9 +146,9 @@ def scores(name: str) -> None:
     if name == "quantkit":
         entries = candidate_entries(source.inventory.weights, ["q4g64"])
         with tempfile.TemporaryDirectory() as folder:
-            tables = Sweep(
-                StreamingModel(source), tokens, entries, 2, 0, ProfileWork(Path(folder))
-            ).run(lambda *_: None)
+            work = ProfileWork(Path(folder))
+            sweep = Sweep(StreamingModel(source), tokens, entries, work, 2, 0)
+            tables = sweep.run(lambda *_: None)
         found = {key[0]: float(v.mean()) for table in tables for key, v in table.costs.items()}
     else:
         from mlx_lm import load

@@ -1,11 +1,12 @@
 """Quantizers: KL divergence and top-1 agreement at the same bytes, in one run.
 
     python evals/bench/quantizers.py experts              experts in one tier, other weights native
+    python evals/bench/quantizers.py tuned                scale tuning after gptq
     python evals/bench/quantizers.py recipes [PROFILE]    our plans at the bytes of recipes
 
-Runs on the demo model; without a name, both. PROFILE is a profile of it (`quantkit profile demo -o
+Runs on the demo model; without a name, all. PROFILE is a profile of it (`quantkit profile demo -o
 PROFILE`), made first if it is missing. Every repo is written, and compared to the native model on
-held-out text. The tables go into README.md here.
+documents that calibrated nothing. The tables go into README.md here.
 """
 
 import argparse
@@ -50,9 +51,6 @@ def expert_plans(source: Source) -> Groups:
     for tier, methods in (("q3g64", ("rtn", "search", "gptq")), ("q2g32", ("rtn", "gptq"))):
         plan = experts_in(source, tier)
         group = [(method, replace(plan, quantizer=method)) for method in methods]
-        if tier == "q3g64":
-            tuned = replace(plan, quantizer="gptq", tuning_steps=TUNED)
-            group.append((f"gptq, tuned for {TUNED} steps", tuned))
         groups[f"experts {tier}, other weights native"] = group
     return groups
 
@@ -101,8 +99,8 @@ def table(source: Source, groups: Groups, tuned: str = "") -> str:
                 print(rows[-1], flush=True)
     return "\n".join(
         [
-            f"{machine()}; quantized on 16,384 tokens,{tuned} evaluated on {found[0].tokens} held "
-            "out.",
+            f"{machine()}; quantized on 16,384 tokens,{tuned} evaluated on {found[0].tokens:,} "
+            f"tokens of {found[0].documents} other documents.",
             "",
             "| | bpw | KL mean | ratio | top-1 | time |",
             "|---|---|---|---|---|---|",
@@ -114,14 +112,19 @@ def table(source: Source, groups: Groups, tuned: str = "") -> str:
 def main() -> None:
     """Make the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("part", nargs="?", assignments=("experts", "recipes"))
+    parser.add_argument("part", nargs="?", choices=("experts", "tuned", "recipes"))
     parser.add_argument("profile", nargs="?")
     args = parser.parse_args()
-    if args.part != "recipes":
-        source = open_source(str(demo_checkpoint()))
-        text = table(source, expert_plans(source), " tuned on 1,024 a step,")
-        save(text, "quantizer-experts")
-    if args.part != "experts":
+    source = open_source(str(demo_checkpoint()))
+    if args.part in (None, "experts"):
+        save(table(source, expert_plans(source)), "quantizer-experts")
+    if args.part in (None, "tuned"):
+        plan = replace(experts_in(source, "q3g64"), quantizer="gptq")
+        tuned = replace(plan, tuning_steps=TUNED)
+        group = [("gptq", plan), (f"gptq, tuned for {TUNED} steps", tuned)]
+        text = table(source, {"experts q3g64, other weights native": group}, " 1,024 a step,")
+        save(text, "quantizer-tuned")
+    if args.part in (None, "recipes"):
         source, profile = demo_and_profile(args.profile)
         save(table(source, recipe_plans(source, profile)), "quantizer-recipes")
 

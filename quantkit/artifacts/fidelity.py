@@ -37,7 +37,8 @@ class Interval:
 class Fidelity:
     """The measured fidelity of one repo to the `native` model, on held-out text.
 
-    `tokens` tokens in `sequences` sequences of `text` were drawn by `seed`. KL divergences are in
+    `tokens` tokens in `sequences` sequences of `text`, from `documents` documents (0: not known),
+    were drawn by `seed`. KL divergences are in
     nats per token. `top1_agreement` is the share of tokens for which both models predict the same
     token, `perplexity_ratio` the repo's perplexity divided by the native one. `kl_by_text` holds
     the mean for every kind of text, `quantiles` the KL divergences at 0%, 1%, ... 100% of the
@@ -60,6 +61,7 @@ class Fidelity:
     perplexity_ratio: Interval
     kl_by_text: Mapping[str, Interval]
     quantiles: tuple[float, ...]
+    documents: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """Return the fidelity as a JSON object."""
@@ -72,6 +74,7 @@ class Fidelity:
             "bits_per_weight": self.bits_per_weight,
             "tokens": self.tokens,
             "sequences": self.sequences,
+            "documents": self.documents,
         }
         for name in _MEASURED:
             values |= getattr(self, name).to_json(name)
@@ -91,6 +94,7 @@ class Fidelity:
             bits_per_weight=float(data["bits_per_weight"]),
             tokens=int(data["tokens"]),
             sequences=int(data["sequences"]),
+            documents=int(data.get("documents", 0)),
             **{name: Interval.from_json(data, name) for name in _MEASURED},
             kl_by_text=texts,
             quantiles=tuple(float(kl) for kl in data["kl_quantiles"]),

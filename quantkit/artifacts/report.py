@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from quantkit.artifacts.calibration import ExpertInputs
 from quantkit.artifacts.fidelity import Fidelity
 from quantkit.artifacts.inventory import SourceFile, is_count, source_file
 from quantkit.artifacts.memory import Memory
@@ -42,6 +43,7 @@ class Report:
     """The report of a repo, which is `quantkit.json` inside the repo.
 
     `files` are the files beside the shards that mlx-lm reads, such as config, index and tokenizer.
+    `expert_inputs` tells, by stack, how well a calibrated quantizer knew the inputs of experts.
     `source_config` holds the attention settings of the source's config.json, verbatim. `base_model`
     is the source's Hub id, `command` the command line, `repo` the Hub id of the upload; like
     `license`, `memory`, `fidelity` and `speed` they are None if unknown. `cards` are the sha256 of
@@ -61,6 +63,7 @@ class Report:
     fidelity: Fidelity | None = None
     speed: Speed | None = None
     cards: tuple[str, ...] = ()
+    expert_inputs: Mapping[str, ExpertInputs] = field(default_factory=dict)
 
     @property
     def total_bytes(self) -> int:
@@ -72,6 +75,20 @@ class Report:
         """The sha256 of every file that mlx-lm reads, by name."""
         files: dict[str, str | None] = {file.name: file.sha256 for file in self.files}
         return files | {shard.name: shard.sha256 for shard in self.shards}
+
+    @property
+    def inputs_per_expert(self) -> str | None:
+        """A sentence on the inputs of experts, None for a quantizer that used none."""
+        rows = self.expert_inputs.values()
+        if not rows:
+            return None
+        poorest = min(rows, key=lambda row: row.median / row.width)
+        least = min(row.least for row in rows)
+        return (
+            f"{poorest.median:,.0f} for the median expert of the poorest stack "
+            f"({poorest.median / poorest.width:.2g} per dimension), {least:,} for the poorest "
+            f"expert of {len(rows)} stacks"
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as a JSON object."""
@@ -93,6 +110,7 @@ class Report:
             "fidelity": None if self.fidelity is None else self.fidelity.to_json(),
             "speed": None if self.speed is None else self.speed.to_json(),
             "cards": list(self.cards),
+            "expert_inputs": {name: asdict(row) for name, row in self.expert_inputs.items()},
             "tiers": plan["tiers"],
             "weights": plan["weights"],
             "source": plan["source"],
@@ -120,6 +138,7 @@ class Report:
             fidelity = _optional(data, "fidelity", Fidelity.from_json)
             speed = _optional(data, "speed", Speed.from_json)
             cards = tuple(str(sha256) for sha256 in data.get("cards", ()))
+            inputs = {str(k): ExpertInputs(**v) for k, v in data.get("expert_inputs", {}).items()}
         except (AttributeError, KeyError, TypeError, ValueError) as exc:
             raise PlanError(f"{where}: not a complete report ({fault(exc)}).") from exc
         return cls(
@@ -134,6 +153,7 @@ class Report:
             fidelity=fidelity,
             speed=speed,
             cards=cards,
+            expert_inputs=inputs,
         )
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from math import isfinite
+from statistics import median
 from typing import Any
 
 from quantkit.artifacts.calibration import CalibrationText
@@ -77,6 +78,12 @@ class SensitivityProfile:
     def is_measured(self) -> bool:
         """Whether KL costs are known: a table of sizes has zeros instead."""
         return self.method != UNMEASURED
+
+    @property
+    def relative_error(self) -> float | None:
+        """The standard error of the median entry over its KL cost; None if none has a cost."""
+        errors = [cost.stderr / cost.kl for w in self.weights for cost in w.costs if cost.kl > 0]
+        return median(errors) if errors else None
 
     def to_json(self) -> dict[str, Any]:
         """Return the profile as a JSON object."""

@@ -1,14 +1,9 @@
-"""The calibration set: token sequences to calibrate on, and held-out ones.
-
-Every fifth sequence is held out: it is never calibrated on, so that predictions can be checked on
-unseen text.
-"""
+"""The calibration set: the token sequences of one split of a text."""
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +11,24 @@ import numpy as np
 
 from quantkit.artifacts.calibration import CalibrationText
 from quantkit.backend import mx  # noqa: F401  (before mlx-lm, which brings the tokenizer)
-from quantkit.calibration.documents import DEFAULT, KINDS, RowError, open_documents, tokens_of
+from quantkit.calibration.documents import (
+    DEFAULT,
+    KINDS,
+    Record,
+    RowError,
+    document_of,
+    open_documents,
+)
 from quantkit.calibration.fingerprint import sketch
+from quantkit.calibration.splits import CALIBRATE, EVALUATE, Assigned, Document, assign
 from quantkit.checkpoint import stock
 from quantkit.checkpoint.checkpoint import Checkpoint
 from quantkit.errors import CalibrationError
 from quantkit.storage.paths import user_path
 
 _LICENCE = "public domain, PSF-2.0, MIT, Apache-2.0 (quantkit/calibration/data/README.md)"
-_HELD_OUT = 5
 _MOST_FAILED = 100  # rows that the chat template refuses, without one that it renders
+_FEWEST_DOCUMENTS = 64  # to evaluate on, if there are as many
 
 
 @dataclass(frozen=True)
@@ -45,43 +48,49 @@ class CalibrationSpec:
 
 @dataclass(frozen=True)
 class CalibrationSet:
-    """Token ids (sequences, sequence length): `tokens` to calibrate on, and `held_out` ones.
+    """Token ids `tokens` (sequences, length) of one split, and where they come from.
 
-    `kinds` names the kind of text of every held-out sequence.
+    `documents` (sequences, length) numbers the document of every token, `kinds` names the kind of
+    text of every sequence.
     """
 
     text: CalibrationText
     tokens: np.ndarray
-    held_out: np.ndarray
+    documents: np.ndarray
     kinds: tuple[str, ...]
 
 
-def read_calibration_set(checkpoint: Checkpoint, spec: CalibrationSpec) -> CalibrationSet:
-    """Tokenize the text of `spec` with the checkpoint's tokenizer and chat template.
+Sequence = tuple[str, list[int], list[int]]
+"""A kind of text, token ids, and the document of every token."""
 
-    Returns fewer sequences if the text is too short. Raises CalibrationError.
+
+def read_calibration_set(
+    checkpoint: Checkpoint, spec: CalibrationSpec, split: str = CALIBRATE
+) -> CalibrationSet:
+    """Tokenize a split of the text of `spec` with the checkpoint's tokenizer and chat template.
+
+    The kinds of the shipped text take turns. Returns fewer sequences if the text is too short.
+    Raises CalibrationError.
     """
     _require_possible(checkpoint, spec)
     tokenizer = load_tokenizer(checkpoint)
-    vocabulary = checkpoint.settings.vocabulary
     name, skipped = _label(spec), Counter[str]()
-    streams = [
-        _sequences(documents, tokenizer, spec, skipped)
-        for documents in open_documents(spec.name, spec.seed)
-    ]
     kinds = KINDS if spec.name == DEFAULT else (name,)
-    chosen, held_out = _split(dict(zip(kinds, streams, strict=True)), spec.sequences)
+    streams = [
+        _sequences(kind, _of_split(_documents(rows, tokenizer, spec, skipped), spec, split), spec)
+        for kind, rows in zip(kinds, open_documents(spec.name, spec.seed, split), strict=True)
+    ]
+    chosen = _in_turn(streams, spec.sequences)
     if not chosen:
         without = f" ({skipped.total()} rows without text were skipped)" if skipped else ""
         raise CalibrationError(
-            f"{spec.name}: has less than one sequence of {spec.sequence_length} tokens"
-            f"{without}. Give more text, or a smaller `sequence_length`."
+            f"{spec.name}: the documents to {split} on have less than one sequence of "
+            f"{spec.sequence_length} tokens{without}. Give more text, or a smaller "
+            "`sequence_length`."
         )
-    tokens = np.array(_in_turn(chosen, spec), np.int32)
-    if vocabulary is not None and (largest := int(tokens.max())) >= vocabulary:
-        raise CalibrationError(
-            f"{checkpoint.name}: its tokenizer gives token {largest}, the model has {vocabulary}."
-        )
+    tokens = np.array([ids for _, ids, _ in chosen], np.int32)
+    _require_in_vocabulary(checkpoint, tokens)
+    documents = _numbered(chosen)
     text = CalibrationText(
         name=name,
         licence=_LICENCE if spec.name == DEFAULT else "unknown",
@@ -91,42 +100,39 @@ def read_calibration_set(checkpoint: Checkpoint, spec: CalibrationSpec) -> Calib
         sha256=hashlib.sha256(tokens.tobytes()).hexdigest(),
         sketch=sketch(tokens),
         skipped_rows=skipped.total(),
+        split=split,
+        documents=int(documents.max()) + 1,
     )
-    held_out = held_out[: spec.sequences]
-    held_out_tokens = np.array([sequence for _, sequence in held_out], np.int32)
-    held_out_tokens = held_out_tokens.reshape(-1, spec.sequence_length)
-    return CalibrationSet(text, tokens, held_out_tokens, tuple(kind for kind, _ in held_out))
+    return CalibrationSet(text, tokens, documents, tuple(kind for kind, _, _ in chosen))
+
+
+def _require_in_vocabulary(checkpoint: Checkpoint, tokens: np.ndarray) -> None:
+    vocabulary = checkpoint.settings.vocabulary
+    if vocabulary is not None and (largest := int(tokens.max())) >= vocabulary:
+        raise CalibrationError(
+            f"{checkpoint.name}: its tokenizer gives token {largest}, the model has {vocabulary}."
+        )
 
 
 def _label(spec: CalibrationSpec) -> str:
     return Path(spec.name).name if user_path(spec.name).exists() else spec.name
 
 
-def _split(
-    streams: dict[str, Iterator[list[int]]], count: int
-) -> tuple[list[list[int]], list[tuple[str, list[int]]]]:
-    """Return sequences to calibrate on, and (kind, sequence) held out, about `count` of each."""
-    chosen: list[list[int]] = []
-    held_out: list[tuple[str, list[int]]] = []
-    while streams and (len(chosen) < count or len(held_out) < count):
-        for kind, sequences in list(streams.items()):
-            taken = list(islice(sequences, _HELD_OUT))
-            if not taken:
-                streams.pop(kind)
-            chosen += taken[: _HELD_OUT - 1]
-            held_out += [(kind, sequence) for sequence in taken[_HELD_OUT - 1 :]]
-    return chosen, held_out
+def _in_turn(streams: list[Iterator[Sequence]], count: int) -> list[Sequence]:
+    """Return up to `count` sequences, one of each stream in turn as long as it lasts."""
+    chosen: list[Sequence] = []
+    while streams and len(chosen) < count:
+        taken = [next(stream, None) for stream in streams]
+        streams = [stream for stream, one in zip(streams, taken, strict=True) if one]
+        chosen += [one for one in taken if one]
+    return chosen[:count]
 
 
-def _in_turn(chosen: list[list[int]], spec: CalibrationSpec) -> list[list[int]]:
-    """Return the requested number of sequences, spread evenly over the kinds of text."""
-    if spec.name != DEFAULT:
-        return chosen[: spec.sequences]
-    step = _HELD_OUT - 1
-    blocks = [chosen[i : i + step] for i in range(0, len(chosen), step)]
-    rounds = [blocks[i : i + len(KINDS)] for i in range(0, len(blocks), len(KINDS))]
-    mixed = [block[i] for kinds in rounds for i in range(step) for block in kinds if i < len(block)]
-    return mixed[: spec.sequences]
+def _numbered(chosen: list[Sequence]) -> np.ndarray:
+    """Number the documents (sequences, length) of all kinds from 0."""
+    keys = [[(kind, number) for number in numbers] for kind, _, numbers in chosen]
+    order = {key: i for i, key in enumerate(dict.fromkeys(key for row in keys for key in row))}
+    return np.array([[order[key] for key in row] for row in keys], np.int32)
 
 
 def _require_possible(checkpoint: Checkpoint, spec: CalibrationSpec) -> None:
@@ -148,36 +154,68 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
     )
 
 
-def _sequences(
-    records: Iterator[Mapping[str, Any]],
-    tokenizer: Any,
-    spec: CalibrationSpec,
-    skipped: Counter[str],
-) -> Iterator[list[int]]:
-    """Yield consecutive documents, cut into sequences; the remainder at the end is dropped.
+def _documents(
+    rows: Iterator[Record], tokenizer: Any, spec: CalibrationSpec, skipped: Counter[str]
+) -> Iterator[Document]:
+    """Yield the documents of `rows`.
 
     Rows without text, chats with images, and rows that the chat template refuses are counted in
     `skipped`. Raises the first refusal if the template refuses every row.
     """
-    waiting: list[int] = []
     rendered = failed = 0
     refusal: RowError | None = None  # the first one
-    for record in records:
+    for row in rows:
         try:
-            tokens = tokens_of(record, tokenizer, spec.name)
+            document = document_of(row, tokenizer, spec.name)
         except RowError as exc:
             failed += 1
             refusal = refusal or exc
             if failed == _MOST_FAILED and not rendered:
                 break
-            tokens = None
-        if tokens is None:
+            document = None
+        if document is None:
             skipped[spec.name] += 1
             continue
         rendered += 1
-        waiting += tokens
-        while len(waiting) >= spec.sequence_length:
-            yield waiting[: spec.sequence_length]
-            waiting = waiting[spec.sequence_length :]
+        yield document
     if refusal and not rendered:  # the template is at fault, not the rows
         raise refusal
+
+
+def _of_split(
+    documents: Iterator[Document], spec: CalibrationSpec, split: str
+) -> Iterator[tuple[int, list[int]]]:
+    """Yield the number and the tokens of the documents of a split.
+
+    To evaluate on, no document gives more than its share of the sequences.
+    """
+    longest = spec.sequence_length * max(1, spec.sequences // _FEWEST_DOCUMENTS)
+    assigned: Iterator[Assigned]
+    if spec.name == DEFAULT:  # its files are split
+        assigned = ((split, number, document) for number, document in enumerate(documents))
+    else:
+        assigned = assign(documents, spec.name)
+    used = Counter[int]()
+    for assigned_split, number, document in assigned:
+        if assigned_split != split:
+            continue
+        tokens = document.tokens
+        if split == EVALUATE:
+            tokens = tokens[: max(0, longest - used[number])]
+        used[number] += len(tokens)
+        yield number, tokens
+
+
+def _sequences(
+    kind: str, documents: Iterator[tuple[int, list[int]]], spec: CalibrationSpec
+) -> Iterator[Sequence]:
+    """Yield consecutive documents, cut into sequences; the remainder at the end is dropped."""
+    ids: list[int] = []
+    numbers: list[int] = []
+    length = spec.sequence_length
+    for number, tokens in documents:
+        ids += tokens
+        numbers += [number] * len(tokens)
+        while len(ids) >= length:
+            yield kind, ids[:length], numbers[:length]
+            ids, numbers = ids[length:], numbers[length:]

@@ -32,6 +32,16 @@ def normalize_messages(messages: Sequence[Any]) -> list[Message]:
     return [_normalized(message) for message in messages]
 
 
+def spoken(message: Message) -> list[str]:
+    """Return the thinking and the content of a normalized message that is not an instruction.
+
+    Instructions, such as a system message, are the same in many chats.
+    """
+    if message["role"] in ("system", "developer"):
+        return []
+    return [text for key in (_REASONING[0], "content") if (text := message.get(key))]
+
+
 def _normalized(given: Any) -> Message:
     if not isinstance(given, Mapping):
         raise InputError(f"the message {given!r:.40} has no role and content")

@@ -13,7 +13,7 @@ def sketch(tokens: np.ndarray) -> str:
     The form is `m:` and the hashes, 8 hex digits each, of passages that m divides; m is the least
     power of two that leaves at most 2048 of them.
     """
-    passages, modulus = _passages(tokens), 1
+    passages, modulus = _sampled(tokens), 1
     while len(passages) > _SKETCH:
         modulus *= 2
         passages = passages[passages % modulus == 0]
@@ -32,7 +32,7 @@ def overlaps(tokens: np.ndarray, fingerprint: str) -> bool:
     sketched = np.array([int(text[i : i + 8], 16) for i in range(0, len(text), 8)], np.uint32)
 
     def sampled(some: np.ndarray) -> np.ndarray:
-        passages = _passages(some)
+        passages = _sampled(some)
         return np.isin(passages[passages % modulus == 0], sketched)
 
     whole = sampled(tokens)
@@ -42,12 +42,19 @@ def overlaps(tokens: np.ndarray, fingerprint: str) -> bool:
     return any(len(hits) >= _FEWEST and hits.mean() > 0.5 for hits in each)
 
 
-def _passages(tokens: np.ndarray) -> np.ndarray:
-    """Return sorted unique hashes (uint32) of all runs of 16 tokens."""
+def passages(tokens: np.ndarray) -> np.ndarray:
+    """Return sorted unique hashes (uint64) of all runs of 16 tokens in `tokens` (sequences,
+    length).
+    """
     length = min(_PASSAGE, tokens.shape[1])
     runs = np.lib.stride_tricks.sliding_window_view(tokens.astype(np.uint64), length, axis=1)
     factors = np.random.default_rng(0).integers(1, 1 << 63, length, np.uint64) * 2 + 1
     mixed = (runs * factors).sum(axis=-1, dtype=np.uint64)  # wraps around, as hashes do
     mixed ^= mixed >> np.uint64(29)
     mixed *= np.uint64(0xBF58476D1CE4E5B9)
-    return np.unique((mixed >> np.uint64(32)).astype(np.uint32))
+    return np.unique(mixed)
+
+
+def _sampled(tokens: np.ndarray) -> np.ndarray:
+    """Return the hashes as uint32, which sketches hold."""
+    return np.unique((passages(tokens) >> np.uint64(32)).astype(np.uint32))

@@ -31,10 +31,10 @@ class EvaluationOptions:
         typer.Option(
             rich_help_panel=TEXT,
             help="Hub data set, a .jsonl, .txt or .parquet file, or the shipped mix (default). "
-            "Every fifth sequence is evaluated, and some dialogues.",
+            "Only documents that calibrate nothing are evaluated, and some dialogues.",
         ),
     ] = "default"
-    tokens: Annotated[int, typer.Option(rich_help_panel=TEXT, help="Tokens to evaluate.")] = 4096
+    tokens: Annotated[int, typer.Option(rich_help_panel=TEXT, help="Tokens to evaluate.")] = 16384
     sequence_length: SequenceLength = 256
     seed: Annotated[
         int, typer.Option(min=0, rich_help_panel=TEXT, help="Seed of the order of the text.")
@@ -69,8 +69,8 @@ def compare(
 ) -> None:
     """Compare quants to the native model: KL divergence, top-1 agreement, perplexity.
 
-    Runs one model after the other, a layer at a time. The text is held out: quants that were
-    calibrated on it are refused. Intervals are 95%, by bootstrap over sequences.
+    Runs one model after the other, a layer at a time. The documents are held out: quants that were
+    calibrated on them are refused. Intervals are 95%, by bootstrap over documents.
 
     `quantkit compare openai/gpt-oss-20b gpt-oss-20b-q8 mlx-community/gpt-oss-20b-MXFP4-Q8`
     """

@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any, TextIO
 from warnings import formatwarning
 
+from quantkit.cli.expand import with_flags
 from quantkit.errors import CacheWarning, InputError
 from quantkit.progress import Progress, Stage
 from quantkit.units import size
+
+OPTIONS: dict[str, str] = {}  # parameter -> option of all commands
 
 
 def error(message: str) -> None:
@@ -18,9 +21,9 @@ def error(message: str) -> None:
 
 
 def note(message: str | None) -> None:
-    """Print a note on stderr; nothing for None."""
+    """Print a note on stderr, with fields as options; nothing for None."""
     if message is not None:
-        print(f"note: {message}", file=sys.stderr)
+        print(f"note: {with_flags(message, OPTIONS)}", file=sys.stderr)
 
 
 def show_warning(

@@ -24,6 +24,7 @@ from quantkit.cli.profile import profile
 from quantkit.cli.quantize import quantize
 from quantkit.cli.report import report
 from quantkit.cli.serve import serve
+from quantkit.cli.traces import traces
 from quantkit.cli.upload import upload
 from quantkit.cli.verify import verify
 from quantkit.errors import CacheWarning, QuantkitError
@@ -44,13 +45,14 @@ class _Commands(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         """Run a command; an error raised on purpose becomes one line and an exit code."""
+        console.OPTIONS.update(option_names(self.commands))
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("always", CacheWarning)
                 warnings.showwarning = console.show_warning
                 return super().invoke(ctx)
         except QuantkitError as exc:
-            console.error(with_flags(str(exc), option_names(self.commands)))
+            console.error(with_flags(str(exc), console.OPTIONS))
             raise typer.Exit(exc.exit_code) from exc
         except _USAGE_ERROR as exc:
             command = getattr(exc.ctx, "command_path", "quantkit")
@@ -102,7 +104,7 @@ def _options(
     pass
 
 
-COMMANDS = (inspect, profile, plan, diff, quantize, report, verify, compare, bench, upload)
+COMMANDS = (inspect, profile, plan, diff, quantize, report, verify, compare, bench, upload, traces)
 for command in (*COMMANDS, generate, chat, serve, demo):
     app.command(cls=Command)(expanded(command))
 

@@ -85,7 +85,7 @@ class ProfileOptions:
             metavar="N",
             min=0,
             rich_help_panel="Measurement",
-            help="Validate: measure N random entries on held-out text.",
+            help="Validate: measure N random entries on other documents.",
         ),
     ] = 0
     memory: Memory = None

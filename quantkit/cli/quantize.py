@@ -43,8 +43,13 @@ class WriteOptions:
     calibration: Text = "default"
     tokens: Tokens = 4096
     quantizer_tokens: Annotated[
-        int, typer.Option(rich_help_panel=TEXT, help="Tokens of text for search and gptq.")
-    ] = 16384
+        str,
+        typer.Option(
+            metavar="N",
+            rich_help_panel=TEXT,
+            help="Tokens of text for search and gptq; auto: 4 per expert and input dimension.",
+        ),
+    ] = "auto"
     tune: Annotated[
         int,
         typer.Option(
@@ -98,7 +103,8 @@ def quantize(
         shard_bytes = parse_bytes(writing.shard_size)
     options = QuantizeOptions(
         profile_text=CalibrationSpec(writing.calibration, writing.tokens),
-        quantizer_text=CalibrationSpec(writing.calibration, writing.quantizer_tokens),
+        quantizer_text=CalibrationSpec(writing.calibration),
+        quantizer_tokens=_count(writing.quantizer_tokens),
         tuning_steps=writing.tune,
         shard_bytes=shard_bytes,
         command=command_line(ctx),
@@ -120,3 +126,15 @@ def quantize(
     if outcome.resumed:
         print("Resumed an interrupted run.")
     print(f"Written. Check it with: quantkit verify {writing.output}")
+
+
+def _count(text: str) -> int | None:
+    """Parse `--quantizer-tokens`. Raises InputError."""
+    from quantkit.errors import InputError
+
+    if text == "auto":
+        return None
+    try:
+        return int(text)
+    except ValueError:
+        raise InputError(f"`quantizer_tokens` {text!r}: write a number, or auto.") from None

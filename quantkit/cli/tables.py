@@ -149,6 +149,8 @@ def print_report(report: Report, where: str) -> None:
     _show(_tier_table(plan), f"{where}: {plan.origin}, from {plan.source.name}")
     _totals(report.total_bytes, plan.parameters, plan.active_bytes)
     _predictions(plan)
+    if report.inputs_per_expert is not None:
+        print(f"inputs            {report.inputs_per_expert}")
     for title, files in (("shards", report.shards), ("source", plan.source.files)):
         print(f"{title:<18}{len(files)} (size with header, sha256; in full with --json)")
         for file in files[:_MOST_FILES]:
@@ -190,11 +192,10 @@ def print_profile(profile: SensitivityProfile) -> None:
     )
     print(
         f"calibration       {text.name}: {text.sequences} sequences of {text.sequence_length} "
-        f"tokens, seed {text.seed}"
+        f"tokens, {text.documents} documents, seed {text.seed}"
     )
-    errors = [cost.stderr / cost.kl for w in profile.weights for cost in w.costs if cost.kl > 0]
-    if errors:
-        print(f"standard error    {100 * median(errors):.0f}% of an entry (median)")
+    if profile.relative_error is not None:
+        print(f"standard error    {100 * profile.relative_error:.0f}% of an entry (median)")
     counts = [n for seen in profile.expert_tokens.values() for n in seen]
     if counts:
         print(f"tokens per expert {min(counts)} to {max(counts)}, median {median(counts):.0f}")
@@ -207,7 +208,7 @@ def print_validation(check: Mapping[str, Any]) -> None:
     """Print how predictions compare to measurements."""
     faster = check["seconds_measured"] / max(check["seconds_predicted"], 1e-9)
     print(
-        f"check             {check['entries']} entries measured on held-out text: Spearman "
+        f"check             {check['entries']} entries measured on other documents: Spearman "
         f"{check['spearman']:.3f}, predicted / measured {check['median_ratio']:.2f} (median)"
     )
     print(
@@ -231,7 +232,7 @@ def print_fidelity(results: Sequence[Fidelity], text: str) -> None:
     table.add_row("perplexity ratio", *(_spread(result.perplexity_ratio) for result in results))
     few = results[0]
     print(
-        f"Against native, over {few.tokens} tokens ({few.sequences} sequences) of {text}; KL in "
+        f"Against native, over {few.tokens} tokens ({few.documents} documents) of {text}; KL in "
         "nats per token, with 95% intervals"
     )
     _show(table)

@@ -26,6 +26,7 @@ from quantkit.calibration.calibration_set import (
 )
 from quantkit.calibration.documents import CHAT, DEFAULT
 from quantkit.calibration.fingerprint import overlaps
+from quantkit.calibration.splits import EVALUATE
 from quantkit.checkpoint.provenance import input_key
 from quantkit.checkpoint.source import Source, open_source, with_values
 from quantkit.errors import (
@@ -37,7 +38,7 @@ from quantkit.errors import (
     first_line,
     in_field,
 )
-from quantkit.evaluation.intervals import bootstrap_interval, mean_interval, resamples
+from quantkit.evaluation.intervals import DocumentBootstrap
 from quantkit.progress import Stage
 from quantkit.storage.hashing import digest
 from quantkit.storage.json_files import load_json, write_bytes_atomically
@@ -53,10 +54,15 @@ _TAIL = (0.5, 0.95, 0.999)  # quantiles of the KL divergence
 
 @dataclass(frozen=True)
 class EvaluationText:
-    """Held-out token ids (sequences, length), their text, and the kind of text of each sequence."""
+    """Token ids to evaluate on (sequences, length), and where they come from.
+
+    `documents` (sequences, length) numbers the document of every token, `kinds` names the kind of
+    text of each sequence.
+    """
 
     text: CalibrationText
     tokens: np.ndarray
+    documents: np.ndarray
     kinds: tuple[str, ...]
 
 
@@ -119,19 +125,16 @@ def compare(comparison: Comparison, progress: Stage) -> list[Fidelity]:
 
 
 def _evaluation_text(native: Source, spec: CalibrationSpec) -> EvaluationText:
-    text = read_calibration_set(native.checkpoint, spec)
-    tokens, kinds = [text.held_out], list(text.kinds)
+    text = read_calibration_set(native.checkpoint, spec, EVALUATE)
+    tokens, documents, kinds = text.tokens, text.documents, text.kinds
     if spec.name != DEFAULT:  # dialogues are always evaluated
-        chat = read_calibration_set(native.checkpoint, replace(spec, name=DEFAULT))
-        chosen = [kind == CHAT for kind in chat.kinds]
-        tokens.append(chat.held_out[chosen])
-        kinds += [CHAT] * sum(chosen)
-    if not len(text.held_out):
-        raise CalibrationError(
-            f"{spec.name}: has fewer than five sequences of {spec.sequence_length} tokens, "
-            "every fifth of which is held out. Give more text, or a smaller `sequence_length`."
-        )
-    return EvaluationText(text.text, np.concatenate(tokens), tuple(kinds))
+        shipped = read_calibration_set(native.checkpoint, replace(spec, name=DEFAULT), EVALUATE)
+        chosen = np.array([kind == CHAT for kind in shipped.kinds])
+        tokens = np.concatenate([tokens, shipped.tokens[chosen]])
+        more = shipped.documents[chosen] + text.text.documents
+        documents = np.concatenate([documents, more])
+        kinds += (CHAT,) * int(chosen.sum())
+    return EvaluationText(text.text, tokens, documents, kinds)
 
 
 def _require_same_tokenizer(
@@ -167,8 +170,8 @@ def _require_unseen(name: str, source: Source, text: EvaluationText) -> None:
             label = f"{calibration.name}, seed {calibration.seed}"
             raise CalibrationError(
                 f"{name}: was made with this text: its calibration text ({label}) contains "
-                "passages to evaluate on. Give other text, or its `seed` and `sequence_length`, "
-                "which hold out every fifth sequence."
+                "passages to evaluate on. Give other text, or its `seed`: documents to evaluate on "
+                "are not calibrated on."
             )
 
 
@@ -245,19 +248,17 @@ def _fidelity(
     )
     _require_finite(name, kl)
     kl = np.maximum(kl, 0)
-    rng = np.random.default_rng(0)
-    drawn = resamples(rng, len(kl))
-    growth = (nll - native_nll)[:, :-1].mean(axis=1)  # the last token has no target
-    tail = np.array([np.quantile(kl[rows], _TAIL) for rows in drawn])
-    quantiles = [
-        bootstrap_interval(float(np.quantile(kl, q)), tail[:, i], len(kl))
-        for i, q in enumerate(_TAIL)
-    ]
     text, inventory = comparison.text, source.inventory
+    growth = nll - native_nll
+    growth[:, -1] = np.nan  # the last token has no target
+    rng = np.random.default_rng(0)
+    drawn = DocumentBootstrap.draw(rng, text.documents)
+    median, p95, p999 = drawn.quantiles(kl.reshape(-1), _TAIL)
     by_text = {}
     for kind in dict.fromkeys(text.kinds):
-        of_kind = kl[[k == kind for k in text.kinds]].mean(axis=1)
-        by_text[kind] = mean_interval(of_kind, resamples(rng, len(of_kind)))
+        of_kind = [k == kind for k in text.kinds]
+        in_kind = DocumentBootstrap.draw(rng, text.documents[of_kind])
+        by_text[kind] = in_kind.mean(kl[of_kind].reshape(-1))
     return Fidelity(
         repo=name,
         native=comparison.native.inventory.source.name,
@@ -267,12 +268,13 @@ def _fidelity(
         bits_per_weight=bits_per_weight(inventory.total_bytes, inventory.parameters),
         tokens=kl.size,
         sequences=len(kl),
-        kl_mean=mean_interval(kl.mean(axis=1), drawn),
-        kl_median=quantiles[0],
-        kl_p95=quantiles[1],
-        kl_p999=quantiles[2],
-        top1_agreement=mean_interval(same.mean(axis=1), drawn, most=1.0),
-        perplexity_ratio=mean_interval(growth, drawn, np.exp),
+        documents=drawn.count,
+        kl_mean=drawn.mean(kl.reshape(-1)),
+        kl_median=median,
+        kl_p95=p95,
+        kl_p999=p999,
+        top1_agreement=drawn.mean(same.reshape(-1), most=1.0),
+        perplexity_ratio=drawn.mean(growth.reshape(-1), np.exp),
         kl_by_text=by_text,
         quantiles=tuple(np.quantile(kl, np.linspace(0, 1, 101)).tolist()),
     )

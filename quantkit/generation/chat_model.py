@@ -62,12 +62,52 @@ class ChatModel:
         tokens = self._tokens(self._prompt(messages, sampling.effort), sampling.max_tokens, sampler)
         yield from Channels(self._tokenizer).deltas(tokens)
 
-    def _prompt(self, messages: Sequence[Message], effort: str | None) -> list[int]:
+    def answers(
+        self,
+        chats: Sequence[Sequence[Message]],
+        sampling: SamplingParameters,
+        tools: Sequence[Any] | None = None,
+    ) -> list[list[Delta] | None]:
+        """Return the answers to several chats at once; None for one that reached `max_tokens`.
+
+        `tools` holds the tools of every chat. Raises InputError if the template refuses a chat.
+        """
+        import mlx_lm
+        from mlx_lm.sample_utils import make_sampler
+
+        mx.random.seed(sampling.seed)
+        prompts = [
+            self._prompt(chat, sampling.effort, offered)
+            for chat, offered in zip(chats, tools or [None] * len(chats), strict=True)
+        ]
+        try:
+            response = mlx_lm.batch_generate(
+                self._model,
+                self._tokenizer,
+                prompts,
+                max_tokens=sampling.max_tokens,
+                sampler=make_sampler(temp=sampling.temperature, top_p=sampling.top_p),
+            )
+        except (RuntimeError, ValueError) as exc:
+            raise OutputError(f"mlx-lm failed to generate ({first_line(exc)}).") from exc
+        tokens = [self._tokenizer.encode(text, add_special_tokens=False) for text in response.texts]
+        return [
+            list(Channels(self._tokenizer).deltas(ids)) if len(ids) < sampling.max_tokens else None
+            for ids in tokens
+        ]
+
+    def _prompt(
+        self, messages: Sequence[Message], effort: str | None, tools: Any = None
+    ) -> list[int]:
         chat = normalize_messages(messages)
         if has_chat_template(self._tokenizer):
             variables = {"reasoning_effort": effort} if effort else {}
             text = render_chat(
-                self._tokenizer, chat, add_generation_prompt=True, variables=variables
+                self._tokenizer,
+                chat,
+                tools=tools,
+                add_generation_prompt=True,
+                variables=variables,
             )
         else:
             text = "\n".join(message["content"] for message in chat)

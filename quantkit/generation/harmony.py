@@ -14,10 +14,14 @@ FINAL = "final"
 
 @dataclass(frozen=True)
 class Delta:
-    """Some new text of one channel; a model without channels has only the final one."""
+    """Some new text of one channel; a model without channels has only the final one.
+
+    `recipient` is the tool that is called with the text, such as functions.get_weather.
+    """
 
     channel: str
     text: str
+    recipient: str | None = None
 
 
 class Channels:
@@ -45,17 +49,19 @@ class Channels:
         text = self._tokenizer.detokenizer
         text.reset()
         name: list[int] = []
-        channel, inside, naming = FINAL, True, False
+        channel, recipient, inside, naming = FINAL, None, True, False
         for token in tokens:
             if self.has_channels and (
                 token in (self._channel, self._message) or token in self._ends
             ):
                 if inside and (tail := _tail(text)):
-                    yield Delta(channel, tail)
+                    yield Delta(channel, tail, recipient)
                 text.reset()
                 if token == self._message:
                     if naming:
-                        channel = next(iter(self._tokenizer.decode(name).split()), FINAL)
+                        header = self._tokenizer.decode(name).split()
+                        channel = next(iter(header), FINAL)
+                        recipient = _recipient(header)
                     inside = True
                 else:
                     inside = False
@@ -66,9 +72,15 @@ class Channels:
             elif inside:
                 text.add_token(token)
                 if segment := text.last_segment:
-                    yield Delta(channel, segment)
+                    yield Delta(channel, segment, recipient)
         if inside and (tail := _tail(text)):
-            yield Delta(channel, tail)
+            yield Delta(channel, tail, recipient)
+
+
+def _recipient(header: Iterable[str]) -> str | None:
+    """Return the name behind `to=` in a header, which may be glued to what follows."""
+    names = (word.removeprefix("to=") for word in header if word.startswith("to="))
+    return next((name.partition("<|")[0] for name in names), None)
 
 
 def _tail(text: Any) -> str:

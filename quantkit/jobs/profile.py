@@ -7,6 +7,8 @@ from quantkit.checkpoint.source import Source, with_values
 from quantkit.progress import Progress
 from quantkit.sensitivity.measure import ProfileSettings, Profiling, make, prepare
 
+_LARGE_ERROR = 0.3  # relative, of the median entry: beyond it, tiers are exchanged by chance
+
 
 def profile(
     source: Source,
@@ -37,7 +39,14 @@ def run_profiling(profiling: Profiling, progress: Progress | None = None) -> Sen
     if text.sequences < wanted.sequences:
         progress.note(f"the text has only {text.tokens:,} of {wanted.tokens:,} tokens")
     note_skipped_rows(text.name, text.skipped_rows, progress)
-    return make(profiling, progress)
+    profile = make(profiling, progress)
+    error = profile.relative_error or 0
+    if error > _LARGE_ERROR:
+        progress.note(
+            f"the standard error of the median entry is {100 * error:.0f}% of its "
+            "KL cost. Give more text: `tokens`"
+        )
+    return profile
 
 
 def note_skipped_rows(name: str, rows: int, progress: Progress) -> None:

@@ -1,10 +1,12 @@
 """Quantize: from a checkpoint and a request for tiers to a repo with its report and card."""
 
+import math
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from quantkit.artifacts.calibration import ExpertInputs
 from quantkit.artifacts.memory import MemoryTarget
 from quantkit.artifacts.plan import Plan
 from quantkit.artifacts.report import Report
@@ -15,6 +17,7 @@ from quantkit.calibration.calibration_set import (
     load_tokenizer,
     read_calibration_set,
 )
+from quantkit.calibration.splits import CALIBRATE, VALIDATE
 from quantkit.checkpoint.hub import is_repo_id
 from quantkit.checkpoint.provenance import versions
 from quantkit.checkpoint.source import Source, with_values
@@ -27,7 +30,8 @@ from quantkit.planning.mac_memory import memory_needed
 from quantkit.progress import Progress
 from quantkit.publish.card import license_of
 from quantkit.publish.record import documents, read_report, record
-from quantkit.quantizers.calibrated import CalibratedQuantization
+from quantkit.quantizers.calibrated import CalibratedQuantization, QuantizerText
+from quantkit.quantizers.layerwise import changed_tiers
 from quantkit.quantizers.registry import find_quantizer
 from quantkit.quantizers.scale_tuning import Tuning, TuningText
 from quantkit.sensitivity.entries import DEFAULT_TIERS, size_table
@@ -41,8 +45,11 @@ from quantkit.streaming.layer_runner import StreamingModel, has_gradients
 from quantkit.writer.config import companions
 from quantkit.writer.writer import SHARD_BYTES, Rewrite, Written, rewrite
 
-QUANTIZER_TOKENS = 16384
-_TUNE_PER_VALIDATE = 8  # sequences for the quantizer, for each that validates the tuning
+LEAST_QUANTIZER_TOKENS = 16384
+_INPUTS_PER_WIDTH = 4  # inputs of an expert to aim at, over their width
+_FED = 1.0  # the same, below which gptq gains much from more text
+_CALIBRATE_PER_VALIDATE = 4  # sequences for the quantizer, for each that validates its choices
+_CALIBRATE_PER_TUNED = 8  # the same, for each that validates scale tuning
 
 
 @dataclass(frozen=True)
@@ -50,14 +57,14 @@ class QuantizeOptions:
     """The options of `quantize` beside the choice of tiers.
 
     `profile_text` is read for a profile that has to be made, `quantizer_text` by a calibrated
-    quantizer. `tuning_steps` are steps of scale tuning after it. `command` is the command line that
-    the card states, `base_model` the Hub id that it names, by default the source's own.
+    quantizer: `quantizer_tokens` of it, or for None as many as `needed_tokens` returns.
+    `tuning_steps` are steps of scale tuning after it. `command` is the command line that the card
+    states, `base_model` the Hub id that it names, by default the source's own.
     """
 
     profile_text: CalibrationSpec = field(default_factory=CalibrationSpec)
-    quantizer_text: CalibrationSpec = field(
-        default_factory=lambda: CalibrationSpec(tokens=QUANTIZER_TOKENS)
-    )
+    quantizer_text: CalibrationSpec = field(default_factory=CalibrationSpec)
+    quantizer_tokens: int | None = None
     tuning_steps: int = 0
     shard_bytes: int = SHARD_BYTES
     command: str | None = None
@@ -179,14 +186,26 @@ def write_plan(
     draft = _draft(source, plan, options)
 
     def describe(written: Written) -> Mapping[str, str]:
-        described = replace(plan, source=written.source)
-        return documents(replace(draft, plan=described, shards=written.shards, files=written.files))
+        inputs = quantization.expert_inputs(written.work) if quantization else {}
+        _note_starved(inputs, progress)
+        return documents(_report(draft, written, inputs))
 
     job = Rewrite(source, plan, out, quantization, hashes, options.shard_bytes, options.force)
     outcome = rewrite(job, describe, progress)
     if draft.base_model is not None and read_report(out).base_model != draft.base_model:
         record(out, base_model=draft.base_model)  # a complete repo under another name
     return QuantizeOutcome(read_report(out), outcome.complete, outcome.resumed)
+
+
+def _report(draft: Report, written: Written, inputs: Mapping[str, ExpertInputs]) -> Report:
+    """Return the report with the written files."""
+    return replace(
+        draft,
+        plan=replace(draft.plan, source=written.source),
+        shards=written.shards,
+        files=written.files,
+        expert_inputs=inputs,
+    )
 
 
 def _draft(source: Source, plan: Plan, options: QuantizeOptions) -> Report:
@@ -228,37 +247,64 @@ def _calibrated(
         raise InputError(
             "`tuning_steps`: a mixture of experts needs mlx-lm 0.32 (and so Python 3.11)."
         )
-    spec = options.quantizer_text
+    quantizer_tokens = options.quantizer_tokens
+    if quantizer_tokens is None:
+        quantizer_tokens = needed_tokens(source, plan)
+    spec = replace(options.quantizer_text, tokens=quantizer_tokens)
     count = spec.sequences
-    validated = max(1, count // _TUNE_PER_VALIDATE) if plan.tuning_steps else 0
-    if plan.tuning_steps:  # new text for every step, and some to choose the best step
-        needed = max(spec.tokens, Tuning(plan.tuning_steps).all_tokens)
-        spec = replace(spec, tokens=needed + validated * spec.sequence_length)
-    calibration = _read(source, spec)
+    tuned = Tuning(plan.tuning_steps).all_tokens  # new text for every step
+    calibration = _read(source, replace(spec, tokens=max(spec.tokens, tuned)), CALIBRATE)
+    validated = max(1, min(count, len(calibration.tokens)) // _CALIBRATE_PER_VALIDATE)
+    spec = replace(spec, tokens=validated * spec.sequence_length)
+    validation = _read(source, spec, VALIDATE)
     tokens, text = calibration.tokens, calibration.text
     note_skipped_rows(text.name, text.skipped_rows, progress)
-    split = len(tokens) - min(validated, max(0, len(tokens) - count))
-    tuning = TuningText(tokens[:split], tokens[split:])
-    if plan.tuning_steps and not len(tuning.validate):
-        raise CalibrationError(
-            f"{text.name}: has no text beside the quantizer's. Give fewer `quantizer_tokens`, or "
-            "more text."
-        )
-    plan = replace(plan, calibration_texts=tuple(dict.fromkeys((*plan.calibration_texts, text))))
+    tuning = TuningText(tokens, validation.tokens[: max(1, count // _CALIBRATE_PER_TUNED)])
+    texts = (*plan.calibration_texts, text, validation.text)
+    plan = replace(plan, calibration_texts=tuple(dict.fromkeys(texts)))
     hashes = {
         "quantizer": plan.quantizer,
         "number of tuning steps": str(plan.tuning_steps),
-        "text for the quantizer": digest([text.sha256, count, split]),
+        "text for the quantizer": digest([text.sha256, validation.text.sha256, count]),
     }
-    model = StreamingModel(source)
-    return plan, CalibratedQuantization(model, plan, tokens[:count], tuning), hashes
+    quantizer_text = QuantizerText(tokens[:count], validation.tokens, tuning)
+    return plan, CalibratedQuantization(StreamingModel(source), plan, quantizer_text), hashes
 
 
-def _read(source: Source, spec: CalibrationSpec) -> CalibrationSet:
+def needed_tokens(source: Source, plan: Plan) -> int:
+    """Return the tokens that give an expert 4 inputs for each dimension, evenly routed.
+
+    At least 16,384, which dense layers need.
+    """
+    tiers = changed_tiers(source, plan)
+    widths = [
+        weight.shape[-1]
+        for name, weight in source.weights.items()
+        if name in tiers and len(weight.shape) > 2
+    ]
+    settings = source.checkpoint.settings
+    share = (settings.experts or 1) / (settings.experts_per_token or 1)
+    needed = math.ceil(_INPUTS_PER_WIDTH * max(widths, default=0) * share)
+    return max(LEAST_QUANTIZER_TOKENS, needed)
+
+
+def _note_starved(inputs: Mapping[str, ExpertInputs], progress: Progress) -> None:
+    """Warn where the median expert of some stacks had fewer inputs than dimensions."""
+    starved = [row for row in inputs.values() if row.median < _FED * row.width]
+    if starved:
+        least = min(starved, key=lambda row: row.median / row.width)
+        progress.note(
+            f"{len(starved)} of {len(inputs)} expert stacks had fewer inputs per expert than "
+            f"dimensions (median {least.median:,.0f} for {least.width:,}). Give more text: "
+            "`calibration` and `quantizer_tokens`"
+        )
+
+
+def _read(source: Source, spec: CalibrationSpec, split: str) -> CalibrationSet:
     """Read the quantizer's text. Raises CalibrationError that names its own fields."""
     try:
         with in_field("calibration"):
-            return read_calibration_set(source.checkpoint, spec)
+            return read_calibration_set(source.checkpoint, spec, split)
     except CalibrationError as exc:
         message = str(exc).replace("`tokens`", "`quantizer_tokens`")
         raise CalibrationError(message.replace("`calibration`: `", "`")) from exc

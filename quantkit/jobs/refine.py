@@ -8,6 +8,7 @@ from quantkit.artifacts.plan import Plan
 from quantkit.artifacts.sensitivity import SensitivityProfile
 from quantkit.backend import mx
 from quantkit.calibration.calibration_set import CalibrationSpec, read_calibration_set
+from quantkit.calibration.splits import VALIDATE
 from quantkit.checkpoint.source import Source, with_values
 from quantkit.formats.tiers import Tier
 from quantkit.planning.allocator import corrected_by, plan_by_budget
@@ -45,13 +46,13 @@ def refine(
     the predictions of each role are corrected by the measurements; and the budget is solved again,
     `rounds` times. Shipped recipes of the same size are measured, too.
 
-    The text is 2,048 tokens of the shipped set, which every plan then lists among its calibration
-    texts; its held-out sequences remain for `compare`. Raises InputError.
+    The text is 2,048 tokens of the shipped documents to validate on, which every plan then lists
+    among its calibration texts. Raises InputError.
     """
     source = with_values(source)
     text = profile.calibration
     spec = CalibrationSpec(tokens=_TOKENS, sequence_length=text.sequence_length, seed=text.seed)
-    calibration = read_calibration_set(source.checkpoint, spec)
+    calibration = read_calibration_set(source.checkpoint, spec, VALIDATE)
     texts = tuple(dict.fromkeys((text, calibration.text)))
     model = StreamingModel(source)
     stage = (progress or Progress()).stage("Measuring plans", 0, "steps")

@@ -113,10 +113,13 @@ def _origin_of_tiers(report: Report) -> list[str]:
     tuned = f", then {plan.tuning_steps} steps of scale tuning" if plan.tuning_steps else ""
     lines.append(f"- Quantizer: {plan.quantizer}{tuned}")
     for text in plan.calibration_texts:
+        done = "Validated" if text.split == "validate" else "Calibrated"
         lines.append(
-            f"- Calibrated on {text.tokens} tokens of {_plain(text.name)} ({text.sequences} "
-            f"sequences of {text.sequence_length}, seed {text.seed})"
+            f"- {done} on {text.tokens} tokens of {_plain(text.name)} ({text.sequences} "
+            f"sequences of {text.sequence_length}, {text.documents} documents, seed {text.seed})"
         )
+    if report.inputs_per_expert is not None:
+        lines.append(f"- Inputs for the quantizer: {report.inputs_per_expert}")
     return lines
 
 
@@ -137,9 +140,8 @@ def _fidelity(report: Report) -> list[str]:
         return []
     return [
         "## How close it is to the native model",
-        f"Measured with `quantkit compare` on {fidelity.tokens} tokens ({fidelity.sequences} "
-        f"sequences, seed {fidelity.seed}) of {_plain(fidelity.text)} that were not calibrated "
-        "on. KL "
+        f"Measured with `quantkit compare` on {fidelity.tokens} tokens ({fidelity.documents} "
+        f"documents, seed {fidelity.seed}) of {_plain(fidelity.text)} that calibrated nothing. KL "
         f"divergences are in nats per token, to {_plain(fidelity.native)}.",
         _fidelity_table(fidelity),
     ]

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import numpy as np
 
+from quantkit.artifacts.calibration import ExpertInputs
 from quantkit.artifacts.plan import Plan
 from quantkit.backend import mx
 from quantkit.formats.tiers import parse_tier
-from quantkit.progress import Progress
+from quantkit.progress import Progress, Stage, silent
 from quantkit.quantizers.layer_files import EMBEDDING, LayerFiles, QuantizedWeight
 from quantkit.quantizers.layerwise import EMBEDDING_TOKENS, LayerwiseQuantizer, changed_tiers
 from quantkit.quantizers.scale_tuning import ScaleTuner, Tuning, TuningText
@@ -18,13 +19,25 @@ from quantkit.streaming.layer_runner import StreamingModel
 
 
 @dataclass(frozen=True)
+class QuantizerText:
+    """Token ids (sequences, length) of a calibrated quantizer.
+
+    `calibrate` makes the Hessians, `validate` chooses among their priors, `tuning` is for scale
+    tuning.
+    """
+
+    calibrate: np.ndarray
+    validate: np.ndarray
+    tuning: TuningText
+
+
+@dataclass(frozen=True)
 class CalibratedQuantization:
-    """A plan to quantize on text: `tokens` (sequences, length) for the quantizer, `tuning` text."""
+    """A plan to quantize on text."""
 
     model: StreamingModel
     plan: Plan
-    tokens: np.ndarray
-    tuning: TuningText
+    text: QuantizerText
 
     def weights(
         self, shards: Sequence[Sequence[str]], folder: Path, progress: Progress
@@ -37,8 +50,7 @@ class CalibratedQuantization:
         """
         files = LayerFiles(WorkDirectory(folder))
         layers = len(self.model.layers)
-        stage = progress.stage("Quantizing", layers + 2, "layers")
-        layerwise = LayerwiseQuantizer(self.model, self.plan, mx.array(self.tokens), files, stage)
+        layerwise = self._layerwise(files, progress.stage("Quantizing", layers + 2, "layers"))
         tuner = self._tuned(layerwise, files, progress) if self.plan.tuning_steps else None
         pending = {name for names in shards for name in names if name in layerwise.tiers}
         loaded: tuple[int | None, dict[str, Tensors]] = (None, {})
@@ -60,6 +72,15 @@ class CalibratedQuantization:
             for number in stages - unfinished:
                 files.drop(number)
 
+    def _layerwise(self, files: LayerFiles, stage: Stage) -> LayerwiseQuantizer:
+        tokens = mx.array(np.concatenate([self.text.calibrate, self.text.validate]))
+        count = len(self.text.calibrate)
+        return LayerwiseQuantizer(self.model, self.plan, tokens, count, files, stage)
+
+    def expert_inputs(self, folder: Path) -> dict[str, ExpertInputs]:
+        """Return how many inputs the experts of each stack had, as noted in the work directory."""
+        return self._layerwise(LayerFiles(WorkDirectory(folder)), silent).expert_inputs()
+
     def _tuned(
         self, layerwise: LayerwiseQuantizer, files: LayerFiles, progress: Progress
     ) -> ScaleTuner:
@@ -68,7 +89,7 @@ class CalibratedQuantization:
         tuning = Tuning(self.plan.tuning_steps)
         stage = progress.stage("Tuning scales", tuning.steps, "steps")
         tiers = changed_tiers(self.model.source, self.plan)
-        tuner = ScaleTuner(self.model, tiers, files, tuning, self.tuning, stage)
+        tuner = ScaleTuner(self.model, tiers, files, tuning, self.text.tuning, stage)
         tuner.run()
         return tuner
 
@@ -81,18 +102,24 @@ class CalibratedQuantization:
             for assignment in plan.assignments
             if (tier := parse_tier(assignment.storage)).mode == "affine"
         ]
-        tokens = self.tokens.size
-        if plan.tuning_steps:
-            tokens = self.tuning.tune.size + self.tuning.validate.size
+        tokens = self.text.calibrate.size + self.text.validate.size
         stream = 4 * self.model.head_weight.shape[-1]  # bytes per token
-        # The streams of two layers, two layers, and the layers of an incomplete shard.
-        space = 2 * stream * tokens + 2 * max(by_layer, default=0)
+        # The streams of two layers, the inputs of experts, two layers, and those of an incomplete
+        # shard.
+        space = (2 * stream + self._expert_bytes()) * tokens + 2 * max(by_layer, default=0)
         space += min(shard_bytes, plan.total_bytes)
         if any(assignment.role == "embedding" for assignment, _ in affine):
             # The inputs of all layers, for the backward pass.
-            space += stream * min(tokens, EMBEDDING_TOKENS) * (layers + 3)
+            space += stream * min(self.text.calibrate.size, EMBEDDING_TOKENS) * (layers + 3)
         if plan.tuning_steps:
             # All quantized layers, and per group two generations of six float32 values.
             groups = sum(a.parameters // tier.group_size for a, tier in affine)
             space += plan.total_bytes + 52 * groups
         return space
+
+    def _expert_bytes(self) -> int:
+        """Return the bytes per token of the inputs of a layer's experts."""
+        stacks = [w for w in self.model.weights.values() if len(w.shape) > 2]
+        widths = {weight.shape[-1] for weight in stacks}
+        active = self.model.source.checkpoint.settings.experts_per_token or 1
+        return 4 * active * 2 * max(widths, default=0)

@@ -1,8 +1,14 @@
-"""The inputs of the weights of a layer, and their Hessians."""
+"""The Hessians of weights: sums over their inputs, and the prior that fills in for rare inputs.
+
+A Hessian H is the mean of x x^T over the inputs x of a weight. The experts of a mixture see few
+inputs for their width, so theirs is shrunk: towards the inputs of all experts, which share much of
+their structure, and towards its own diagonal, which few inputs determine well.
+"""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -12,40 +18,165 @@ from quantkit.backend.memory_limits import memory_limits
 from quantkit.streaming.layer_trace import ModuleCall
 
 _COPIES = 6  # of a Hessian, while it is factored
-_SHRINK = 0.25  # weight of the pooled Hessian, in tokens over the width of the input
 
 
 @dataclass(frozen=True)
-class Inputs:
-    """The inputs `x` (n, in) of a weight, and for a stack their `experts` (n), else None."""
+class Prior:
+    """The weights of the pooled inputs and of the diagonal, as multiples of the input width."""
 
-    x: mx.array
-    experts: np.ndarray | None
+    pooled: float
+    diagonal: float
 
-    def hessians(self, count: int) -> Iterator[tuple[slice, mx.array]]:
-        """Yield (experts, their Hessians (experts, in, in)) in batches that fit in memory.
 
-        A plain matrix has one Hessian. H is the mean of x x^T. The Hessian of an expert is shrunk
-        towards the pooled one of all inputs, and equals it if the expert received no token.
-        """
-        x = self.x.astype(mx.float32)
-        width = x.shape[-1]
-        pooled = x.T @ x / max(1, len(x))
-        if self.experts is None:
-            yield slice(0, 1), pooled[None]
-            return
-        prior = _SHRINK * width
-        batch = max(1, memory_limits().hessian_bytes // (_COPIES * 4 * width * width))
-        for start in range(0, count, batch):
-            some = slice(start, min(start + batch, count))
-            batched = []
-            for expert in range(some.start, some.stop):
-                rows = np.flatnonzero(self.experts == expert)
-                seen = mx.take(x, mx.array(rows), axis=0) if len(rows) else x[:0]
-                total = seen.T @ seen if len(rows) else mx.zeros_like(pooled)
-                batched.append((total + prior * pooled) / (len(rows) + prior))
-                mx.eval(batched[-1])
-            yield some, mx.stack(batched)
+DEFAULT_PRIOR = Prior(3, 3)
+PRIORS = (DEFAULT_PRIOR, Prior(3, 1), Prior(1, 0), Prior(0.25, 3))
+
+
+def shrunk(total: mx.array, count: int, pooled: mx.array, prior: Prior) -> mx.array:
+    """Return (S + a w P + b w diag(S) / n) / (n + (a + b) w), the Hessian (w, w) of a matrix.
+
+    S = `total` (w, w) is the sum over its n = `count` inputs, P = `pooled` (w, w) the mean over
+    those of all matrices, a and b are the weights of `prior`.
+    """
+    width = total.shape[-1]
+    diagonal = mx.diag(mx.diagonal(total)) * (prior.diagonal * width / max(1, count))
+    weight = count + (prior.pooled + prior.diagonal) * width
+    return (total + prior.pooled * width * pooled + diagonal) / weight
+
+
+class Spool(Protocol):
+    """Keeps inputs that do not fit in memory as sums: rows (n, width), chunk by chunk."""
+
+    def append(self, rows: mx.array) -> None:
+        """Keep the rows (n, width) of one more chunk."""
+
+    def read(self, chunk: int, start: int, stop: int) -> mx.array:
+        """Return rows (stop - start, width) of a chunk."""
+        ...
+
+
+class MemorySpool:
+    """A spool in memory."""
+
+    def __init__(self) -> None:
+        self._chunks: list[mx.array] = []
+
+    def append(self, rows: mx.array) -> None:
+        """Keep the rows (n, width) of one more chunk."""
+        self._chunks.append(rows)
+
+    def read(self, chunk: int, start: int, stop: int) -> mx.array:
+        """Return rows (stop - start, width) of a chunk."""
+        return self._chunks[chunk][start:stop]
+
+
+class DiskSpool:
+    """A spool in a file, which is overwritten."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._sizes: list[int] = []  # in rows
+        path.write_bytes(b"")
+
+    def append(self, rows: mx.array) -> None:
+        """Keep the rows (n, width) of one more chunk, in float32."""
+        self._width = rows.shape[-1]
+        self._sizes.append(len(rows))
+        with open(self._path, "ab") as file:
+            file.write(np.array(rows, np.float32).data)
+
+    def read(self, chunk: int, start: int, stop: int) -> mx.array:
+        """Return rows (stop - start, width) of a chunk."""
+        offset = 4 * self._width * (sum(self._sizes[:chunk]) + start)
+        count = (stop - start) * self._width
+        rows = np.fromfile(self._path, np.float32, count, offset=offset)
+        return mx.array(rows.reshape(-1, self._width))
+
+    def remove(self) -> None:
+        """Remove the file."""
+        self._path.unlink(missing_ok=True)
+
+
+class InputSums:
+    """Sums of x x^T over the inputs of the `matrices` of a weight, added call by call.
+
+    `counts` (matrices,) are the inputs of each matrix, `pooled` (in, in) is the sum over the inputs
+    of all, `pooled_count` their number. Sums of all matrices stay in memory if they fit; otherwise
+    the inputs wait in `spool`, or only the sums of the matrices `only` are kept.
+    """
+
+    def __init__(
+        self, matrices: int, spool: Spool | None = None, only: Sequence[int] | None = None
+    ) -> None:
+        self.counts = np.zeros(matrices, np.int64)
+        self.pooled, self.pooled_count = mx.zeros(()), 0
+        self._only, self._spool = only, spool
+        self._totals: dict[int, mx.array] = {}
+        self._starts: list[np.ndarray] = []  # of every matrix's rows in each spooled chunk
+
+    def add(self, call: ModuleCall) -> None:
+        """Add the inputs of one call of the weight."""
+        x, experts = inputs_of(call)
+        if experts is None:
+            starts = np.array([0, len(x)])
+        else:
+            order = np.argsort(experts, kind="stable")
+            x = mx.take(x, mx.array(order), axis=0)
+            starts = np.searchsorted(experts[order], np.arange(len(self.counts) + 1))
+        self.counts += np.diff(starts)
+        kept = self._kept(x.shape[-1])
+        for i in kept:
+            total = _gram(x[int(starts[i]) : int(starts[i + 1])])
+            self._totals[i] = self._totals[i] + total if i in self._totals else total
+        if self._only is None:
+            stacked = len(self.counts) > 1 or not kept
+            self.pooled = self.pooled + _gram(x) if stacked else self._totals[0]
+            self.pooled_count += len(x)
+        if not kept and self._spool is not None:
+            self._spool.append(x)
+            self._starts.append(starts)
+        mx.eval(self.pooled, self._totals)
+
+    def _kept(self, width: int) -> Sequence[int]:
+        """Return the matrices whose sums are kept in memory."""
+        if self._only is not None:
+            return self._only
+        return range(len(self.counts)) if _batch(width) >= len(self.counts) else ()
+
+    def total(self, matrix: int) -> mx.array:
+        """Return the sum (in, in) of x x^T over the inputs of a matrix."""
+        if matrix in self._totals:
+            return self._totals[matrix]
+        total = mx.zeros_like(self.pooled)
+        if self._spool is not None:
+            for chunk, starts in enumerate(self._starts):
+                start, stop = int(starts[matrix]), int(starts[matrix + 1])
+                total = total + _gram(self._spool.read(chunk, start, stop))
+                mx.eval(total)
+        return total
+
+    def hessian(self, matrix: int, prior: Prior) -> mx.array:
+        """Return the shrunk Hessian (in, in) of a matrix; without inputs, the pooled one."""
+        pooled = self.pooled / max(1, self.pooled_count)
+        hessian = shrunk(self.total(matrix), int(self.counts[matrix]), pooled, prior)
+        mx.eval(hessian)
+        return hessian
+
+    def hessians(self, prior: Prior = DEFAULT_PRIOR) -> Iterator[tuple[slice, mx.array]]:
+        """Yield (matrices, their Hessians (matrices, in, in)) in batches that fit in memory."""
+        batch = _batch(self.pooled.shape[-1])
+        for start in range(0, len(self.counts), batch):
+            some = slice(start, min(start + batch, len(self.counts)))
+            yield some, mx.stack([self.hessian(i, prior) for i in range(some.start, some.stop)])
+
+
+def _gram(rows: mx.array) -> mx.array:
+    return rows.T @ rows
+
+
+def _batch(width: int) -> int:
+    """Return how many Hessians (width, width) are factored at once."""
+    return max(1, memory_limits().hessian_bytes // (_COPIES * 4 * width * width))
 
 
 class Hessians:
@@ -60,21 +191,18 @@ class Hessians:
         self.factors: dict[int, Any] = {}
 
 
-def inputs_of(name: str, traces: Sequence[Sequence[ModuleCall]]) -> Inputs:
-    """Return the inputs of the weight `name` in all calls of one layer."""
-    xs, experts = [], []
-    for steps in traces:
-        for step in steps:
-            if step.name != name:
-                continue
-            x = step.args[0]
-            width = x.shape[-1]
-            if len(step.args) > 1:
-                indices = step.args[1]
-                x = mx.broadcast_to(x, (*indices.shape, 1, width)) if x.ndim > 3 else x
-                experts.append(np.array(indices).reshape(-1))
-            xs.append(x.reshape(-1, width))
-    return Inputs(mx.concatenate(xs), np.concatenate(experts) if experts else None)
+def inputs_of(call: ModuleCall) -> tuple[mx.array, np.ndarray | None]:
+    """Return the inputs (n, in) of a call in float32, and for a stack their experts (n), else
+    None.
+    """
+    x = call.args[0]
+    width = x.shape[-1]
+    experts = None
+    if len(call.args) > 1:
+        indices = call.args[1]
+        x = mx.broadcast_to(x, (*indices.shape, 1, width)) if x.ndim > 3 else x
+        experts = np.array(indices).reshape(-1)
+    return x.reshape(-1, width).astype(mx.float32), experts
 
 
 def has_inputs(weight: Weight, steps: Sequence[ModuleCall]) -> bool:

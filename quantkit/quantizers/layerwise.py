@@ -5,12 +5,14 @@ good, and it makes the weights independent. The results of a stage wait on disk 
 is written, with the input of the next layer, so that a killed run resumes at its last layer.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
 
+from quantkit.artifacts.calibration import ExpertInputs
 from quantkit.artifacts.inventory import Weight
 from quantkit.artifacts.plan import Plan
 from quantkit.backend import free_memory, mx
@@ -20,24 +22,30 @@ from quantkit.errors import DamagedError, SourceError
 from quantkit.formats.codec import to_numpy
 from quantkit.formats.tiers import Tier, parse_tier
 from quantkit.progress import Stage
+from quantkit.quantizers.choose_prior import Sample, choose, sampled_matrices
 from quantkit.quantizers.embeddings import drop_gradients, embedding_hessians
 from quantkit.quantizers.hessians import (
+    DEFAULT_PRIOR,
+    DiskSpool,
     Hessians,
-    Inputs,
+    InputSums,
     has_inputs,
-    inputs_of,
     shared_inputs,
+    shrunk,
     stacked,
 )
 from quantkit.quantizers.layer_files import EMBEDDING, LayerFiles
 from quantkit.quantizers.matrix import quantize_rows, scales_dtype
-from quantkit.quantizers.registry import find_quantizer
-from quantkit.storage.work_dir import Tensors
+from quantkit.quantizers.registry import Quantizer, find_quantizer
+from quantkit.storage.work_dir import Tensors, WorkDirectory
 from quantkit.streaming.layer_runner import StreamingModel, has_gradients
-from quantkit.streaming.layer_trace import hooked
+from quantkit.streaming.layer_trace import ModuleCall, hooked
 from quantkit.streaming.weight_loader import Call
 
 EMBEDDING_TOKENS = 4096  # to take gradients on
+_HEAD_ROWS = 16384  # of a head, to choose its prior
+_OUTPUT = "y.npy"  # of the layer at work
+_COVERAGE = "coverage-{}.json"
 Done = dict[str, Tensors]
 
 
@@ -52,8 +60,33 @@ def changed_tiers(source: Source, plan: Plan, role: str | None = None) -> dict[s
 
 
 @dataclass
+class SharedInputs:
+    """The inputs that the weights `names` share: sums to calibrate, and to validate on."""
+
+    names: Sequence[str]
+    inputs: InputSums
+    validation: InputSums
+    spool: DiskSpool
+
+    @classmethod
+    def of(cls, names: Sequence[str], first: Weight, work: WorkDirectory) -> "SharedInputs":
+        """Begin empty sums for weights of the shape of `first`."""
+        matrices = first.shape[0] if len(first.shape) > 2 else 1
+        spool = DiskSpool(work.folder / f"inputs-{names[0]}.f32")
+        sampled = sampled_matrices(matrices)
+        return cls(names, InputSums(matrices, spool), InputSums(matrices, only=sampled), spool)
+
+    def add(self, calls: Sequence[ModuleCall], calibrates: bool) -> None:
+        """Add the inputs of calls of the first weight."""
+        for call in calls:
+            (self.inputs if calibrates else self.validation).add(call)
+
+
+@dataclass
 class LayerwiseQuantizer:
     """Quantizes the affine weights of a plan, a stage at a time, on `tokens` (sequences, length).
+
+    The first `calibrating` sequences make the Hessians, the others validate their priors.
 
     Left out, and so rounded to nearest by the writer: weights in other tiers, weights whose inputs
     are not known, and embeddings of models that mlx cannot differentiate.
@@ -62,6 +95,7 @@ class LayerwiseQuantizer:
     model: StreamingModel
     plan: Plan
     tokens: mx.array
+    calibrating: int
     files: LayerFiles
     progress: Stage
 
@@ -99,55 +133,103 @@ class LayerwiseQuantizer:
         if first == 0:  # refuse models that cannot be driven layer by layer
             self.model.run(self.tokens[:1], lambda *_: None)
         for number in range(first, last + 1):
-            done = (
-                self._quantize_head()
-                if number == len(self.model.layers)
-                else self._quantize_layer(number)
-            )
-            self.files.save(number, done)
+            if number == len(self.model.layers):
+                self.files.save(number, self._quantize_head())
+            else:
+                self.files.save(number, self._quantize_layer(number))
+                self._work.rename(_OUTPUT, f"x-{number + 1}.npy")
             self._work.drop(f"x-{number}.npy")
             self.progress(1, f"layer {number}")
             free_memory()
 
     def _quantize_layer(self, number: int) -> Done:
-        """Quantize a layer, and save its native output for the next one."""
+        """Quantize a layer; its native output is the next one's input."""
+        groups = self._read_inputs(number)
+        done: Done = {}
+        coverage: dict[str, dict[str, Any]] = {}
+        for group in groups:
+            done |= self._quantize_group(group)
+            if len(group.inputs.counts) > 1:
+                inputs = ExpertInputs.of(group.inputs.counts, self.model.weights[group.names[0]])
+                coverage |= {name: asdict(inputs) for name in group.names}
+            group.spool.remove()
+        self._work.save_table(_COVERAGE.format(number), coverage)
+        return done
+
+    def expert_inputs(self) -> dict[str, ExpertInputs]:
+        """Return how many inputs the experts of each quantized stack had."""
+        names = map(_COVERAGE.format, range(len(self.model.layers)))
+        tables = [self._work.table(name) for name in names if self._work.has(name)]
+        return {name: ExpertInputs(**row) for table in tables for name, row in table.items()}
+
+    def _read_inputs(self, number: int) -> list[SharedInputs]:
+        """Run the layer on all text, a chunk at a time, and sum up the inputs of its weights."""
         layer = self.model.layers[number]
         weights = [w for n, w in self.model.weights.items() if n.startswith(f"{layer.path}.")]
         dry = self.model.calls(self.tokens[:1])[number]
-        x = self._work.array(f"x-{number}.npy") if number else self.model.calls(self.tokens)[0].x
-        with hooked(layer, [weight.name for weight in weights]) as module:
-            call = Call(x, dry.args, dry.kwargs)
-            traces = [module.record(batch) for batch in call.batches()]
-        y = mx.concatenate([trace.y for trace in traces])
-        if not mx.isfinite(y).all().item():
-            raise SourceError(f"layer {number} ({layer.path}): its output is not finite.")
-        calls = [[replace(step, y=trace.y) for step in trace.steps] for trace in traces]
-        names = [w.name for w in weights if w.name in self.tiers and has_inputs(w, calls[0])]
-        done: Done = {}
-        for group in shared_inputs(names, calls[0]):
-            done |= self._quantize_group(group, inputs_of(group[0], calls))
-        self._work.save_array(f"x-{number + 1}.npy", y)
-        return done
+        groups: list[SharedInputs] = []
+        shape = (*self.tokens.shape, dry.x.shape[-1])
+        with (
+            hooked(layer, [weight.name for weight in weights]) as module,
+            self._work.array_writer(_OUTPUT, shape) as write,
+        ):
+            for chunk, calibrates in self._chunks():
+                trace = module.record(Call(self._input(number, chunk), dry.args, dry.kwargs))
+                if not mx.isfinite(trace.y).all().item():
+                    raise SourceError(f"layer {number} ({layer.path}): its output is not finite.")
+                write(trace.y)
+                steps = [replace(step, y=trace.y) for step in trace.steps]
+                del trace
+                names = [w.name for w in weights if w.name in self.tiers and has_inputs(w, steps)]
+                groups = groups or [
+                    SharedInputs.of(group, self.model.weights[group[0]], self._work)
+                    for group in shared_inputs(names, steps)
+                ]
+                for group in groups:
+                    group.add([step for step in steps if step.name == group.names[0]], calibrates)
+                self.progress(0, f"layer {number}: inputs of {chunk.stop} sequences")
+        return groups
 
-    def _quantize_group(self, names: Sequence[str], inputs: Inputs) -> Done:
+    def _chunks(self) -> Iterator[tuple[slice, bool]]:
+        """Yield sequences that a layer takes at once, and whether they calibrate."""
+        step = max(1, memory_limits().tokens // self.tokens.shape[1])
+        for start, stop in ((0, self.calibrating), (self.calibrating, len(self.tokens))):
+            for first in range(start, stop, step):
+                yield slice(first, min(first + step, stop)), start == 0
+
+    def _input(self, number: int, chunk: slice) -> mx.array:
+        """Return a layer's input (sequences, length, hidden) for some sequences."""
+        if number == 0:
+            return self.model.calls(self.tokens[chunk])[0].x
+        return self._work.array_rows(f"x-{number}.npy", chunk.start, chunk.stop)
+
+    def _quantize_group(self, group: SharedInputs) -> Done:
         """Quantize weights with the same inputs, which share their Hessians."""
-        weights = [self.model.weights[name] for name in names]
-        values = [stacked(self.model.values(name)) for name in names]
-        for name, stack in zip(names, values, strict=True):
+        weights = [self.model.weights[name] for name in group.names]
+        values = [stacked(self.model.values(name)) for name in group.names]
+        for name, stack in zip(group.names, values, strict=True):
             _require_finite(name, stack)
-        slices: dict[str, list[Tensors]] = {name: [] for name in names}
-        for experts, hessian in inputs.hessians(len(values[0])):
+        samples = [
+            Sample(stack, self.tiers[weight.name], scales_dtype(weight))
+            for weight, stack in zip(weights, values, strict=True)
+        ]
+        choice = choose(samples, group.inputs, group.validation, self._quantizer)
+        slices: dict[str, list[Tensors]] = {name: [] for name in group.names}
+        for experts, hessian in group.inputs.hessians(choice.prior):
             hessians = Hessians(hessian)
             for weight, stack in zip(weights, values, strict=True):
-                slices[weight.name].append(self._packed(weight, stack[experts], hessians))
+                packed = self._packed(weight, stack[experts], hessians, choice.quantizer)
+                slices[weight.name].append(packed)
                 self.progress(0, weight.name)
             free_memory()
         return {name: _concatenated(tensors) for name, tensors in slices.items()}
 
-    def _packed(self, weight: Weight, values: mx.array, hessians: Hessians) -> Tensors:
+    def _packed(
+        self, weight: Weight, values: mx.array, hessians: Hessians, quantizer: Quantizer
+    ) -> Tensors:
         tier, dtype = self.tiers[weight.name], scales_dtype(weight)
         chunk = values.astype(mx.float32)
-        packed = quantize_rows(chunk, hessians, tier, self._quantizer, dtype).packed(tier)
+        packed = quantize_rows(chunk, hessians, tier, quantizer, dtype).packed(tier)
         mx.eval(packed)
         return tuple(to_numpy(array) for array in packed)
 
@@ -155,25 +237,34 @@ class LayerwiseQuantizer:
         head = self.model.head_weight
         if head.name not in self.tiers or head.role != "lm_head":
             return {}
-        x = self.model.head_input(self._work.array(f"x-{len(self.model.layers)}.npy"))
-        _, hessian = next(Inputs(x.reshape(-1, x.shape[-1]), None).hessians(1))
-        return {head.name: self._quantize_table(head, hessian)}
+        group = SharedInputs.of([head.name], head, self._work)
+        for chunk, calibrates in self._chunks():
+            x = self.model.head_input(self._input(len(self.model.layers), chunk))
+            group.add([ModuleCall(head.name, (x,), x)], calibrates)
+        rows = self.model.values(head.name, 0, min(_HEAD_ROWS, head.shape[0]))
+        sample = Sample(rows[None], self.tiers[head.name], scales_dtype(head))
+        choice = choose([sample], group.inputs, group.validation, self._quantizer)
+        hessian = group.inputs.hessian(0, choice.prior)[None]
+        return {head.name: self._quantize_table(head, hessian, choice.quantizer)}
 
     def _quantize_embedding(self) -> None:
         done: Done = {}
-        tokens = self.tokens[: max(1, EMBEDDING_TOKENS // self.tokens.shape[1])]
+        count = max(1, EMBEDDING_TOKENS // self.tokens.shape[1])
+        tokens = self.tokens[: min(count, self.calibrating)]
         tables = {n: t.weight for n, t in self.model.tables.items() if n in self.tiers}
         names = [name for name, weight in tables.items() if weight.role == "embedding"]
         with suppress(RuntimeError, ValueError):  # mlx cannot differentiate every operation
             hessians = embedding_hessians(self.model, names, tokens, self._work, self.progress)
             for name, hessian in hessians.items():
                 if hessian.any().item():
-                    done[name] = self._quantize_table(tables[name], hessian[None])
+                    damped = shrunk(hessian * tokens.size, tokens.size, hessian, DEFAULT_PRIOR)
+                    table = tables[name]
+                    done[name] = self._quantize_table(table, damped[None], self._quantizer)
         self.files.save(EMBEDDING, done)
         drop_gradients(self.model, self._work)
         self.progress(1, "embedding")
 
-    def _quantize_table(self, weight: Weight, hessian: mx.array) -> Tensors:
+    def _quantize_table(self, weight: Weight, hessian: mx.array, quantizer: Quantizer) -> Tensors:
         """Quantize a matrix as tall as the vocabulary under its `hessian` (1, in, in)."""
         hessians = Hessians(hessian)
         slices: list[Tensors] = []
@@ -181,7 +272,8 @@ class LayerwiseQuantizer:
         for start in range(0, weight.shape[0], step):
             rows = self.model.values(weight.name, start, min(start + step, weight.shape[0]))
             _require_finite(weight.name, rows)
-            slices.append(tuple(x[0] for x in self._packed(weight, rows[None], hessians)))
+            packed = self._packed(weight, rows[None], hessians, quantizer)
+            slices.append(tuple(tensor[0] for tensor in packed))
             self.progress(0, weight.name)
             free_memory()
         return _concatenated(slices)

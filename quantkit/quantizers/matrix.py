@@ -6,7 +6,7 @@ from quantkit.backend.memory_limits import memory_limits
 from quantkit.formats.affine import AffineWeight, concatenate
 from quantkit.formats.codec import FLOAT_TYPES
 from quantkit.formats.tiers import Tier
-from quantkit.quantizers.hessians import Hessians, Inputs, stacked
+from quantkit.quantizers.hessians import Hessians, InputSums, stacked
 from quantkit.quantizers.registry import Quantizer
 
 
@@ -27,12 +27,12 @@ def quantize_rows(
 
 
 def quantize_weight(
-    weight: Weight, values: mx.array, inputs: Inputs, tier: Tier, quantizer: Quantizer
+    weight: Weight, values: mx.array, inputs: InputSums, tier: Tier, quantizer: Quantizer
 ) -> AffineWeight:
-    """Quantize all `values` (..., out, in) of a weight for its `inputs`."""
+    """Quantize all `values` (..., out, in) of a weight under the Hessians of its `inputs`."""
     stack = stacked(values)
     slices = []
-    for experts, hessian in inputs.hessians(len(stack)):
+    for experts, hessian in inputs.hessians():
         chunk = stack[experts].astype(mx.float32)
         dtype = scales_dtype(weight)
         slices.append(quantize_rows(chunk, Hessians(hessian), tier, quantizer, dtype))

@@ -4,6 +4,8 @@
 by weighted least squares on its integers; the weight of an input channel is its mean square.
 """
 
+from dataclasses import dataclass
+
 from quantkit.backend import mx
 from quantkit.formats.affine import AffineWeight, grouped
 from quantkit.formats.tiers import Tier
@@ -47,41 +49,54 @@ def searched_scales(w: mx.array, h: mx.array, tier: Tier, dtype: mx.Dtype, first
     levels = 2**tier.bits - 1
     low, high = w.min(axis=-1), w.max(axis=-1)
     middle, reach = (low + high) / 2, mx.maximum(high - low, 1e-12)
+    weighted = _Weighted(w, h, h * w, h.sum(axis=-1), (h * w).sum(axis=-1))
     best = first
-    least = _error(w, h, *first, tier)
+    least = weighted.error(_integers(w, *first, tier), *first)
     for factor in _SHRINK:
         scales = reach * factor / levels
         biases = middle - scales * (levels / 2)
         for _ in range(_REFINEMENTS + 1):
             stored = scales.astype(dtype), biases.astype(dtype)
-            error = _error(w, h, *stored, tier)
+            q = _integers(w, *stored, tier)
+            error = weighted.error(q, *stored)
             better = error < least
             best = tuple(mx.where(better, a, b) for a, b in zip(stored, best, strict=True))  # type: ignore[assignment]
             least = mx.minimum(error, least)
-            scales, biases = _fitted(w, h, _integers(w, *stored, tier), (scales, biases))
+            scales, biases = weighted.fitted(q, (scales, biases))
         mx.eval(best, least)
     return best
-
-
-def _error(w: mx.array, h: mx.array, scales: mx.array, biases: mx.array, tier: Tier) -> mx.array:
-    s, b = (x.astype(mx.float32)[..., None] for x in (scales, biases))
-    return (h * mx.square(w - _integers(w, scales, biases, tier) * s - b)).sum(axis=-1)
 
 
 def _integers(w: mx.array, scales: mx.array, biases: mx.array, tier: Tier) -> mx.array:
     """Return the integers nearest to `w` (..., groups, size), as float32."""
     s, b = (x.astype(mx.float32)[..., None] for x in (scales, biases))
-    q = mx.round((w - b) / mx.where(s == 0, 1, s))
-    return mx.clip(q, 0, 2**tier.bits - 1)
+    return mx.clip(mx.round((w - b) / mx.where(s == 0, 1, s)), 0, 2**tier.bits - 1)
 
 
-def _fitted(w: mx.array, h: mx.array, q: mx.array, before: Scales) -> Scales:
-    """Return weighted least-squares s and b for given integers; `before` if all are equal."""
-    total = h.sum(axis=-1)
-    mean_q, mean_w = (h * q).sum(axis=-1) / total, (h * w).sum(axis=-1) / total
-    around = q - mean_q[..., None]
-    spread = (h * mx.square(around)).sum(axis=-1)
-    fits = spread > 1e-9 * total
-    slope = (h * around * w).sum(axis=-1) / mx.where(fits, spread, 1)
-    s = mx.where(fits, slope, before[0])
-    return s, mx.where(fits, mean_w - s * mean_q, before[1])
+@dataclass(frozen=True)
+class _Weighted:
+    """Values `w` (..., groups, size) with weights `h`, and sums of `h` and `hw` over the groups."""
+
+    w: mx.array
+    h: mx.array
+    hw: mx.array
+    sum_h: mx.array
+    sum_hw: mx.array
+
+    def error(self, q: mx.array, scales: mx.array, biases: mx.array) -> mx.array:
+        """Return the weighted squared error (..., groups)."""
+        s, b = (x.astype(mx.float32)[..., None] for x in (scales, biases))
+        return (self.h * mx.square(self.w - q * s - b)).sum(axis=-1)
+
+    def fitted(self, q: mx.array, before: Scales) -> Scales:
+        """Return weighted least-squares s and b (..., groups) for integers `q` (..., groups, size);
+        `before` if all of a group are equal.
+        """
+        hq = self.h * q
+        sum_hq = hq.sum(axis=-1)
+        mean_q, mean_w = sum_hq / self.sum_h, self.sum_hw / self.sum_h
+        spread = (hq * q).sum(axis=-1) - mean_q * sum_hq
+        fits = spread > 1e-6 * self.sum_h
+        slope = ((self.hw * q).sum(axis=-1) - mean_q * self.sum_hw) / mx.where(fits, spread, 1)
+        s = mx.where(fits, slope, before[0])
+        return s, mx.where(fits, mean_w - s * mean_q, before[1])

@@ -18,9 +18,10 @@ from quantkit.calibration.calibration_set import (
     CalibrationSpec,
     read_calibration_set,
 )
+from quantkit.calibration.splits import VALIDATE
 from quantkit.checkpoint.provenance import input_key, versions
 from quantkit.checkpoint.source import Source, file_hashes
-from quantkit.errors import CalibrationError, InputError, SourceError, in_field
+from quantkit.errors import InputError, SourceError, in_field
 from quantkit.formats.files import write_file
 from quantkit.formats.tiers import TensorSpec
 from quantkit.progress import Progress, Stage
@@ -170,14 +171,12 @@ def _require_sequences(profiling: Profiling, processes: int) -> None:
 def validate_profile(
     profiling: Profiling, profile: SensitivityProfile, count: int, progress: Stage
 ) -> ProfileValidation:
-    """Measure `count` random entries of a finished profile on held-out text. Raises
-    CalibrationError.
+    """Measure `count` random entries of a finished profile on documents that it did not read.
+
+    Raises CalibrationError.
     """
-    if not len(profiling.calibration.held_out):
-        raise CalibrationError(
-            f"{profiling.calibration.text.name}: no held-out text is left. Give more text, or "
-            "fewer `tokens`."
-        )
+    with in_field("calibration"):
+        text = read_calibration_set(profiling.source.checkpoint, profiling.settings.text, VALIDATE)
     entries = candidate_entries(profiling.source.inventory.weights, profiling.settings.tiers)
     run = load_json(profiling.out / "run.json", InputError)
     seconds = run["seconds"] * len(entries) / max(1, run["entries"])
@@ -186,7 +185,7 @@ def validate_profile(
         StreamingModel(profiling.source),
         profile,
         [entries[i] for i in sorted(drawn.tolist())],
-        profiling.calibration.held_out,
+        text.tokens,
         lambda name: progress(1, name),
     ).extrapolated(len(entries), seconds)
 

@@ -16,7 +16,7 @@ from quantkit.artifacts.inventory import Weight
 from quantkit.artifacts.roles import ATTENTION_ROLES, MLP_ROLES
 from quantkit.backend import free_memory, mx
 from quantkit.errors import SourceError
-from quantkit.quantizers.hessians import has_inputs, inputs_of
+from quantkit.quantizers.hessians import InputSums, MemorySpool, has_inputs, stacked
 from quantkit.quantizers.matrix import quantize_weight
 from quantkit.quantizers.registry import RTN, find_quantizer
 from quantkit.sensitivity.entries import Entry, EntryKey
@@ -88,7 +88,9 @@ class LayerProbe:
         calls = [trace.steps for trace in traces]
         inputs = None
         if quantizer.calibrated and has_inputs(weight, calls[0]):
-            inputs = inputs_of(weight.name, calls)
+            inputs = InputSums(len(stacked(native)), MemorySpool())
+            for step in (step for steps in calls for step in steps if step.name == weight.name):
+                inputs.add(step)
         for entry in entries:
             quantized = None
             if inputs is not None and entry.tier.mode == "affine":

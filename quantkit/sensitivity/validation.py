@@ -38,12 +38,12 @@ def validate(
     model: StreamingModel,
     profile: SensitivityProfile,
     entries: Sequence[Entry],
-    held_out: np.ndarray,
+    tokens: np.ndarray,
     done: Callable[[str], None],
 ) -> ProfileValidation:
-    """Measure `entries` on `held_out` tokens (sequences, length)."""
+    """Measure `entries` on `tokens` (sequences, length) that the profile did not read."""
     started = time.monotonic()
-    truth = measure_entries(model, mx.array(held_out), entries, done)
+    truth = measure_entries(model, mx.array(tokens), entries, done)
     taken = time.monotonic() - started
     costs = {(w.name, cost.tier): cost.kl for w in profile.weights for cost in w.costs}
     pairs = [(*e.key, costs[e.key], float(truth[e.key].mean())) for e in entries]

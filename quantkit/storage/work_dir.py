@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,6 +54,27 @@ class WorkDirectory:
                 "same command again to resume."
             ) from exc
 
+    @contextmanager
+    def array_writer(
+        self, name: str, shape: tuple[int, ...]
+    ) -> Iterator[Callable[[mx.array], int]]:
+        """Write a float32 array of `shape` a few rows at a time: yield a function that appends
+        rows (n, ...). Raises OutputError when the disk is full.
+        """
+        with self._written(name) as file:
+            header = {"descr": "<f4", "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(file, header)
+            yield lambda rows: file.write(np.array(rows, np.float32).data)
+
+    def array_rows(self, name: str, start: int, stop: int) -> mx.array:
+        """Read rows of an array of any shape; a map of the whole file would count as memory."""
+        mapped = np.load(self.folder / name, mmap_mode="r")
+        return mx.array(np.array(mapped[start:stop]))
+
+    def rows(self, name: str) -> int:
+        """Return the number of rows of an array."""
+        return int(np.load(self.folder / name, mmap_mode="r").shape[0])
+
     def array(self, name: str) -> mx.array:
         """Read an array of any shape that `save_array` wrote."""
         return mx.array(np.load(self.folder / name))
@@ -70,6 +91,10 @@ class WorkDirectory:
         """Read the named arrays, of any shape, that `save_arrays` wrote."""
         with np.load(self.folder / name) as archive:
             return {key: archive[key] for key in archive.files}
+
+    def rename(self, name: str, to: str) -> None:
+        """Rename a file, replacing any of the new name."""
+        (self.folder / name).replace(self.folder / to)
 
     def drop(self, name: str) -> None:
         """Remove a file, if it exists."""

@@ -81,11 +81,15 @@ class Rewrite:
 
 @dataclass(frozen=True)
 class Written:
-    """The written files: the source with its files' hashes, the shards, and their companions."""
+    """The written files: the source with its files' hashes, the shards, and their companions.
+
+    `work` is the work directory, which will be removed.
+    """
 
     source: SourceId
     shards: tuple[ShardRecord, ...]
     files: tuple[SourceFile, ...]
+    work: Path
 
 
 @dataclass(frozen=True)
@@ -132,7 +136,7 @@ def rewrite(job: Rewrite, documents: Documents, progress: Progress | None = None
             output.copy(folder / name, name)
         names = sorted(["config.json", INDEX_FILE, *beside])
         files = tuple(_file_record(output.repo, name) for name in names)
-        for name, text in documents(Written(source, records, files)).items():
+        for name, text in documents(Written(source, records, files, output.work)).items():
             write_atomically(output.repo / name, text)
         output.commit()
     return RewriteOutcome(resumed=resumed)

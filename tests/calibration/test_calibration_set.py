@@ -4,13 +4,22 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import quantkit.calibration
+from quantkit.calibration.calibration_set import (
+    CalibrationSpec,
+    load_tokenizer,
+    read_calibration_set,
+)
+from quantkit.calibration.fingerprint import passages
+from quantkit.calibration.splits import EVALUATE, SPLITS
+from quantkit.checkpoint.source import open_source
 
 FOLDER = Path(quantkit.calibration.__file__).parent / "data"
-NAMES = ("prose", "code", "chat", "maths")
-LENGTHS = {"prose": (1500, 6000), "code": (1500, 6000), "maths": (300, 2500)}
+KINDS = ("prose", "code", "chat", "maths")
+NAMES = [f"{split}/{kind}" for split in SPLITS for kind in KINDS]
 
 
 def documents(name):
@@ -21,7 +30,7 @@ def documents(name):
 
 def texts(name):
     for document in documents(name):
-        if name == "chat":
+        if name.endswith("chat"):
             yield "\n".join(message["content"] for message in document["messages"])
         else:
             yield document["text"]
@@ -32,7 +41,7 @@ def test_every_line_has_its_keys_and_a_known_origin(name):
     rows = (FOLDER / "README.md").read_text("utf-8").splitlines()
     known = {match[1] for row in rows if (match := re.match(r"\|[^|]*\| `([^`]+)`", row))}
     for document in documents(name):
-        assert set(document) == {"messages" if name == "chat" else "text", "origin"}
+        assert set(document) == {"messages" if name.endswith("chat") else "text", "origin"}
         assert document["origin"].partition(": ")[0] in known
 
 
@@ -44,10 +53,9 @@ def test_text_is_clean(name):
         assert not re.search(r"\w@\w+\.\w", text), "an e-mail address"
 
 
-@pytest.mark.parametrize("name", LENGTHS)
+@pytest.mark.parametrize("name", NAMES)
 def test_documents_are_neither_tiny_nor_long(name):
-    low, high = LENGTHS[name]
-    assert all(low <= len(text) <= high for text in texts(name))
+    assert all(150 <= len(text) <= 6000 for text in texts(name))
 
 
 def test_no_document_comes_twice():
@@ -57,13 +65,40 @@ def test_no_document_comes_twice():
 
 def test_it_stays_small():
     sizes = [(FOLDER / f"{name}.jsonl").stat().st_size for name in NAMES]
-    assert sum(sizes) < 600_000
-    assert min(sizes) > 120_000
+    assert sum(sizes) < 800_000
+
+
+def test_no_split_shares_a_passage_with_another(demo):
+    """No 16 tokens in a row, whatever the template adds around them."""
+    tokenizer = load_tokenizer(open_source(str(demo)).checkpoint)
+    found = {
+        split: {
+            hashed
+            for kind in KINDS
+            for text in texts(f"{split}/{kind}")
+            for hashed in passages(np.array([tokenizer.encode(text)])).tolist()
+        }
+        for split in SPLITS
+    }
+    assert all(len(one) > 10_000 for one in found.values())
+    for one, other in (SPLITS[:2], SPLITS[1:], SPLITS[::2]):
+        assert not found[one] & found[other]
+
+
+def test_it_evaluates_many_documents_of_all_kinds(demo):
+    checkpoint = open_source(str(demo)).checkpoint
+    text = read_calibration_set(checkpoint, CalibrationSpec(tokens=16384), EVALUATE)
+    assert text.tokens.shape == (64, 256)
+    assert text.text.documents >= 40
+    assert set(text.kinds) == set(KINDS)
+    assert min(text.kinds.count(kind) for kind in KINDS) > 8
 
 
 def test_user_and_assistant_take_turns():
-    for document in documents("chat"):
+    chats = [document for split in SPLITS for document in documents(f"{split}/chat")]
+    assert len(chats) > 100
+    for document in chats:
         roles = [message["role"] for message in document["messages"]]
-        assert len(roles) >= 4
+        assert len(roles) >= 2
         assert roles == ["user", "assistant"] * (len(roles) // 2)
         assert all(set(message) == {"role", "content"} for message in document["messages"])

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from datetime import date
+from itertools import permutations
 from pathlib import Path
 
 import pytest
@@ -184,6 +185,7 @@ def test_a_template_that_raises_is_one_line(cli, tmp_path, case):
     assert not list(tmp_path.glob("out*"))
 
 
+WORDS = ("w5", "w6", "w7", "w8", "w9")
 ROWS = {
     "a chat with null content": {"messages": [{"role": "user", "content": None}]},
     "a chat with an image": {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
@@ -193,7 +195,10 @@ ROWS = {
 
 
 def test_rows_without_text_are_skipped_and_counted(tmp_path, checkpoint):
-    rows = [{"messages": [{"role": "user", "content": "w5 w6 w7 " * 20}]} for _ in range(20)]
+    rows = [
+        {"messages": [{"role": "user", "content": f"w{i} w{i + 1} w{i + 2} " * 20}]}
+        for i in range(5, 25)
+    ]
     text = tmp_path / "text.jsonl"
     text.write_text("".join(json.dumps(row) + "\n" for row in [*ROWS.values(), *rows]))
     source = open_source(str(checkpoint))
@@ -204,13 +209,14 @@ def test_rows_without_text_are_skipped_and_counted(tmp_path, checkpoint):
 
 @pytest.mark.parametrize("text", [None, ""])
 def test_null_text_is_never_the_word_none(tmp_path, checkpoint, text, cli):
-    rows = [{"text": text}, *({"text": "w5 w6 w7 w8 w9"} for _ in range(40))]
+    rows = [{"text": text}, *({"text": " ".join(some)} for some in permutations(WORDS))]
     path = tmp_path / "text.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     source = open_source(str(checkpoint))
     found = read_calibration_set(source.checkpoint, CalibrationSpec(str(path), 100_000, 8))
     assert found.text.skipped_rows == 1
     assert set(found.tokens.ravel().tolist()) <= {5, 6, 7, 8, 9}
+    assert len(found.tokens) > 20
     done = cli("profile", checkpoint, "-o", tmp_path / "out", "--calibration", path, "--tokens", 64,
                "--sequence-length", 8, "--tiers", "q8g64")  # fmt: skip
     assert "text.jsonl: skipped 1 rows without text" in done.stderr
@@ -284,6 +290,9 @@ USABLE = {
 }  # fmt: skip
 
 
+ASKED = [{"messages": [{"role": "user", "content": f"What is {n} and {n}?"}]} for n in range(12)]
+
+
 @pytest.fixture(scope="module")
 def chats(tmp_path_factory):
     """A tiny gpt-oss with a template that is strict, and a way to read rows with it."""
@@ -292,7 +301,8 @@ def chats(tmp_path_factory):
     def read(folder, rows):
         path = folder / "rows.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return read_calibration_set(source.checkpoint, CalibrationSpec(str(path), 100_000, 32))
+        spec = CalibrationSpec(str(path), 100_000, 32)
+        return read_calibration_set(source.checkpoint, spec)
 
     return read
 
@@ -300,7 +310,7 @@ def chats(tmp_path_factory):
 @pytest.mark.parametrize("case", [*UNUSABLE, *USABLE])
 def test_one_row_does_not_end_the_run(chats, tmp_path, case):
     row = {"messages": [USER, {**UNUSABLE, **USABLE}[case]]}
-    found = chats(tmp_path, [{"messages": [USER]}] * 9 + [row])
+    found = chats(tmp_path, [*ASKED, row])
     assert found.text.skipped_rows == (case in UNUSABLE)
 
 
@@ -312,15 +322,15 @@ def test_nothing_but_rows_that_cannot_be_rendered_is_an_error(chats, tmp_path, c
 
 @pytest.mark.parametrize("tools", [TOOLS, json.dumps(TOOLS), None, "[]", []])
 def test_tools_of_a_row_in_any_form(chats, tmp_path, tools):
-    rows = [{"messages": [USER], "tools": tools}] * 9
+    rows = [{**asked, "tools": tools} for asked in ASKED]
     found = chats(tmp_path, rows)
     assert found.text.skipped_rows == 0
     assert len(found.tokens)
 
 
 def test_messages_as_a_json_string(chats, tmp_path):
-    plain = chats(tmp_path, [{"messages": [USER]}] * 9)
-    packed = chats(tmp_path, [{"messages": json.dumps([USER])}] * 9)
+    plain = chats(tmp_path, ASKED)
+    packed = chats(tmp_path, [{"messages": json.dumps(row["messages"])} for row in ASKED])
     assert packed.text.sha256 == plain.text.sha256
 
 

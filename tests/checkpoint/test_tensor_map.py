@@ -16,6 +16,7 @@ from quantkit.publish.record import read_report
 from tests.support import tiny
 from tests.support.families import LLAMA, MOE, tensors, write_from_model
 from tests.support.repo import write_repo
+from tests.support.text import rows
 
 MERGED = ("self_attn.q_proj.weight", "norm.weight", "v_proj.bias", "lm_head.weight")
 KLEAR = {
@@ -140,8 +141,7 @@ def test_what_a_model_keeps_in_f32_stays(tmp_path):
 
 def test_a_profile_serves_every_type(cli, tmp_path, checkpoint):
     profile, options = tmp_path / "p", ("--tokens", 64, "--sequence-length", 16)
-    text = tmp_path / "text.jsonl"
-    text.write_text('{"text": "w4 w5 w6 w7 w8 w9"}\n' * 100)
+    text = rows(tmp_path / "text.jsonl", seed=0, count=40, length=20)
     cli("profile", checkpoint, "-o", profile, *options, "--tiers", "q4g64", "--calibration", text)
     budget = ("--profile", profile, "-b", "9bpw", "--quantizer", "rtn", "--json")
     for dtype in ("float16", "bfloat16"):

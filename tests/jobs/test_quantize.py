@@ -9,6 +9,7 @@ import pytest
 import quantkit
 from quantkit.backend import mx
 from quantkit.calibration.calibration_set import read_calibration_set
+from quantkit.calibration.splits import VALIDATE
 from quantkit.evaluation.fidelity import prepare
 from quantkit.quantizers.layerwise import changed_tiers
 from quantkit.streaming.layer_runner import StreamingModel
@@ -106,9 +107,8 @@ def test_refined_plans_are_measured_and_the_best_wins(cli, source, profiled, che
     assert [text.name for text in plan.calibration_texts] == ["text.txt", "default"]
     assert plan.measured_kl == min(measured_plan.kl for measured_plan in measured_plans)
     assert all(measured_plan.plan.total_bytes <= limits.bytes for measured_plan in measured_plans)
-    text = mx.array(
-        read_calibration_set(source.checkpoint, quantkit.CalibrationSpec(tokens=2048)).tokens
-    )
+    spec = quantkit.CalibrationSpec(tokens=2048)
+    text = mx.array(read_calibration_set(source.checkpoint, spec, VALIDATE).tokens)
     (again,) = measure_kl(
         StreamingModel(source), text, [changed_tiers(source, plan)], lambda _: None
     )
@@ -136,7 +136,8 @@ def test_python_writes_what_the_command_writes(cli, checkpoint, tmp_path):
     assert result.exit_code == 0, result.output
     options = quantkit.QuantizeOptions(
         profile_text=quantkit.CalibrationSpec(text, tokens=512),
-        quantizer_text=quantkit.CalibrationSpec(text, tokens=2048),
+        quantizer_text=quantkit.CalibrationSpec(text),
+        quantizer_tokens=2048,
         tuning_steps=2,
         command=quantkit.read_report(tmp_path / "command").command,
     )
@@ -189,7 +190,8 @@ def test_every_stage_reports_all_of_its_work(checkpoint, tmp_path):
             return advance
 
     options = quantkit.QuantizeOptions(
-        quantizer_text=quantkit.CalibrationSpec(words(tmp_path / "text.txt", 6), tokens=1024),
+        quantizer_text=quantkit.CalibrationSpec(words(tmp_path / "text.txt", 6)),
+        quantizer_tokens=1024,
         tuning_steps=2,
     )
     request = quantkit.PlanRequest(recipe="uniform-4", quantizer="gptq")

@@ -17,7 +17,6 @@ from quantkit.backend import mx
 from quantkit.calibration.calibration_set import read_calibration_set
 from quantkit.quantizers.embeddings import drop_gradients, embedding_hessians
 from quantkit.quantizers.gptq import objective
-from quantkit.quantizers.hessians import Inputs
 from quantkit.storage.work_dir import WorkDirectory
 from quantkit.streaming.layer_runner import StreamingModel
 from quantkit.streaming.lm_head import (
@@ -285,7 +284,8 @@ def test_tuning_brings_it_nearer_to_native(cli, checkpoint, text, rounded, tmp_p
     other = words(tmp_path / "judged.txt", 5)
     request = quantkit.CalibrationSpec(other, 1024, 64)
     first, second = quantkit.compare(quantkit.open_source(str(checkpoint)), [str(rounded), str(out)], request)  # fmt: skip
-    assert second.kl_mean.value < first.kl_mean.value
+    before, after = (result.kl_by_text["judged.txt"].value for result in (first, second))
+    assert after < before
 
 
 def test_killed_tuning_goes_on(checkpoint, text, tmp_path):
@@ -348,19 +348,6 @@ def test_a_damaged_expert_that_no_token_reaches(cli, tmp_path, text, method):
     assert [path.name for path in tmp_path.iterdir()] == ["src"]
 
 
-def test_stacks_without_experts_are_rounded_to_nearest():
-    """Of a stack that is called without indices nobody knows which matrix saw what."""
-    from quantkit.artifacts.inventory import Weight
-    from quantkit.quantizers.hessians import has_inputs
-    from quantkit.streaming.layer_trace import ModuleCall
-
-    x = mx.zeros((2, 4))
-    stack = Weight("w", "other", 0, None, (3, 4, 4), "bf16", 96)
-    assert not has_inputs(stack, [ModuleCall("w", (x,), x)])
-    assert has_inputs(stack, [ModuleCall("w", (x, mx.zeros((2, 1), mx.int32)), x)])
-    assert has_inputs(Weight("w", "q", 0, None, (4, 4), "bf16", 32), [ModuleCall("w", (x,), x)])
-
-
 def test_tuning_goes_with_a_rounding(cli, checkpoint, tmp_path):
     result = cli("quantize", checkpoint, "-r", "uniform-3", "--tune", 2, "-o", tmp_path / "out")
     assert result.exit_code == 2
@@ -385,21 +372,6 @@ def test_rounding_to_nearest_is_mlxs_own(cli, checkpoint, tmp_path):
         extra = () if quantizer is None else ("--quantizer", quantizer)
         assert cli("quantize", checkpoint, "-r", "uniform-3", "-o", tmp_path / out, *extra).exit_code == 0  # fmt: skip
     assert hashes(tmp_path / "a") == hashes(tmp_path / "b")
-
-
-def test_hessians_of_experts_that_saw_little():
-    """Shrunk towards that of all inputs; one that saw nothing has that."""
-    rng = np.random.default_rng(0)
-    x = rng.normal(size=(300, 8)).astype(np.float32)
-    experts = np.array([0] * 299 + [1])
-    ((part, found),) = Inputs(mx.array(x), experts).hessians(3)
-    assert part == slice(0, 3)
-    pooled = x.T @ x / 300
-    assert np.allclose(np.array(found[2]), pooled, atol=1e-5)
-    assert np.allclose(np.array(found[0]), x[:299].T @ x[:299] / 299, atol=0.02)
-    alone = np.outer(x[299], x[299])
-    assert np.abs(np.array(found[1]) - pooled).max() < np.abs(alone - pooled).max()
-    assert all(np.linalg.eigvalsh(np.array(h)).min() > 0 for h in found)
 
 
 def test_no_such_rounding(cli, checkpoint, tmp_path):

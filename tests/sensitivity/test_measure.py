@@ -336,7 +336,13 @@ def refusal(cli, *arguments):
     [
         ("empty.jsonl", "", "is empty"),
         ("blank.jsonl", '{"text": ""}\n', "less than one sequence"),
-        ("short.txt", "w3 w4 w5\n", "less than one sequence"),
+        ("one.txt", "w3 w4 w5\n", "has 1 different document, too few"),
+        ("one.jsonl", '{"text": "w3 w4"}\n' * 9, "has 1 different document, too few"),
+        (
+            "short.jsonl",
+            "".join(f'{{"text": "w{i}"}}\n' for i in range(3, 9)),
+            "documents to calibrate on have less than one sequence of",
+        ),
         ("other.jsonl", '{"label": 3}\n', "has no text. .* found 'label'"),
         ("broken.jsonl", '{"text": \n', "cannot be read"),
         ("text.docx", "x", "not a kind of file"),

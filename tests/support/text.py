@@ -7,9 +7,10 @@ import numpy as np
 
 
 def words(path: Path, seed: int) -> str:
-    """Write 4,000 random words to `path`; gives its name."""
+    """Write 40 paragraphs of 250 random words to `path`; gives its name."""
     rng = np.random.default_rng(seed)
-    path.write_text(" ".join(f"w{i}" for i in rng.integers(3, 64, 4000)))
+    paragraphs = rng.integers(3, 64, (40, 250))
+    path.write_text("\n\n".join(" ".join(f"w{i}" for i in row) for row in paragraphs))
     return str(path)
 
 

@@ -1,0 +1,78 @@
+"""The choice of the prior of Hessians, by the objective on inputs that they were not made from.
+
+A few experts, and a few rows of their weights, are quantized with every prior and with the search,
+which needs no Hessian. The best choice on the validate split serves the whole stack.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from quantkit.backend import mx
+from quantkit.formats.tiers import Tier
+from quantkit.quantizers.gptq import objective
+from quantkit.quantizers.hessians import DEFAULT_PRIOR, PRIORS, Hessians, InputSums, Prior
+from quantkit.quantizers.registry import DEFAULT_QUANTIZER, Quantizer, find_quantizer
+
+_EXPERTS = 4  # of a stack
+_ROWS = 128  # of a matrix
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A prior for the Hessians of a stack, and a quantizer."""
+
+    prior: Prior
+    quantizer: Quantizer
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A weight to quantize in part: its `values` (matrices, out, in), tier and scales' dtype."""
+
+    values: mx.array
+    tier: Tier
+    dtype: mx.Dtype
+
+
+def sampled_matrices(count: int) -> list[int]:
+    """Return the numbers of a few matrices of a stack of `count`, evenly spread."""
+    return sorted({i * count // min(_EXPERTS, count) for i in range(min(_EXPERTS, count))})
+
+
+def choose(
+    samples: Sequence[Sample], inputs: InputSums, validation: InputSums, quantizer: Quantizer
+) -> Choice:
+    """Return the choice of least objective on the inputs of `validation`.
+
+    The weights of `samples` share these inputs. Without inputs to validate on, and for a quantizer
+    that uses no more than the diagonal, the default prior is as good as any.
+    """
+    default = Choice(DEFAULT_PRIOR, quantizer)
+    if quantizer.name != DEFAULT_QUANTIZER:
+        return default
+    choices = [Choice(prior, quantizer) for prior in PRIORS]
+    choices.append(Choice(DEFAULT_PRIOR, find_quantizer("search")))
+    losses = np.zeros((len(choices), len(samples)))
+    for matrix in sampled_matrices(len(inputs.counts)):
+        if validation.counts[matrix]:
+            unseen = validation.total(matrix)[None]
+            for row, choice in zip(losses, choices, strict=True):
+                row += list(_losses(samples, matrix, inputs, choice, unseen))
+    if not losses.all():
+        return default
+    return choices[int((losses / losses[0]).sum(axis=1).argmin())]
+
+
+def _losses(
+    samples: Sequence[Sample], matrix: int, inputs: InputSums, choice: Choice, unseen: mx.array
+) -> Iterator[float]:
+    """Yield the objective of some rows of every weight under `unseen` (1, in, in)."""
+    quantize = choice.quantizer.function()
+    hessians = Hessians(inputs.hessian(matrix, choice.prior)[None])
+    for sample in samples:
+        step = max(1, sample.values.shape[-2] // _ROWS)
+        rows = sample.values[matrix : matrix + 1, ::step].astype(mx.float32)
+        quantized = quantize(rows, hessians, sample.tier, sample.dtype)
+        yield float(np.array(objective(rows, quantized.dequantized(sample.tier), unseen)).sum())
