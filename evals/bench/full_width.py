@@ -1,7 +1,7 @@
 """One layer of gpt-oss's real width: time and peak memory of the profile and of gptq.
 
-    python evals/bench/full_width.py 20b [--tokens N]    the whole layer: 32 experts of 2880 x 2880
-    python evals/bench/full_width.py 120b [--tokens N]   experts that are factored at once, of 128
+    python evals/bench/full_width.py 20b    the whole layer: 32 experts of 2880 x 2880
+    python evals/bench/full_width.py 120b   experts that are factored at once, of 128
 
 Weights have a falling spectrum and noise, embeddings correlated channels and a few massive ones,
 routers uneven loads; tokens follow Zipf's law. A process of its own runs each measurement. The
@@ -42,10 +42,10 @@ from quantkit.streaming.layer_runner import StreamingModel
 from quantkit.streaming.layer_trace import ModuleCall
 
 WIDTH, VOCABULARY, LENGTH = 2880, 16384, 256
-LAYERS = {"20b": 24, "120b": 36}
-EXPERTS = {"20b": 32, "120b": 128}
-TOKENS = {"20b": 92160, "120b": 119808}  # by need; all of the shipped text
-PROFILE_TOKENS = 4096
+LAYERS = {"120b": 36, "20b": 24}
+EXPERTS = {"120b": 128, "20b": 32}
+TOKENS = {"20b": (16384, 131072), "120b": (119808,)}  # the last: all of the shipped text
+PROFILE_TOKENS, VALIDATED = 4096, 16384
 RANK = 256
 
 
@@ -153,9 +153,9 @@ def gptq(folder: Path, tokens: int) -> dict[str, float]:
     def progress(_done: int, name: str) -> None:
         marks.append((time.perf_counter(), name))
 
-    work = folder / "work"
+    work = folder / f"work-{tokens}"
     work.mkdir()
-    text = mx.array(np.concatenate([zipf(tokens, 1), zipf(tokens // 4, 2)]))
+    text = mx.array(np.concatenate([zipf(tokens, 1), zipf(min(tokens // 4, VALIDATED), 2)]))
     files = LayerFiles(WorkDirectory(work))
     start = time.perf_counter()
     quantizer = LayerwiseQuantizer(
@@ -190,12 +190,15 @@ def batch(folder: Path, tokens: int) -> dict[str, float]:
     root = matrix(rng, WIDTH, WIDTH)
     sums = InputSums(experts, DiskSpool(folder / "inputs.f32"))
     load = np.exp(0.5 * rng.standard_normal(experts))
-    start = time.perf_counter()
+    added = 0.0
     for first in range(0, tokens, 4096):
         count = 4 * min(4096, tokens - first)
         x = mx.array(rng.standard_normal((count, WIDTH), np.float32)) @ mx.array(root)
+        mx.eval(x)
         chosen = rng.choice(experts, count, p=load / load.sum())
+        start = time.perf_counter()
         sums.add(ModuleCall("w", (x, mx.array(chosen)), x))
+        added += time.perf_counter() - start
     read = time.perf_counter()
     some, hessian = next(sums.hessians())
     summed = time.perf_counter()
@@ -204,7 +207,7 @@ def batch(folder: Path, tokens: int) -> dict[str, float]:
     quantizer = find_quantizer("gptq")
     quantize_rows(weights, Hessians(hessian), parse_tier("q3g64"), quantizer, mx.bfloat16)
     return {
-        "inputs": read - start,
+        "inputs": added,
         "hessians": summed - read,
         "quantizing": time.perf_counter() - made,
         "experts": some.stop,
@@ -223,11 +226,19 @@ def measured(folder: Path, part: str, tokens: int) -> dict[str, float]:
     return {**found, "peak": peak}
 
 
-def rows(model: str, tokens: int, folder: Path) -> Iterator[str]:
+def rows(model: str, folder: Path) -> Iterator[str]:
     """Measure, and yield the rows of the table."""
     layers = LAYERS[model]
     if model == "20b":
         write(folder / "source", EXPERTS[model])
+        for tokens in TOKENS[model]:
+            made = measured(folder, "gptq", tokens)
+            seconds = made["inputs"] + made["quantizing"]
+            yield (
+                f"| 20b, gptq of a layer, {tokens:,} tokens ({made['fed']:.2g} inputs per "
+                f"dimension): inputs {made['inputs']:.0f} s, quantizing {made['quantizing']:.0f} s "
+                f"| {seconds:.0f} s | {made['peak']:.1f} GB | {layers * seconds / 3600:.1f} h |"
+            )
         made = measured(folder, "profile", PROFILE_TOKENS)
         yield (
             f"| 20b, profile of a layer, {made['entries']:.0f} entries, "
@@ -235,14 +246,8 @@ def rows(model: str, tokens: int, folder: Path) -> Iterator[str]:
             f"{made['profile']:.0f} s | {made['peak']:.1f} GB | "
             f"{layers * made['profile'] / 3600:.1f} h |"
         )
-        made = measured(folder, "gptq", tokens)
-        seconds = made["inputs"] + made["quantizing"]
-        yield (
-            f"| 20b, gptq of a layer, {tokens:,} tokens ({made['fed']:.2g} inputs per dimension): "
-            f"inputs {made['inputs']:.0f} s, quantizing {made['quantizing']:.0f} s | "
-            f"{seconds:.0f} s | {made['peak']:.1f} GB | {layers * seconds / 3600:.1f} h |"
-        )
     else:
+        (tokens,) = TOKENS[model]
         made = measured(folder, "batch", tokens)
         share = EXPERTS[model] / made["experts"]
         # Gate and up share their inputs and Hessians.
@@ -261,7 +266,6 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("models", nargs="*")
-    parser.add_argument("--tokens", type=int)
     args = parser.parse_args()
     if args.models[:1] == ["part"]:
         folder, part, tokens = Path(args.models[1]), args.models[2], int(args.models[3])
@@ -270,7 +274,7 @@ def main() -> None:
     lines = []
     for model in args.models or LAYERS:
         with tempfile.TemporaryDirectory() as name:
-            lines += rows(model, args.tokens or TOKENS[model], Path(name))
+            lines += rows(model, Path(name))
     table = "\n".join(
         [
             f"{machine()}.",

@@ -1,10 +1,12 @@
-"""Calibrated quantizers side by side: quantkit, mlx_lm.gptq, mlx_lm.awq, mlx_lm.dynamic_quant.
+"""Calibrated quantizers side by side: quantkit, mlx-lm's four, and mlx-optiq.
 
     python evals/bench/peers.py
 
-On plain SmolLM2-135M in BF16. Each tool runs in its own process, by its own main(), on the same
-text, in float32 (BLAS on a CPU has no BF16 products), and stores BF16. quantkit gets the bytes of
-mlx_lm.gptq. All repos are compared to the native model on documents that calibrated nothing.
+On plain SmolLM2-135M in BF16. Each tool runs in its own process, by its own main(), in float32
+(BLAS on a CPU has no BF16 products), and stores BF16; mlx-lm's read quantkit's text, mlx-optiq its
+own.
+quantkit gets the bytes of mlx_lm.gptq. All repos are compared to the native model on documents that
+calibrated nothing. mlx-optiq is installed beside the others, without what it only serves with.
 """
 
 import argparse
@@ -13,26 +15,38 @@ import sys
 import tempfile
 from pathlib import Path
 
+import mlx.nn as nn
+import numpy as np
 from _common import machine, run, save
 
 from quantkit.backend import mx
 from quantkit.calibration.calibration_set import CalibrationSpec, read_calibration_set
+from quantkit.calibration.splits import CALIBRATE, VALIDATE
 from quantkit.checkpoint.source import open_source
 from quantkit.demo.build import plain_checkpoint
 from quantkit.jobs.compare import compare
 
-PROFILED, ROUNDED = 4096, 16384  # tokens: quantkit's defaults
+PROFILED, QUANTIZED = 4096, 16384  # tokens
+TUNED = 60  # steps of 1,024 tokens, ours and those of mlx_lm.dwq
+OPTIQ = "mlx-optiq==0.7.7"
 FOUR_BITS = ["--bits", "4", "--group-size", "64"]
-PEERS = {
-    "mlx_lm.convert": ["-q", "--q-bits", "4", "--q-group-size", "64"],
-    "mlx_lm.gptq": [*FOUR_BITS, "--fallback-bits", "4", "--fallback-group-size", "64"],
-    "mlx_lm.awq": [*FOUR_BITS, "--embed-bits", "4", "--embed-group-size", "64"],
-    "mlx_lm.dynamic_quant": ["--target-bpw", "4.5", "--low-bits", "3", "--high-bits", "5"],
-}
+DWQ = [*FOUR_BITS, "--num-samples", str(4 * TUNED), "--max-seq-length", "257"]
+PEERS = (
+    ("mlx_lm.convert", ["-q", "--q-bits", "4", "--q-group-size", "64"]),
+    ("mlx_lm.gptq", [*FOUR_BITS, "--fallback-bits", "4", "--fallback-group-size", "64"]),
+    ("mlx_lm.awq", [*FOUR_BITS, "--embed-bits", "4", "--embed-group-size", "64"]),
+    ("mlx_lm.dynamic_quant", ["--target-bpw", "4.5", "--low-bits", "3", "--high-bits", "5"]),
+    ("mlx_lm.dwq", [*DWQ, "--learning-rate", "1e-6"]),
+    ("mlx_lm.dwq", [*DWQ, "--learning-rate", "1e-5"]),
+    ("optiq convert", ["--target-bpw", "4.5", "--candidate-bits", "3,4,8", "--n-calibration", "4"]),
+)
 
 
 def peer(name: str, out: str, options: list[str]) -> None:
-    """Run one of mlx-lm's own, in this process, on our text and in float32."""
+    """Run another tool in this process."""
+    if name == "optiq convert":
+        optiq(out, options)
+        return
     if name == "mlx_lm.convert":
         from mlx_lm.convert import main as entry
     else:
@@ -42,15 +56,62 @@ def peer(name: str, out: str, options: list[str]) -> None:
     entry()
 
 
+def optiq(out: str, options: list[str]) -> None:
+    """Run mlx-optiq, whose sensitivities are then computed in float32."""
+    sys.path.append(os.environ["OPTIQ"])
+    from optiq.cli import convert
+    from optiq.models import llm
+
+    analyze = llm.analyze_sensitivity_exact
+
+    def analyze_float32(model, *args, **kwargs):
+        model.set_dtype(mx.float32)
+        return analyze(model, *args, **kwargs)
+
+    llm.analyze_sensitivity_exact = analyze_float32
+    work = f"{out}-work"
+    convert.main(
+        [str(plain_checkpoint()), "-o", work, "--skip-baselines", *options], "optiq", None, False
+    )
+    Path(work, "optiq_mixed").rename(out)
+
+
+def calibrate_text(count: int, split: str = CALIBRATE) -> np.ndarray:
+    """Tokens (sequences, length) of quantkit's text."""
+    checkpoint = open_source(str(plain_checkpoint())).checkpoint
+    return read_calibration_set(checkpoint, CalibrationSpec(tokens=count), split).tokens
+
+
+def quantized_linear(layer, x):
+    """What QuantizedLinear computes, with a product that BLAS knows."""
+    return x @ weight_of(layer).T + layer.get("bias", 0)
+
+
+def weight_of(layer):
+    """The values of a quantized layer."""
+    parts = (layer["weight"], layer["scales"], layer["biases"])
+    return mx.dequantize(*parts, layer.group_size, layer.bits)
+
+
+def prepare_dwq(module) -> None:
+    """Let mlx_lm.dwq read our text, and train in float32 on products that BLAS knows."""
+    nn.QuantizedLinear.__call__ = quantized_linear
+    nn.QuantizedEmbedding.as_linear = lambda layer, x: x @ weight_of(layer).T
+    train = calibrate_text(1024 * TUNED)
+    valid = calibrate_text(PROFILED, VALIDATE)
+    # Its targets are the next tokens, so that a sequence of 257 would have 256 of them.
+    texts = [[(row.tolist(), 0) for row in rows] for rows in (train, valid)]
+    module.load_data = lambda *_, **__: texts
+    quantize = module.dwq_quantize
+    module.dwq_quantize = lambda *args, **kwargs: quantize(*args, **kwargs, dtype=mx.float32)
+
+
 def prepared(name: str):
-    """A tool's main(), which then reads our text, computes in float32 and stores BF16."""
+    """The main() of a tool that reads our text, computes in float32 and stores BF16."""
     from importlib import import_module
 
     module = import_module(f"mlx_lm.quant.{name.rpartition('.')[2]}")
     load, store = module.load, module.save
-    count = ROUNDED if name == "mlx_lm.gptq" else PROFILED
-    checkpoint = open_source(str(plain_checkpoint())).checkpoint
-    tokens = read_calibration_set(checkpoint, CalibrationSpec(tokens=count)).tokens
 
     def load_float32(*args, **kwargs):
         model, *rest = load(*args, **kwargs)
@@ -70,7 +131,11 @@ def prepared(name: str):
             return estimate(model, *args, **kwargs)
 
         module.estimate_threshold = estimate_bf16
-    module.load_data = lambda *_, **__: mx.array(tokens)
+    if name == "mlx_lm.dwq":
+        prepare_dwq(module)
+    else:
+        tokens = calibrate_text(QUANTIZED if name == "mlx_lm.gptq" else PROFILED)
+        module.load_data = lambda *_, **__: mx.array(tokens)
     return module.main
 
 
@@ -86,12 +151,26 @@ def table() -> str:
             outs.append(str(out))
             print(*rows[-1], flush=True)
 
-        for peer_name, options in PEERS.items():
-            command = [sys.executable, __file__, "peer", peer_name, str(folder / peer_name)]
-            add(" ".join([peer_name, *options]), folder / peer_name, [*command, *options])
-        like, out = folder / "mlx_lm.gptq", folder / "ours"
-        own = [sys.executable, "-m", "quantkit", "quantize", "demo-llama", "-o", str(out)]
-        add("quantkit, its profile included", out, [*own, "--budget", f"like:{like}"])
+        os.environ["OPTIQ"] = str(folder / "optiq")
+        pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target"]
+        run([*pip, os.environ["OPTIQ"], OPTIQ])
+        for number, (peer_name, options) in enumerate(PEERS):
+            out = folder / f"{number}"
+            command = [sys.executable, __file__, "peer", peer_name, str(out), *options]
+            add(" ".join([peer_name, *options]), out, command)
+        quantkit = [sys.executable, "-m", "quantkit"]
+        profile = run([*quantkit, "profile", "demo-llama", "-o", str(folder / "profile")])
+        chosen = ["--profile", str(folder / "profile"), "--budget", f"like:{folder / '1'}"]
+        for label, options in (
+            ("quantkit", ["--quantizer-tokens", str(QUANTIZED)]),
+            ("quantkit, tokens by need", []),
+            (f"quantkit --tune {TUNED}", ["--tune", str(TUNED)]),
+        ):
+            out = folder / label.replace(" ", "-")
+            add(
+                label, out, [*quantkit, "quantize", "demo-llama", "-o", str(out), *chosen, *options]
+            )
+            rows[-1] = (label, rows[-1][1] + profile[0], max(rows[-1][2], profile[1]))
         found = compare(source, outs)
     lines = []
     for (label, seconds, peak), result in zip(rows, found, strict=True):
@@ -103,9 +182,10 @@ def table() -> str:
         )
     return "\n".join(
         [
-            f"{machine()}; SmolLM2-135M; {ROUNDED} tokens for gptq, theirs and ours, {PROFILED} "
-            f"for awq, dynamic_quant and our profile; evaluated on {found[0].tokens:,} "
-            f"tokens of {found[0].documents} other documents.",
+            f"{machine()}; SmolLM2-135M; {QUANTIZED:,} tokens for gptq, theirs and ours, "
+            f"{PROFILED:,} for awq, dynamic_quant and our profile, {1024 * TUNED:,} to train on, "
+            f"2,048 of its own for optiq; evaluated on {found[0].tokens:,} tokens of "
+            f"{found[0].documents} other documents. quantkit's times include its profile.",
             "",
             "| | bpw | KL mean | ratio | top-1 | time | peak memory |",
             "|---|---|---|---|---|---|---|",

@@ -2,19 +2,22 @@
 
     python evals/bench/starved.py [TIER ...] [--caps 0.18,0.71,3.5,14]
 
-On the demo model: the inputs of every expert are capped at a multiple of their width, with all
-text for the pooled Hessian; the experts of every third layer are in one tier (q3g64 and q2g32),
-other weights native. gptq
-with the prior that it had before (a quarter of the width for the pool, nothing for the diagonal)
-stands beside gptq of today. One native pass serves all; the streams of the changed models follow
-it layer by layer, on text to evaluate on. The table goes into README.md here.
+On the demo model: of the inputs of the experts an evenly spread part is left, a multiple of their
+width on average, and all of them for the pooled Hessian; the experts of every third layer are in
+one tier (q3g64 and q2g32), other weights native. gptq as it was before (a quarter of the width for
+the pool, nothing for the diagonal, and scales refitted to integers that stay) stands beside gptq of
+today. One native pass serves all; the streams of the changed models follow it layer by layer, on
+text to evaluate on. The tables go into README.md here.
 """
 
 import argparse
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
 
 import numpy as np
 from _common import machine, save
@@ -27,6 +30,7 @@ from quantkit.demo.build import demo_checkpoint
 from quantkit.evaluation.intervals import DocumentBootstrap
 from quantkit.formats.affine import AffineWeight, concatenate
 from quantkit.formats.tiers import Tier, parse_tier
+from quantkit.quantizers import descent, gptq
 from quantkit.quantizers.choose_prior import Choice, Sample, choose
 from quantkit.quantizers.hessians import (
     DEFAULT_PRIOR,
@@ -37,7 +41,7 @@ from quantkit.quantizers.hessians import (
     stacked,
 )
 from quantkit.quantizers.matrix import quantize_rows, scales_dtype
-from quantkit.quantizers.registry import find_quantizer
+from quantkit.quantizers.registry import Quantizer, find_quantizer
 from quantkit.streaming.layer_runner import StreamingModel
 from quantkit.streaming.layer_trace import HookedLayer, ModuleCall, hooked
 from quantkit.streaming.lm_head import ChangedModel, divergence
@@ -46,14 +50,14 @@ from quantkit.streaming.weight_loader import Call
 TOKENS, VALIDATED, EVALUATED = 32768, 8192, 8192
 BEFORE = Prior(0.25, 0)
 EVERY = 3  # layers
+CAPS = [0.18, 0.71, 3.5, 14.0]  # inputs / width
 METHODS = ("search", "gptq before", "gptq")
 
 
 @dataclass
 class Variant:
-    """A tier and a method at a cap, with the stream of the changed model."""
+    """A method at a cap, with the stream of the changed model."""
 
-    tier: Tier
     method: str
     cap: float | None
     stream: mx.array
@@ -61,52 +65,75 @@ class Variant:
 
 
 class CappedSums:
-    """Sums over the first inputs of each expert, for several caps, and over all for the pool."""
+    """Sums over an evenly spread part of the inputs of each expert, and over all for the pool.
 
-    def __init__(self, matrices: int, most: list[int]) -> None:
+    `most` are the inputs that an expert gets on average, of the `average` that there are.
+    """
+
+    def __init__(self, matrices: int, most: list[float], average: float) -> None:
         self.of = [InputSums(matrices) for _ in most]
-        self._most = most
+        self._shares = [min(1.0, count / average) for count in most]
+        self._seen = np.zeros(matrices, np.int64)
 
     def add(self, call: ModuleCall) -> None:
         """Add the inputs of one call."""
         x, experts = inputs_of(call)
         pooled, count = self.of[0].pooled + x.T @ x, self.of[0].pooled_count + len(x)
         mx.eval(pooled)
-        for sums, most in zip(self.of, self._most, strict=True):
-            rows = [
-                np.flatnonzero(experts == e)[: most - int(sums.counts[e])]
-                for e in range(len(sums.counts))
-            ]
-            kept = np.concatenate(rows)
+        places = np.zeros(len(x), np.int64)  # of every input among those of its expert
+        for e in range(len(self._seen)):
+            (rows,) = np.nonzero(experts == e)
+            places[rows] = self._seen[e] + np.arange(len(rows))
+            self._seen[e] += len(rows)
+        for sums, share in zip(self.of, self._shares, strict=True):
+            (kept,) = np.nonzero(np.floor((places + 1) * share) > np.floor(places * share))
             if len(kept):
                 some = (x[mx.array(kept)], mx.array(experts[kept]))
                 sums.add(ModuleCall(call.name, some, call.y))
             sums.pooled, sums.pooled_count = pooled, count
 
 
+class Before(Quantizer):
+    """gptq with integers that stay once they are chosen."""
+
+    def function(self) -> Callable[..., Any]:
+        """Return its implementation."""
+
+        def quantize(*args: Any) -> AffineWeight:
+            with mock.patch.object(descent, "_move_integers", lambda pull, q, *_: (q, pull)):
+                return gptq.quantize(*args)
+
+        return quantize
+
+
 def quantized(
-    names: list[str], model: StreamingModel, sums: InputSums, validation: InputSums, v: Variant
+    names: list[str],
+    model: StreamingModel,
+    tier: Tier,
+    sums: InputSums,
+    validation: InputSums,
+    v: Variant,
 ) -> dict[str, AffineWeight]:
     """Quantize the weights `names`, which share their inputs, by the method of a variant."""
     values = {name: stacked(model.values(name)).astype(mx.float32) for name in names}
-    quantizer = find_quantizer("search" if v.method == "search" else "gptq")
-    choice = Choice(BEFORE if v.method == "gptq before" else DEFAULT_PRIOR, quantizer)
+    dtypes = {name: scales_dtype(model.weights[name]) for name in names}
+    choice = Choice(DEFAULT_PRIOR, find_quantizer("search"))
+    if v.method == "gptq before":
+        choice = Choice(BEFORE, Before("gptq", "before"))
     if v.method == "gptq":
-        samples = [Sample(values[n], v.tier, scales_dtype(model.weights[n])) for n in names]
-        choice = choose(samples, sums, validation, quantizer)
+        samples = [Sample(values[name], tier, dtypes[name]) for name in names]
+        choice = choose(samples, sums, validation, find_quantizer("gptq"))
     v.choices[f"{choice.quantizer.name} {choice.prior.pooled:g} {choice.prior.diagonal:g}"] += 1
     parts: dict[str, list[AffineWeight]] = {name: [] for name in names}
     for some, hessian in sums.hessians(choice.prior):
         shared = Hessians(hessian)
         for name in names:
-            dtype = scales_dtype(model.weights[name])
-            parts[name].append(
-                quantize_rows(values[name][some], shared, v.tier, choice.quantizer, dtype)
-            )
+            part = quantize_rows(values[name][some], shared, tier, choice.quantizer, dtypes[name])
+            parts[name].append(part)
     return {name: concatenate(part, axis=0) for name, part in parts.items()}
 
 
-def run(tiers: list[Tier], caps: list[float]) -> tuple[list[Variant], np.ndarray, list[np.ndarray]]:
+def run(tier: Tier, caps: list[float]) -> tuple[list[Variant], np.ndarray, list[np.ndarray]]:
     """Return the variants, the documents of the text, and the KL divergences of its tokens."""
     source = open_source(str(demo_checkpoint()))
     texts = {
@@ -116,9 +143,8 @@ def run(tiers: list[Tier], caps: list[float]) -> tuple[list[Variant], np.ndarray
     model = StreamingModel(source)
     evaluated = mx.array(texts[EVALUATE].tokens)
     streams = {s: model.calls(mx.array(t.tokens))[0].x for s, t in texts.items()}
-    variants = [Variant(tier, "rtn", None, streams[EVALUATE]) for tier in tiers]
-    for tier in tiers:
-        variants += [Variant(tier, m, cap, streams[EVALUATE]) for cap in caps for m in METHODS]
+    variants = [Variant("rtn", None, streams[EVALUATE])]
+    variants += [Variant(m, cap, streams[EVALUATE]) for cap in caps for m in METHODS]
     calls = model.calls(evaluated[:1])
     start = time.time()
     for number, layer in enumerate(model.layers):
@@ -138,8 +164,10 @@ def run(tiers: list[Tier], caps: list[float]) -> tuple[list[Variant], np.ndarray
                 if v.cap is not None:
                     for names, (capped, validation) in sums.items():
                         own = capped.of[caps.index(v.cap)]
-                        changed |= quantized(list(names), model, own, validation, v)
-                v.stream = through_changed(module, model, dry, v, changed)
+                        changed |= quantized(list(names), model, tier, own, validation, v)
+                v.stream = through_changed(
+                    module, model, tier, Call(v.stream, dry.args, dry.kwargs), changed
+                )
         print(f"layer {number}, {time.time() - start:.0f} s", flush=True)
     kl = []
     for v in variants:
@@ -159,10 +187,12 @@ def shared_sums(
     """Take the native streams through a layer; return the sums of stacks that share inputs."""
     down = [name for name in stacks if "down" in name]
     groups = [tuple(n for n in stacks if n not in down), tuple(down)] if stacks else []
+    per_token = model.source.checkpoint.settings.experts_per_token or 1
     sums = {}
     for names in groups:
         experts, _, width = model.weights[names[0]].shape
-        capped = CappedSums(experts, [max(1, int(cap * width)) for cap in caps])
+        most = [cap * width for cap in caps]
+        capped = CappedSums(experts, most, TOKENS * per_token / experts)
         sums[names] = (capped, InputSums(experts))
     for split in (CALIBRATE, VALIDATE):
         outs = []
@@ -185,18 +215,15 @@ def through(module: HookedLayer, call: Call) -> mx.array:
 def through_changed(
     module: HookedLayer,
     model: StreamingModel,
-    dry: Call,
-    v: Variant,
+    tier: Tier,
+    call: Call,
     changed: dict[str, AffineWeight | None],
 ) -> mx.array:
     """Return the output of a layer with changed experts."""
-    from contextlib import ExitStack
-
     with ExitStack() as stack:
         for name, affine in changed.items():
-            values = model.values(name)
-            stack.enter_context(module.changed(name, values, v.tier, affine))
-        return through(module, Call(v.stream, dry.args, dry.kwargs))
+            stack.enter_context(module.changed(name, model.values(name), tier, affine))
+        return through(module, call)
 
 
 def lines(
@@ -205,18 +232,34 @@ def lines(
     """Yield the rows of the table."""
     drawn = DocumentBootstrap.draw(np.random.default_rng(0), documents)
     found = {
-        (v.tier.name, v.method, v.cap): drawn.mean(one.reshape(-1))
-        for v, one in zip(variants, kl, strict=True)
+        (v.method, v.cap): drawn.mean(one.reshape(-1)) for v, one in zip(variants, kl, strict=True)
     }
-    for tier in dict.fromkeys(v.tier.name for v in variants):
-        rtn = found[tier, "rtn", None].value
-        for cap in caps:
-            search, before, now = (found[tier, method, cap] for method in METHODS)
-            yield (
-                f"| {tier} | {cap:g} | {rtn:.3f} | {search.value:.4f} | {before.value:.4f} | "
-                f"{now.value:.4f} ({now.low:.4f} to {now.high:.4f}) | "
-                f"{now.value / search.value:.3f} | {now.value / before.value:.3f} |"
-            )
+    rtn = found["rtn", None].value
+    for cap in caps:
+        search, before, now = (found[method, cap] for method in METHODS)
+        yield (
+            f"| {cap:g} | {rtn:.3f} | {search.value:.4f} | {before.value:.4f} | "
+            f"{now.value:.4f} ({now.low:.4f} to {now.high:.4f}) | "
+            f"{now.value / search.value:.3f} | {now.value / before.value:.3f} |"
+        )
+
+
+def table(tier: Tier, caps: list[float]) -> str:
+    """Return what is compared with what, for one tier."""
+    variants, documents, kl = run(tier, caps)
+    for v in variants:
+        print(v.method, v.cap, dict(v.choices))
+    return "\n".join(
+        [
+            f"{machine()}; {tier.name}; {TOKENS:,} tokens for the pool, {VALIDATED:,} to choose "
+            f"the prior, evaluated on {documents.size:,} tokens of {len(np.unique(documents))} "
+            "other documents.",
+            "",
+            "| inputs / width | rtn | search | gptq before | gptq | over search | over before |",
+            "|---|---|---|---|---|---|---|",
+            *lines(variants, documents, kl, caps),
+        ]
+    )
 
 
 def main() -> None:
@@ -225,7 +268,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("tiers", nargs="*", default=["q3g64", "q2g32"])
-    parser.add_argument("--caps", default="0.18,0.71,3.5,14")
+    parser.add_argument("--caps", default=",".join(map(str, CAPS)))
     args = parser.parse_args()
     try:
         caps = [float(cap) for cap in args.caps.split(",")]
@@ -233,24 +276,11 @@ def main() -> None:
         parser.error(f"--caps {args.caps}: write numbers, such as 0.18,3.5")
     if min(caps) <= 0:
         parser.error("--caps: an expert needs at least one input; a cap must be larger than 0")
-    variants, documents, kl = run([parse_tier(name) for name in args.tiers], caps)
-    for v in variants:
-        print(v.tier.name, v.method, v.cap, dict(v.choices))
-    table = "\n".join(
-        [
-            f"{machine()}; {TOKENS:,} tokens for the pool, {VALIDATED:,} to choose the prior, "
-            f"evaluated on {documents.size:,} tokens of {len(np.unique(documents))} other "
-            "documents.",
-            "",
-            "| tier | inputs / width | rtn | search | gptq before | gptq | over search | over "
-            "before |",
-            "|---|---|---|---|---|---|---|---|",
-            *lines(variants, documents, kl, caps),
-        ]
-    )
-    print(table)
-    if args.tiers == ["q3g64", "q2g32"]:
-        save(table, "starved")
+    for name in args.tiers:
+        text = table(parse_tier(name), caps)
+        print(text)
+        if caps == CAPS:
+            save(text, f"starved-{name}")
 
 
 if __name__ == "__main__":

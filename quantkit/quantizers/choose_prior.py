@@ -11,8 +11,14 @@ import numpy as np
 
 from quantkit.backend import mx
 from quantkit.formats.tiers import Tier
-from quantkit.quantizers.gptq import objective
-from quantkit.quantizers.hessians import DEFAULT_PRIOR, PRIORS, Hessians, InputSums, Prior
+from quantkit.quantizers.hessians import (
+    DEFAULT_PRIOR,
+    PRIORS,
+    Hessians,
+    InputSums,
+    Prior,
+    objective,
+)
 from quantkit.quantizers.registry import DEFAULT_QUANTIZER, Quantizer, find_quantizer
 
 _EXPERTS = 4  # of a stack

@@ -29,7 +29,7 @@ class Prior:
 
 
 DEFAULT_PRIOR = Prior(3, 3)
-PRIORS = (DEFAULT_PRIOR, Prior(3, 1), Prior(1, 0), Prior(0.25, 3))
+PRIORS = (DEFAULT_PRIOR, Prior(12, 3), Prior(3, 1), Prior(0.25, 3))
 
 
 def shrunk(total: mx.array, count: int, pooled: mx.array, prior: Prior) -> mx.array:
@@ -42,6 +42,20 @@ def shrunk(total: mx.array, count: int, pooled: mx.array, prior: Prior) -> mx.ar
     diagonal = mx.diag(mx.diagonal(total)) * (prior.diagonal * width / max(1, count))
     weight = count + (prior.pooled + prior.diagonal) * width
     return (total + prior.pooled * width * pooled + diagonal) / weight
+
+
+def objective(weight: mx.array, values: mx.array, hessian: mx.array) -> mx.array:
+    """Return (w - v) H (w - v)^T summed over the rows, for every matrix of a stack.
+
+    `weight` and `values` are (..., out, in), `hessian` is (..., in, in), the result (...).
+    """
+    return row_objective(weight, values, hessian).sum(axis=(-2, -1))
+
+
+def row_objective(weight: mx.array, values: mx.array, hessian: mx.array) -> mx.array:
+    """Return (w - v) H (w - v)^T (..., out, 1) for every row, shaped as for `objective`."""
+    d = weight - values
+    return ((d @ hessian) * d).sum(axis=-1, keepdims=True)
 
 
 class Spool(Protocol):
@@ -129,8 +143,8 @@ class InputSums:
             total = _gram(x[int(starts[i]) : int(starts[i + 1])])
             self._totals[i] = self._totals[i] + total if i in self._totals else total
         if self._only is None:
-            stacked = len(self.counts) > 1 or not kept
-            self.pooled = self.pooled + _gram(x) if stacked else self._totals[0]
+            pooled = sum(self._totals.values(), start=mx.zeros(()))
+            self.pooled = pooled if kept else self.pooled + _gram(x)
             self.pooled_count += len(x)
         if not kept and self._spool is not None:
             self._spool.append(x)

@@ -6,8 +6,7 @@ import pytest
 from quantkit.backend import mx
 from quantkit.formats.tiers import parse_tier
 from quantkit.quantizers.choose_prior import Sample, choose, sampled_matrices
-from quantkit.quantizers.gptq import objective
-from quantkit.quantizers.hessians import DEFAULT_PRIOR, Hessians, InputSums
+from quantkit.quantizers.hessians import DEFAULT_PRIOR, Hessians, InputSums, objective
 from quantkit.quantizers.registry import find_quantizer
 from quantkit.streaming.layer_trace import ModuleCall
 

@@ -6,7 +6,9 @@ import pytest
 from quantkit.backend import mx
 from quantkit.formats.affine import AffineWeight
 from quantkit.formats.tiers import TIERS, parse_tier
-from quantkit.quantizers.gptq import gptq, gptq_factors, objective, refit
+from quantkit.quantizers.descent import descend
+from quantkit.quantizers.gptq import gptq, gptq_factors
+from quantkit.quantizers.hessians import objective
 from quantkit.quantizers.search import search
 
 AFFINE = [name for name, tier in TIERS.items() if tier.mode == "affine" and tier.group_size < 128]
@@ -81,47 +83,23 @@ def test_each_step_loses_less(case, name):
             nearest(weight, tier),
             search(weight, importance, tier, mx.bfloat16),
             fed_back,
-            refit(weight, hessian, fed_back, tier),
+            descend(weight, hessian, fed_back, tier),
         )
     ]
     assert costs == sorted(costs, reverse=True)
     assert costs[2] < 0.4 * costs[0]
+    assert costs[3] < 0.97 * costs[2]
 
 
-def test_groups_in_another_order_come_back_to_their_places(case):
+def test_groups_come_back_to_their_places(case):
+    """The order of the largest inputs is not the stored one here."""
+    weight, hessian = case
     tier = parse_tier("q3g32")
-    weight, hessian = case
-    plain = gptq(weight, gptq_factors(hessian, 32), tier, mx.bfloat16)
-    ordered = gptq(weight, gptq_factors(hessian, 32, by_size=True), tier, mx.bfloat16)
-    assert gptq_factors(hessian, 32, by_size=True).order != (0, 1, 2, 3)
+    factors = gptq_factors(hessian, 32)
+    assert factors.order != (0, 1, 2, 3)
+    rounded = gptq(weight, factors, tier, mx.bfloat16)
     rough = nearest(weight, tier)
-    assert loss(weight, ordered, tier, hessian) < 0.5 * loss(weight, rough, tier, hessian)
-    assert loss(weight, ordered, tier, hessian) < loss(weight, plain, tier, hessian)
-    assert not mx.array_equal(plain.q, ordered.q).item()
-
-
-def test_a_refit_solves_the_rows_least_squares(case):
-    """Against numpy's solution of the whole system, scales and biases not rounded."""
-    tier = parse_tier("q3g64")
-    weight, hessian = case
-    start = gptq(weight, gptq_factors(hessian, 64), tier, mx.float32)
-    fitted = refit(weight, hessian, start, tier)
-    row, h = np.array(weight[0, 5], np.float64), np.array(hessian[0], np.float64)
-    q = np.array(start.q[0, 5], np.float64)
-    columns = np.zeros((128, 4))
-    for g in range(2):
-        part = slice(64 * g, 64 * g + 64)
-        columns[part, g], columns[part, 2 + g] = q[part], 1
-    best = np.linalg.solve(columns.T @ h @ columns, columns.T @ h @ row)
-
-    def off(theta):
-        d = row - columns @ theta
-        return d @ h @ d
-
-    own = np.concatenate([np.array(fitted.scales[0, 5]), np.array(fitted.biases[0, 5])])
-    before = np.concatenate([np.array(start.scales[0, 5]), np.array(start.biases[0, 5])])
-    assert off(best) <= off(own) < off(before)
-    assert off(own) - off(best) < 0.1 * (off(before) - off(best))
+    assert loss(weight, rounded, tier, hessian) < 0.5 * loss(weight, rough, tier, hessian)
 
 
 def test_odd_groups():
@@ -134,7 +112,7 @@ def test_odd_groups():
     values = mx.array(weight)
     for rounded in (
         search(values, mx.ones((1, 64)), tier, mx.bfloat16),
-        refit(values, hessian, gptq(values, gptq_factors(hessian, 32), tier, mx.bfloat16), tier),
+        descend(values, hessian, gptq(values, gptq_factors(hessian, 32), tier, mx.bfloat16), tier),
     ):
         out = np.array(rounded.dequantized(tier))
         assert np.isfinite(out).all()

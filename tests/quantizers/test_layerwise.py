@@ -16,7 +16,7 @@ import quantkit
 from quantkit.backend import mx
 from quantkit.calibration.calibration_set import read_calibration_set
 from quantkit.quantizers.embeddings import drop_gradients, embedding_hessians
-from quantkit.quantizers.gptq import objective
+from quantkit.quantizers.hessians import objective
 from quantkit.storage.work_dir import WorkDirectory
 from quantkit.streaming.layer_runner import StreamingModel
 from quantkit.streaming.lm_head import (
