@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 from _common import machine, save
 
+from quantkit.artifacts.fidelity import EVALUATED_TOKENS
 from quantkit.artifacts.inventory import Inventory
 from quantkit.artifacts.plan import Plan
 from quantkit.artifacts.roles import EXPERT_ROLES
@@ -73,7 +74,9 @@ def table(source: Source, profile: SensitivityProfile) -> str:
             pinned = experts_alone(inventory, profile, recipe)
             pairs.append((f"`{name}`, other weights pinned to it", recipe, pinned))
     plans = [plan for _, recipe, ours in pairs for plan in (recipe, ours)]
-    text = read_calibration_set(source.checkpoint, CalibrationSpec(), EVALUATE)
+    text = read_calibration_set(
+        source.checkpoint, CalibrationSpec(tokens=EVALUATED_TOKENS), EVALUATE
+    )
     tokens = mx.array(text.tokens)
     wanted = [changed_tiers(source, plan) for plan in plans]
     costs = measure_kl(StreamingModel(source), tokens, wanted, lambda _: None)

@@ -22,6 +22,7 @@ import numpy as np
 from _common import machine, run, save
 from full_shape import CONFIG_20B, write_checkpoint
 
+from quantkit.artifacts.fidelity import EVALUATED_TOKENS
 from quantkit.backend import mx
 from quantkit.calibration.calibration_set import CalibrationSpec, read_calibration_set
 from quantkit.calibration.splits import EVALUATE
@@ -112,7 +113,9 @@ def peer() -> str:
     entries = candidate_entries(source.inventory.weights, ["q4g64"])
     entries = [e for e in entries if e.weight.layer is not None]
     chosen = [entries[i] for i in np.random.default_rng(0).permutation(len(entries))[:48]]
-    text = read_calibration_set(source.checkpoint, CalibrationSpec(), EVALUATE)
+    text = read_calibration_set(
+        source.checkpoint, CalibrationSpec(tokens=EVALUATED_TOKENS), EVALUATE
+    )
     truth = measure_entries(StreamingModel(source), mx.array(text.tokens), chosen, lambda _: None)
     real = np.array([truth[e.key].mean() for e in chosen])
     rows = []

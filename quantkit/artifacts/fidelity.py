@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+EVALUATED_TOKENS = 16384  # by default
 _MEASURED = (
     "kl_mean",
     "kl_median",

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from quantkit.artifacts.fidelity import EVALUATED_TOKENS
 from quantkit.cli import console, tables
 from quantkit.cli.options import (
     TEXT,
@@ -34,7 +35,9 @@ class EvaluationOptions:
             "Only documents that calibrate nothing are evaluated, and some dialogues.",
         ),
     ] = "default"
-    tokens: Annotated[int, typer.Option(rich_help_panel=TEXT, help="Tokens to evaluate.")] = 16384
+    tokens: Annotated[int, typer.Option(rich_help_panel=TEXT, help="Tokens to evaluate.")] = (
+        EVALUATED_TOKENS
+    )
     sequence_length: SequenceLength = 256
     seed: Annotated[
         int, typer.Option(min=0, rich_help_panel=TEXT, help="Seed of the order of the text.")

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from quantkit.artifacts.fidelity import Fidelity
+from quantkit.artifacts.fidelity import EVALUATED_TOKENS, Fidelity
 from quantkit.artifacts.inventory import with_hashes
 from quantkit.artifacts.report import Report
 from quantkit.calibration.calibration_set import CalibrationSpec
@@ -25,7 +25,7 @@ def compare(
     Raises InputError for a repo with another tokenizer, or one that was calibrated on this text.
     """
     progress = progress or Progress()
-    comparison = fidelity.prepare(native, repos, spec or CalibrationSpec())
+    comparison = fidelity.prepare(native, repos, spec or CalibrationSpec(tokens=EVALUATED_TOKENS))
     text = comparison.text.text
     note_skipped_rows(text.name, text.skipped_rows, progress)
     return fidelity.compare(comparison, progress.stage("Comparing", comparison.steps, "steps"))

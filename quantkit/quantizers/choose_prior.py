@@ -17,6 +17,7 @@ from quantkit.quantizers.hessians import (
     Hessians,
     InputSums,
     Prior,
+    batch_size,
     objective,
 )
 from quantkit.quantizers.registry import DEFAULT_QUANTIZER, Quantizer, find_quantizer
@@ -60,25 +61,31 @@ def choose(
         return default
     choices = [Choice(prior, quantizer) for prior in PRIORS]
     choices.append(Choice(DEFAULT_PRIOR, find_quantizer("search")))
+    matrices = [m for m in sampled_matrices(len(inputs.counts)) if validation.counts[m]]
+    if not matrices:
+        return default
     losses = np.zeros((len(choices), len(samples)))
-    for matrix in sampled_matrices(len(inputs.counts)):
-        if validation.counts[matrix]:
-            unseen = validation.total(matrix)[None]
-            for row, choice in zip(losses, choices, strict=True):
-                row += list(_losses(samples, matrix, inputs, choice, unseen))
+    step = batch_size(samples[0].values.shape[-1])
+    for batch in (matrices[i : i + step] for i in range(0, len(matrices), step)):
+        unseen = mx.stack([validation.total(m) for m in batch])
+        losses += [list(_losses(samples, batch, inputs, choice, unseen)) for choice in choices]
     if not losses.all():
         return default
     return choices[int((losses / losses[0]).sum(axis=1).argmin())]
 
 
 def _losses(
-    samples: Sequence[Sample], matrix: int, inputs: InputSums, choice: Choice, unseen: mx.array
+    samples: Sequence[Sample],
+    matrices: list[int],
+    inputs: InputSums,
+    choice: Choice,
+    unseen: mx.array,
 ) -> Iterator[float]:
-    """Yield the objective of some rows of every weight under `unseen` (1, in, in)."""
+    """Yield the objective of some rows of every weight under `unseen` (matrices, in, in)."""
     quantize = choice.quantizer.function()
-    hessians = Hessians(inputs.hessian(matrix, choice.prior)[None])
+    hessians = Hessians(mx.stack([inputs.hessian(m, choice.prior) for m in matrices]))
     for sample in samples:
         step = max(1, sample.values.shape[-2] // _ROWS)
-        rows = sample.values[matrix : matrix + 1, ::step].astype(mx.float32)
+        rows = sample.values[mx.array(matrices), ::step].astype(mx.float32)
         quantized = quantize(rows, hessians, sample.tier, sample.dtype)
         yield float(np.array(objective(rows, quantized.dequantized(sample.tier), unseen)).sum())

@@ -155,7 +155,7 @@ class InputSums:
         """Return the matrices whose sums are kept in memory."""
         if self._only is not None:
             return self._only
-        return range(len(self.counts)) if _batch(width) >= len(self.counts) else ()
+        return range(len(self.counts)) if batch_size(width) >= len(self.counts) else ()
 
     def total(self, matrix: int) -> mx.array:
         """Return the sum (in, in) of x x^T over the inputs of a matrix."""
@@ -178,7 +178,7 @@ class InputSums:
 
     def hessians(self, prior: Prior = DEFAULT_PRIOR) -> Iterator[tuple[slice, mx.array]]:
         """Yield (matrices, their Hessians (matrices, in, in)) in batches that fit in memory."""
-        batch = _batch(self.pooled.shape[-1])
+        batch = batch_size(self.pooled.shape[-1])
         for start in range(0, len(self.counts), batch):
             some = slice(start, min(start + batch, len(self.counts)))
             yield some, mx.stack([self.hessian(i, prior) for i in range(some.start, some.stop)])
@@ -188,7 +188,7 @@ def _gram(rows: mx.array) -> mx.array:
     return rows.T @ rows
 
 
-def _batch(width: int) -> int:
+def batch_size(width: int) -> int:
     """Return how many Hessians (width, width) are factored at once."""
     return max(1, memory_limits().hessian_bytes // (_COPIES * 4 * width * width))
 
