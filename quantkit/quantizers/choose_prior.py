@@ -68,7 +68,11 @@ def choose(
     step = batch_size(samples[0].values.shape[-1])
     for batch in (matrices[i : i + step] for i in range(0, len(matrices), step)):
         unseen = mx.stack([validation.total(m) for m in batch])
-        losses += [list(_losses(samples, batch, inputs, choice, unseen)) for choice in choices]
+        hessians = inputs.hessians_of(batch, [choice.prior for choice in choices])
+        losses += [
+            list(_losses(samples, batch, Hessians(hessian), choice.quantizer, unseen))
+            for choice, hessian in zip(choices, hessians, strict=True)
+        ]
     if not losses.all():
         return default
     return choices[int((losses / losses[0]).sum(axis=1).argmin())]
@@ -77,13 +81,12 @@ def choose(
 def _losses(
     samples: Sequence[Sample],
     matrices: list[int],
-    inputs: InputSums,
-    choice: Choice,
+    hessians: Hessians,
+    quantizer: Quantizer,
     unseen: mx.array,
 ) -> Iterator[float]:
     """Yield the objective of some rows of every weight under `unseen` (matrices, in, in)."""
-    quantize = choice.quantizer.function()
-    hessians = Hessians(mx.stack([inputs.hessian(m, choice.prior) for m in matrices]))
+    quantize = quantizer.function()
     for sample in samples:
         step = max(1, sample.values.shape[-2] // _ROWS)
         rows = sample.values[mx.array(matrices), ::step].astype(mx.float32)

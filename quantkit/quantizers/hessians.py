@@ -143,8 +143,8 @@ class InputSums:
             total = _gram(x[int(starts[i]) : int(starts[i + 1])])
             self._totals[i] = self._totals[i] + total if i in self._totals else total
         if self._only is None:
-            pooled = sum(self._totals.values(), start=mx.zeros(()))
-            self.pooled = pooled if kept else self.pooled + _gram(x)
+            first, *others = self._totals.values() if kept else (self.pooled, _gram(x))
+            self.pooled = sum(others, start=first)
             self.pooled_count += len(x)
         if not kept and self._spool is not None:
             self._spool.append(x)
@@ -171,8 +171,18 @@ class InputSums:
 
     def hessian(self, matrix: int, prior: Prior) -> mx.array:
         """Return the shrunk Hessian (in, in) of a matrix; without inputs, the pooled one."""
+        return self._shrunk(matrix, self.total(matrix), prior)
+
+    def hessians_of(self, matrices: Sequence[int], priors: Sequence[Prior]) -> Iterator[mx.array]:
+        """Yield the Hessians (matrices, in, in) under each prior; their inputs are read once."""
+        totals = [self.total(matrix) for matrix in matrices]
+        for prior in priors:
+            pairs = zip(matrices, totals, strict=True)
+            yield mx.stack([self._shrunk(matrix, total, prior) for matrix, total in pairs])
+
+    def _shrunk(self, matrix: int, total: mx.array, prior: Prior) -> mx.array:
         pooled = self.pooled / max(1, self.pooled_count)
-        hessian = shrunk(self.total(matrix), int(self.counts[matrix]), pooled, prior)
+        hessian = shrunk(total, int(self.counts[matrix]), pooled, prior)
         mx.eval(hessian)
         return hessian
 
