@@ -22,6 +22,7 @@ from unittest import mock
 import numpy as np
 from _common import machine, save
 
+from quantkit.artifacts.fidelity import EVALUATED_TOKENS, Interval
 from quantkit.backend import mx
 from quantkit.calibration.calibration_set import CalibrationSpec, read_calibration_set
 from quantkit.calibration.splits import CALIBRATE, EVALUATE, VALIDATE
@@ -47,7 +48,7 @@ from quantkit.streaming.layer_trace import HookedLayer, ModuleCall, hooked
 from quantkit.streaming.lm_head import ChangedModel, divergence
 from quantkit.streaming.weight_loader import Call
 
-TOKENS, VALIDATED, EVALUATED = 32768, 8192, 8192
+TOKENS, VALIDATED, EVALUATED = 32768, 8192, EVALUATED_TOKENS
 BEFORE = Prior(0.25, 0)
 EVERY = 3  # layers
 CAPS = [0.18, 0.71, 3.5, 14.0]  # inputs / width
@@ -231,17 +232,20 @@ def lines(
 ) -> Iterator[str]:
     """Yield the rows of the table."""
     drawn = DocumentBootstrap.draw(np.random.default_rng(0), documents)
-    found = {
-        (v.method, v.cap): drawn.mean(one.reshape(-1)) for v, one in zip(variants, kl, strict=True)
-    }
-    rtn = found["rtn", None].value
+    found = {(v.method, v.cap): one.reshape(-1) for v, one in zip(variants, kl, strict=True)}
+    rtn = drawn.mean(found["rtn", None]).value
     for cap in caps:
         search, before, now = (found[method, cap] for method in METHODS)
         yield (
-            f"| {cap:g} | {rtn:.3f} | {search.value:.4f} | {before.value:.4f} | "
-            f"{now.value:.4f} ({now.low:.4f} to {now.high:.4f}) | "
-            f"{now.value / search.value:.3f} | {now.value / before.value:.3f} |"
+            f"| {cap:g} | {rtn:.3f} | {drawn.mean(search).value:.4f} | "
+            f"{drawn.mean(before).value:.4f} | {drawn.mean(now).value:.4f} | "
+            f"{spelled(drawn.ratio(now, search))} | {spelled(drawn.ratio(now, before))} |"
         )
+
+
+def spelled(ratio: Interval) -> str:
+    """Return a ratio with its interval."""
+    return f"{ratio.value:.3f} ({ratio.low:.3f} to {ratio.high:.3f})"
 
 
 def table(tier: Tier, caps: list[float]) -> str:

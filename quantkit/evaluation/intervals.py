@@ -52,6 +52,16 @@ class DocumentBootstrap:
         resampled = then(totals[self.drawn].sum(axis=1) / sizes)
         return self._interval(float(then(totals.sum() / max(tokens.sum(), 1))), resampled, most)
 
+    def ratio(self, values: np.ndarray, others: np.ndarray) -> Interval:
+        """Return the mean of `values` over that of `others`, both (tokens,), positive and paired.
+
+        Both means are over the same documents in every resample, so that what documents have in
+        common cancels.
+        """
+        above, below = (np.bincount(self.documents, x, self.count) for x in (values, others))
+        resampled = above[self.drawn].sum(axis=1) / below[self.drawn].sum(axis=1)
+        return self._interval(float(above.sum() / below.sum()), resampled)
+
     def quantiles(self, values: np.ndarray, levels: Sequence[float]) -> list[Interval]:
         """Return quantiles of `values` (tokens,), none of them negative."""
         order = np.argsort(values, kind="stable")

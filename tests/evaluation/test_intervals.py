@@ -48,3 +48,17 @@ def test_quantiles_are_those_of_the_tokens():
     assert median.value == np.quantile(values, 0.5)
     assert median.low < np.log(2) < median.high
     assert tail.low < np.log(20) < tail.high
+
+
+def test_a_ratio_is_paired():
+    """Documents differ by far more than the two methods do, and that cancels."""
+    rng = np.random.default_rng(0)
+    documents = np.repeat(np.arange(12), 30)
+    hard = np.exp(rng.normal(0, 1, 12))[documents]
+    first, second = (hard * share * rng.uniform(0.9, 1.1, 360) for share in (0.9, 1.0))
+    drawn = DocumentBootstrap.draw(rng, documents)
+    ratio = drawn.ratio(first, second)
+    assert ratio.low < 0.9 < ratio.high < 1
+    assert ratio.value == pytest.approx(first.mean() / second.mean())
+    apart = drawn.mean(first)
+    assert ratio.high - ratio.low < 0.1 * (apart.high - apart.low) / apart.value
