@@ -4,7 +4,7 @@ A few experts, and a few rows of their weights, are quantized with every prior a
 which needs no Hessian. The best choice on the validate split serves the whole stack.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,7 +23,7 @@ from quantkit.quantizers.hessians import (
 from quantkit.quantizers.registry import DEFAULT_QUANTIZER, Quantizer, find_quantizer
 
 _EXPERTS = 4  # of a stack
-_ROWS = 128  # of a matrix
+_ROWS = 64  # of a matrix
 
 
 @dataclass(frozen=True)
@@ -65,14 +65,14 @@ def choose(
     if not matrices:
         return default
     losses = np.zeros((len(choices), len(samples)))
-    step = batch_size(samples[0].values.shape[-1])
+    step = max(1, batch_size(samples[0].values.shape[-1]) // len(PRIORS))
     for batch in (matrices[i : i + step] for i in range(0, len(matrices), step)):
         unseen = mx.stack([validation.total(m) for m in batch])
-        hessians = inputs.hessians_of(batch, [choice.prior for choice in choices])
-        losses += [
-            list(_losses(samples, batch, Hessians(hessian), choice.quantizer, unseen))
-            for choice, hessian in zip(choices, hessians, strict=True)
-        ]
+        hessians = list(inputs.hessians_of(batch, PRIORS))
+        every = Hessians(mx.concatenate(hessians))
+        losses[:-1] += _losses(samples, batch, every, quantizer, unseen)
+        searched = Hessians(hessians[0])
+        losses[-1:] += _losses(samples, batch, searched, choices[-1].quantizer, unseen)
     if not losses.all():
         return default
     return choices[int((losses / losses[0]).sum(axis=1).argmin())]
@@ -84,11 +84,21 @@ def _losses(
     hessians: Hessians,
     quantizer: Quantizer,
     unseen: mx.array,
-) -> Iterator[float]:
-    """Yield the objective of some rows of every weight under `unseen` (matrices, in, in)."""
+) -> np.ndarray:
+    """Return the objective (priors, samples) of some rows under `unseen` (matrices, in, in).
+
+    `hessians` are those of all `matrices` under the first prior, then under the second, and so on:
+    they go through the quantizer together.
+    """
+    priors = len(hessians.hessian) // len(matrices)
+    validation = mx.concatenate([unseen] * priors)
     quantize = quantizer.function()
-    for sample in samples:
+    losses = np.zeros((priors, len(samples)))
+    for number, sample in enumerate(samples):
         step = max(1, sample.values.shape[-2] // _ROWS)
         rows = sample.values[mx.array(matrices), ::step].astype(mx.float32)
+        rows = mx.concatenate([rows] * priors)
         quantized = quantize(rows, hessians, sample.tier, sample.dtype)
-        yield float(np.array(objective(rows, quantized.dequantized(sample.tier), unseen)).sum())
+        found = objective(rows, quantized.dequantized(sample.tier), validation)
+        losses[:, number] = np.array(found).reshape(priors, -1).sum(axis=1)
+    return losses
