@@ -60,6 +60,16 @@ class WriteOptions:
             "1,024 tokens; 60 are worth their time.",
         ),
     ] = 0
+    imatrix: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            parser=named_path,
+            rich_help_panel=QUANTIZER,
+            help="Importance matrix of llama.cpp (GGUF), in place of text for search: no pass of "
+            "the model is needed.",
+        ),
+    ] = None
     shard_size: Annotated[
         str, typer.Option(rich_help_panel=OUTPUT, help="Largest shard, such as 5GB or 4GiB.")
     ] = "5GB"
@@ -106,6 +116,7 @@ def quantize(
         quantizer_text=CalibrationSpec(writing.calibration),
         quantizer_tokens=_count(writing.quantizer_tokens),
         tuning_steps=writing.tune,
+        imatrix=writing.imatrix,
         shard_bytes=shard_bytes,
         command=command_line(ctx),
         base_model=writing.base_model,

@@ -31,8 +31,9 @@ from quantkit.progress import Progress
 from quantkit.publish.card import license_of
 from quantkit.publish.record import documents, read_report, record
 from quantkit.quantizers.calibrated import CalibratedQuantization, QuantizerText
+from quantkit.quantizers.imatrix import ImatrixQuantization, load_imatrix
 from quantkit.quantizers.layerwise import changed_tiers
-from quantkit.quantizers.registry import find_quantizer
+from quantkit.quantizers.registry import SEARCH, find_quantizer
 from quantkit.quantizers.scale_tuning import Tuning, TuningText
 from quantkit.sensitivity.entries import DEFAULT_TIERS, size_table
 from quantkit.sensitivity.measure import ProfileSettings
@@ -58,7 +59,8 @@ class QuantizeOptions:
 
     `profile_text` is read for a profile that has to be made, `quantizer_text` by a calibrated
     quantizer: `quantizer_tokens` of it, or for None as many as `needed_tokens` returns.
-    `tuning_steps` are steps of scale tuning after it. `command` is the command line that the card
+    `tuning_steps` are steps of scale tuning after it. An `imatrix` (a GGUF file of llama.cpp) takes
+    the place of that text for the quantizer search. `command` is the command line that the card
     states, `base_model` the Hub id that it names, by default the source's own.
     """
 
@@ -66,6 +68,7 @@ class QuantizeOptions:
     quantizer_text: CalibrationSpec = field(default_factory=CalibrationSpec)
     quantizer_tokens: int | None = None
     tuning_steps: int = 0
+    imatrix: Path | None = None
     shard_bytes: int = SHARD_BYTES
     command: str | None = None
     base_model: str | None = None
@@ -97,6 +100,8 @@ def quantize(
     options, progress = options or QuantizeOptions(), progress or Progress()
     out = Path(out)
     check_request(out, request, options)
+    if options.imatrix and request.quantizer is None:
+        request = replace(request, quantizer=SEARCH)
     source = open_model(source) if isinstance(source, str) else source
     _require_output(source, out, options.force)
     profile = _profile_for(source, out, request, options, progress)
@@ -111,7 +116,9 @@ def check_request(out: Path, request: PlanRequest, options: QuantizeOptions) -> 
     request.require_consistent()
     for path in (request.plan, Path(request.profile) if request.profile else None):
         require_apart(out, path if path is not None and path.exists() else None)
-    if request.plan is None:
+    if options.imatrix is not None:
+        _require_imatrix_alone(request.quantizer or SEARCH, options)
+    elif request.plan is None:
         _require_tunable(options.tuning_steps, request.quantizer_name)
     if options.shard_bytes < 1:
         raise InputError("`shard_bytes` must be larger than 0. Write it like 5GB.")
@@ -120,6 +127,15 @@ def check_request(out: Path, request: PlanRequest, options: QuantizeOptions) -> 
 def _require_tunable(tuning_steps: int, quantizer: str) -> None:
     if tuning_steps and not find_quantizer(quantizer).calibrated:
         raise InputError("`tuning_steps` needs `quantizer` search or gptq.")
+
+
+def _require_imatrix_alone(quantizer: str, options: QuantizeOptions) -> None:
+    if quantizer != SEARCH:
+        raise InputError(f"`imatrix` is for `quantizer` {SEARCH}: {quantizer} does not use it.")
+    if options.tuning_steps or options.quantizer_tokens is not None:
+        raise InputError(
+            "`imatrix` takes the place of text: leave out `quantizer_tokens` and `tuning_steps`."
+        )
 
 
 def _require_output(source: Source, out: Path, force: bool) -> None:
@@ -177,17 +193,13 @@ def write_plan(
         source = with_values(source)
     companions(source.checkpoint.path(""), source.inventory)  # refuses missing files
     _require_tunable(plan.tuning_steps, plan.quantizer)
-    quantization: CalibratedQuantization | None = None
-    hashes: dict[str, str] = {}
-    if find_quantizer(plan.quantizer).calibrated:
-        plan, quantization, hashes = _calibrated(source, plan, options, progress)
-    else:
-        _require_tokenizer(source)
+    plan, quantization, hashes = _quantization(source, plan, options, progress)
     draft = _draft(source, plan, options)
 
     def describe(written: Written) -> Mapping[str, str]:
         inputs = quantization.expert_inputs(written.work) if quantization else {}
-        _note_starved(inputs, progress)
+        if options.imatrix is None:
+            _note_starved(inputs, progress)
         return documents(_report(draft, written, inputs))
 
     job = Rewrite(source, plan, out, quantization, hashes, options.shard_bytes, options.force)
@@ -239,10 +251,26 @@ def _require_tokenizer(source: Source) -> None:
             load_tokenizer(source.checkpoint)
 
 
+def _quantization(
+    source: Source, plan: Plan, options: QuantizeOptions, progress: Progress
+) -> tuple[Plan, CalibratedQuantization | ImatrixQuantization | None, dict[str, str]]:
+    """Return the plan with its calibration text, the quantization, and the hashes of its inputs.
+
+    Rounding to nearest has no text and no quantization.
+    """
+    if options.imatrix is not None:
+        _require_imatrix_alone(plan.quantizer, options)
+        return _by_imatrix(source, plan, options.imatrix)
+    if find_quantizer(plan.quantizer).calibrated:
+        return _calibrated(source, plan, options, progress)
+    _require_tokenizer(source)
+    return plan, None, {}
+
+
 def _calibrated(
     source: Source, plan: Plan, options: QuantizeOptions, progress: Progress
 ) -> tuple[Plan, CalibratedQuantization, dict[str, str]]:
-    """Return the plan with its calibration text, the quantization, and the hashes of its inputs."""
+    """Return the same for a calibrated quantizer."""
     if plan.tuning_steps and not has_gradients(source):
         raise InputError(
             "`tuning_steps`: a mixture of experts needs mlx-lm 0.32 (and so Python 3.11)."
@@ -269,6 +297,18 @@ def _calibrated(
     }
     quantizer_text = QuantizerText(tokens[:count], validation.tokens, tuning)
     return plan, CalibratedQuantization(StreamingModel(source), plan, quantizer_text), hashes
+
+
+def _by_imatrix(
+    source: Source, plan: Plan, path: Path
+) -> tuple[Plan, ImatrixQuantization, dict[str, str]]:
+    """Return the same for an imatrix. Raises InputError."""
+    _require_tokenizer(source)
+    imatrix = load_imatrix(path, source.inventory)
+    texts = (*plan.calibration_texts, imatrix.text)
+    plan = replace(plan, calibration_texts=tuple(dict.fromkeys(texts)))
+    hashes = {"quantizer": plan.quantizer, "imatrix": imatrix.text.sha256}
+    return plan, ImatrixQuantization(StreamingModel(source), plan, imatrix), hashes
 
 
 def needed_tokens(source: Source, plan: Plan) -> int:

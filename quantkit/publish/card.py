@@ -114,9 +114,10 @@ def _origin_of_tiers(report: Report) -> list[str]:
     lines.append(f"- Quantizer: {plan.quantizer}{tuned}")
     for text in plan.calibration_texts:
         done = "Validated" if text.split == "validate" else "Calibrated"
+        documents = f", {text.documents} documents, seed {text.seed}" if text.documents else ""
         lines.append(
             f"- {done} on {text.tokens} tokens of {_plain(text.name)} ({text.sequences} "
-            f"sequences of {text.sequence_length}, {text.documents} documents, seed {text.seed})"
+            f"sequences of {text.sequence_length}{documents})"
         )
     if report.inputs_per_expert is not None:
         lines.append(f"- Inputs for the quantizer: {report.inputs_per_expert}")

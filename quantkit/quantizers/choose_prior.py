@@ -20,7 +20,7 @@ from quantkit.quantizers.hessians import (
     batch_size,
     objective,
 )
-from quantkit.quantizers.registry import DEFAULT_QUANTIZER, Quantizer, find_quantizer
+from quantkit.quantizers.registry import DEFAULT_QUANTIZER, SEARCH, Quantizer, find_quantizer
 
 _EXPERTS = 4  # of a stack
 _ROWS = 64  # of a matrix
@@ -60,7 +60,7 @@ def choose(
     if quantizer.name != DEFAULT_QUANTIZER:
         return default
     choices = [Choice(prior, quantizer) for prior in PRIORS]
-    choices.append(Choice(DEFAULT_PRIOR, find_quantizer("search")))
+    choices.append(Choice(DEFAULT_PRIOR, find_quantizer(SEARCH)))
     matrices = [m for m in sampled_matrices(len(inputs.counts)) if validation.counts[m]]
     if not matrices:
         return default
@@ -99,6 +99,6 @@ def _losses(
         rows = sample.values[mx.array(matrices), ::step].astype(mx.float32)
         rows = mx.concatenate([rows] * priors)
         quantized = quantize(rows, hessians, sample.tier, sample.dtype)
-        found = objective(rows, quantized.dequantized(sample.tier), validation)
-        losses[:, number] = np.array(found).reshape(priors, -1).sum(axis=1)
+        errors = objective(rows, quantized.dequantized(sample.tier), validation)
+        losses[:, number] = np.array(errors).reshape(priors, -1).sum(axis=1)
     return losses

@@ -18,7 +18,7 @@ from quantkit.artifacts.plan import Plan
 from quantkit.backend import free_memory, mx
 from quantkit.backend.memory_limits import memory_limits
 from quantkit.checkpoint.source import Source
-from quantkit.errors import DamagedError, SourceError
+from quantkit.errors import SourceError
 from quantkit.formats.codec import to_numpy
 from quantkit.formats.tiers import Tier, parse_tier
 from quantkit.progress import Stage
@@ -35,7 +35,7 @@ from quantkit.quantizers.hessians import (
     stacked,
 )
 from quantkit.quantizers.layer_files import EMBEDDING, LayerFiles
-from quantkit.quantizers.matrix import quantize_rows, scales_dtype
+from quantkit.quantizers.matrix import quantize_rows, require_finite, scales_dtype
 from quantkit.quantizers.registry import Quantizer, find_quantizer
 from quantkit.storage.work_dir import Tensors, WorkDirectory
 from quantkit.streaming.layer_runner import StreamingModel, has_gradients
@@ -208,7 +208,7 @@ class LayerwiseQuantizer:
         weights = [self.model.weights[name] for name in group.names]
         values = [stacked(self.model.values(name)) for name in group.names]
         for name, stack in zip(group.names, values, strict=True):
-            _require_finite(name, stack)
+            require_finite(name, stack)
         samples = [
             Sample(stack, self.tiers[weight.name], scales_dtype(weight))
             for weight, stack in zip(weights, values, strict=True)
@@ -271,7 +271,7 @@ class LayerwiseQuantizer:
         step = max(1, memory_limits().block_values // weight.shape[-1])
         for start in range(0, weight.shape[0], step):
             rows = self.model.values(weight.name, start, min(start + step, weight.shape[0]))
-            _require_finite(weight.name, rows)
+            require_finite(weight.name, rows)
             packed = self._packed(weight, rows[None], hessians, quantizer)
             slices.append(tuple(tensor[0] for tensor in packed))
             self.progress(0, weight.name)
@@ -281,11 +281,3 @@ class LayerwiseQuantizer:
 
 def _concatenated(slices: Sequence[Tensors]) -> Tensors:
     return tuple(np.concatenate(column) for column in zip(*slices, strict=True))
-
-
-def _require_finite(name: str, values: mx.array) -> None:
-    if bad := values.size - int(np.array(mx.isfinite(values).sum())):
-        raise DamagedError(
-            f"{name}: {bad} of {values.size} values are NaN or infinite and cannot be "
-            "quantized. The checkpoint is damaged: download it again."
-        )

@@ -1,8 +1,11 @@
 """One weight quantized under the Hessians of its inputs, in slices that fit in memory."""
 
+import numpy as np
+
 from quantkit.artifacts.inventory import Weight
 from quantkit.backend import mx
 from quantkit.backend.memory_limits import memory_limits
+from quantkit.errors import DamagedError
 from quantkit.formats.affine import AffineWeight, concatenate
 from quantkit.formats.codec import FLOAT_TYPES
 from quantkit.formats.tiers import Tier
@@ -44,3 +47,12 @@ def quantize_weight(
 def scales_dtype(weight: Weight) -> mx.Dtype:
     """Return the dtype in which the scales and biases of a weight are stored."""
     return FLOAT_TYPES[weight.dtype]
+
+
+def require_finite(name: str, values: mx.array) -> None:
+    """Raise DamagedError if `values` of any shape hold NaN or infinity; `name` is the weight."""
+    if bad := values.size - int(np.array(mx.isfinite(values).sum())):
+        raise DamagedError(
+            f"{name}: {bad} of {values.size} values are NaN or infinite and cannot be "
+            "quantized. The checkpoint is damaged: download it again."
+        )

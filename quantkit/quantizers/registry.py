@@ -31,12 +31,12 @@ class Quantizer:
         return function
 
 
-RTN = "rtn"
+RTN, SEARCH = "rtn", "search"
 QUANTIZERS = {
     quantizer.name: quantizer
     for quantizer in (
         Quantizer(RTN, "round to nearest"),
-        Quantizer("search", "least error per group", "quantkit.quantizers.search"),
+        Quantizer(SEARCH, "least error per group", "quantkit.quantizers.search"),
         Quantizer("gptq", "with error feedback", "quantkit.quantizers.gptq"),
     )
 }

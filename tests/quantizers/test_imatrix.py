@@ -1,0 +1,181 @@
+"""Quantizing by a published importance matrix, in place of text."""
+
+import json
+
+import numpy as np
+import pytest
+
+import quantkit
+from quantkit.backend import mx
+from quantkit.calibration.calibration_set import read_calibration_set
+from quantkit.quantizers.hessians import InputSums
+from quantkit.streaming.layer_runner import StreamingModel
+from quantkit.streaming.layer_trace import hooked
+from tests.support.text import words
+
+GGUF = {
+    "q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output",
+    "gate_proj": "ffn_gate_exps", "up_proj": "ffn_up_exps", "down_proj": "ffn_down_exps",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    return words(tmp_path_factory.mktemp("text") / "text.txt", 3)
+
+
+@pytest.fixture(scope="module")
+def imatrix(checkpoint, text, tmp_path_factory):
+    """What llama.cpp would collect on the text that `search` calibrates on."""
+    source = quantkit.open_source(str(checkpoint))
+    model, arrays = StreamingModel(source), {}
+    tokens = read_calibration_set(
+        source.checkpoint, quantkit.CalibrationSpec(str(text), 512)
+    ).tokens
+    calls = []
+    model.run(mx.array(tokens), lambda _n, call, _y: calls.append(call))
+    for number, (layer, call) in enumerate(zip(model.layers, calls, strict=True)):
+        names = {n: w for n, w in model.weights.items() if n.startswith(f"{layer.path}.")}
+        with hooked(layer, list(names)) as module:
+            for step in module.record(call).steps:
+                if (last := step.name.rpartition(".")[2]) not in GGUF:
+                    continue
+                matrices = len(model.values(step.name)) if "experts" in step.name else 1
+                sums = InputSums(matrices)
+                sums.add(step)
+                name = f"blk.{number}.{GGUF[last]}.weight"
+                squares = [np.diag(np.array(sums.total(i))) for i in range(matrices)]
+                arrays[f"{name}.in_sum2"] = mx.array(np.stack(squares))
+                arrays[f"{name}.counts"] = mx.array(sums.counts.astype(np.float32)[:, None])
+    path = tmp_path_factory.mktemp("imatrix") / "tiny.gguf"
+    sizes = {
+        "imatrix.chunk_count": mx.array(2, mx.uint32),
+        "imatrix.chunk_size": mx.array(256, mx.uint32),
+    }
+    mx.save_gguf(str(path), arrays, {"general.type": "imatrix", **sizes})
+    return path
+
+
+def weights(out):
+    return mx.load(str(out / "model.safetensors"))
+
+
+def test_it_is_the_search_on_the_same_text(cli, checkpoint, text, imatrix, tmp_path):
+    more = ("--calibration", text, "--quantizer-tokens", 512, "--quantizer", "search")
+    command = ("quantize", checkpoint, "-r", "uniform-3", "-o")
+    assert cli(*command, tmp_path / "text", *more).exit_code == 0
+    result = cli(*command, tmp_path / "out", "--imatrix", imatrix)
+    assert result.exit_code == 0, result.output
+    assert "lacks" in result.stderr
+    assert cli("verify", tmp_path / "out").exit_code == 0
+    assert cli(*command, tmp_path / "rtn").exit_code == 0
+    theirs, ours, nearest = (weights(tmp_path / name) for name in ("text", "out", "rtn"))
+    packed = [n for n in ours if n.endswith(".scales") and ".layers." in n and "router" not in n]
+    assert packed
+    for name in packed:
+        same, moved = ((ours[name] == other[name]).mean().item() for other in (theirs, nearest))
+        assert same > 0.99, name
+        assert moved < 0.5, name
+    assert mx.array_equal(ours["lm_head.scales"], nearest["lm_head.scales"])
+    report = json.loads((tmp_path / "out" / "quantkit.json").read_text())
+    assert report["plan"]["quantizer"] == "search"
+    assert report["plan"]["calibration_texts"][0]["name"] == "imatrix tiny.gguf"
+    assert (
+        "Calibrated on 512 tokens of imatrix tiny.gguf"
+        in (tmp_path / "out" / "README.md").read_text()
+    )
+
+
+def test_a_budget_takes_it_too(cli, checkpoint, text, imatrix, tmp_path):
+    few = ("--calibration", text, "--tokens", 48)
+    result = cli(
+        "quantize", checkpoint, "-b", "5bpw", *few, "-o", tmp_path / "out", "--imatrix", imatrix
+    )
+    assert result.exit_code == 0, result.output
+    report = json.loads((tmp_path / "out" / "quantkit.json").read_text())
+    assert report["plan"]["quantizer"] == "search"
+
+
+def changed(imatrix, tmp_path, change):
+    arrays, metadata = mx.load(str(imatrix), return_metadata=True)
+    path = tmp_path / "changed.gguf"
+    mx.save_gguf(str(path), {k: v for n, a in arrays.items() for k, v in change(n, a)}, metadata)
+    return path
+
+
+def cut(name, array):
+    yield name, array[..., :32] if name.endswith("in_sum2") else array
+
+
+def renamed(name, array):
+    yield name.replace("blk", "layer"), array
+
+
+def negative(name, array):
+    yield name, -array
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [(cut, "of another model"), (renamed, "names no weight"), (negative, "is damaged")],
+)
+def test_files_that_do_not_fit(cli, checkpoint, imatrix, tmp_path, change, says):
+    path = changed(imatrix, tmp_path, change)
+    result = cli(
+        "quantize", checkpoint, "-r", "uniform-3", "-o", tmp_path / "out", "--imatrix", path
+    )
+    assert result.exit_code == 2
+    assert says in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [(b"old", "is not a GGUF file"), (b"GGUF\3\0\0\0", "is damaged"), (None, "cannot be read")],
+)
+def test_files_that_are_none(cli, checkpoint, tmp_path, data, says):
+    path = tmp_path / "file"
+    if data is not None:
+        path.write_bytes(data)
+    result = cli(
+        "quantize", checkpoint, "-r", "uniform-3", "-o", tmp_path / "out", "--imatrix", path
+    )
+    assert result.exit_code == 2
+    assert says in result.stderr
+
+
+@pytest.mark.parametrize(
+    "more", [("--quantizer", "gptq"), ("--tune", 4), ("--quantizer-tokens", 512)]
+)
+def test_options_that_contradict_it(cli, checkpoint, imatrix, tmp_path, more):
+    command = (
+        "quantize",
+        checkpoint,
+        "-r",
+        "uniform-3",
+        "-o",
+        tmp_path / "out",
+        "--imatrix",
+        imatrix,
+    )
+    result = cli(*command, *more)
+    assert result.exit_code == 2
+    assert "`imatrix`" in result.stderr or "--imatrix" in result.stderr
+
+
+def test_experts_without_tokens_have_the_others_inputs(imatrix, checkpoint, tmp_path):
+    from quantkit.quantizers.imatrix import load_imatrix
+
+    def starved(name, array):
+        if "exps" in name:
+            array = mx.concatenate([mx.zeros_like(array[:1]), array[1:]])
+        yield name, array
+
+    inventory = quantkit.open_source(str(checkpoint)).inventory
+    found = load_imatrix(changed(imatrix, tmp_path, starved), inventory)
+    name = next(name for name in found.importance if name.endswith("down_proj"))
+    importance, counts = found.importance[name], found.inputs[name]
+    assert counts[0] == 0
+    others = importance[1:].mean(axis=0)
+    assert np.corrcoef(importance[0], others)[0, 1] > 0.9
+    assert found.text.sequences == 2
