@@ -2,6 +2,7 @@
 
     python evals/bench/quantizers.py experts              experts in one tier, other weights native
     python evals/bench/quantizers.py tuned                scale tuning after gptq
+    python evals/bench/quantizers.py split                what text of calibrated documents hides
     python evals/bench/quantizers.py recipes [PROFILE]    our plans at the bytes of recipes
 
 Runs on the demo model; without a name, all. PROFILE is a profile of it (`quantkit profile demo -o
@@ -15,14 +16,20 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 from _common import machine, save
 from allocation import BIG, demo_and_profile, experts_alone
 
+from quantkit.artifacts.fidelity import EVALUATED_TOKENS
 from quantkit.artifacts.plan import Plan
 from quantkit.artifacts.roles import EXPERT_ROLES
 from quantkit.artifacts.sensitivity import SensitivityProfile
+from quantkit.calibration.calibration_set import CalibrationSpec, read_calibration_set
+from quantkit.calibration.splits import CALIBRATE, VALIDATE
 from quantkit.checkpoint.source import Source, open_source
 from quantkit.demo.build import demo_checkpoint
+from quantkit.evaluation import fidelity
+from quantkit.evaluation.fidelity import EvaluationText
 from quantkit.formats.tiers import NATIVE, parse_tier
 from quantkit.jobs.compare import compare
 from quantkit.jobs.quantize import write_plan
@@ -31,8 +38,14 @@ from quantkit.planning.budget import Budget
 from quantkit.planning.constraints import Constraints
 from quantkit.planning.plan import make_plan
 from quantkit.planning.recipe import load_recipe, plan_by_recipe
+from quantkit.progress import Progress, silent
+from quantkit.quantizers.calibrated import CalibratedQuantization, QuantizerText
+from quantkit.quantizers.scale_tuning import TuningText
+from quantkit.streaming.layer_runner import StreamingModel
+from quantkit.writer.writer import Rewrite, rewrite
 
 TUNED = 60  # steps
+NEIGHBOURS = 8192  # tokens to evaluate on, a fifth of the documents that calibrate
 Groups = dict[str, list[tuple[str, Plan]]]
 
 
@@ -109,10 +122,56 @@ def table(source: Source, groups: Groups, tuned: str = "") -> str:
     )
 
 
+def split(source: Source) -> str:
+    """KL divergence on other sequences of the documents that calibrated, and on other documents."""
+    read = [
+        read_calibration_set(source.checkpoint, CalibrationSpec(tokens=count), name)
+        for count, name in ((5 * NEIGHBOURS, CALIBRATE), (NEIGHBOURS, VALIDATE))
+    ]
+    shared, validation = read
+    fifth = np.arange(len(shared.tokens)) % 5 == 4
+    calibrate = shared.tokens[~fifth]
+    tuning = TuningText(calibrate, validation.tokens)
+    text = QuantizerText(calibrate, validation.tokens, tuning)
+    neighbours = EvaluationText(
+        shared.text,
+        shared.tokens[fifth],
+        shared.documents[fifth],
+        tuple(np.array(shared.kinds)[fifth]),
+    )
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        outs = [f"{folder}/rtn", f"{folder}/gptq"]
+        plan = experts_in(source, "q3g64")
+        write_plan(source, plan, Path(outs[0]))
+        plan = replace(plan, quantizer="gptq")
+        quantization = CalibratedQuantization(StreamingModel(source), plan, text)
+        rewrite(Rewrite(source, plan, Path(outs[1]), quantization), lambda _: {}, Progress())
+        other = fidelity.prepare(source, outs, CalibrationSpec(tokens=EVALUATED_TOKENS))
+        for label, comparison in (
+            ("other sequences of documents that calibrated", replace(other, text=neighbours)),
+            ("other documents", other),
+        ):
+            found = fidelity.compare(comparison, silent)
+            rtn, gptq = (result.kl_mean.value for result in found)
+            rows.append(
+                f"| {label} | {found[0].tokens:,} | {rtn:.4f} | {gptq:.4f} | {gptq / rtn:.3f} |"
+            )
+    return "\n".join(
+        [
+            f"{machine()}; experts q3g64, gptq on {calibrate.size:,} tokens.",
+            "",
+            "| evaluated on | tokens | rtn | gptq | ratio |",
+            "|---|---|---|---|---|",
+            *rows,
+        ]
+    )
+
+
 def main() -> None:
     """Make the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("part", nargs="?", choices=("experts", "tuned", "recipes"))
+    parser.add_argument("part", nargs="?", choices=("experts", "tuned", "split", "recipes"))
     parser.add_argument("profile", nargs="?")
     args = parser.parse_args()
     source = open_source(str(demo_checkpoint()))
@@ -124,6 +183,8 @@ def main() -> None:
         group = [("gptq", plan), (f"gptq, tuned for {TUNED} steps", tuned)]
         text = table(source, {"experts q3g64, other weights native": group}, " 1,024 a step,")
         save(text, "quantizer-tuned")
+    if args.part in (None, "split"):
+        save(split(source), "quantizer-split")
     if args.part in (None, "recipes"):
         source, profile = demo_and_profile(args.profile)
         save(table(source, recipe_plans(source, profile)), "quantizer-recipes")
