@@ -138,7 +138,7 @@ class Sweep:
         x = self.work.array("x-0.npy")
         for entry in self._entries_of(EMBEDDING):
             moved = self.model.embedded(self._tokens, {entry.weight.name: entry.tier}) - x
-            result.costs[entry.key] = predicted_kl(iter([moved]), g)
+            result.costs[entry.key] = predicted_kl((g * moved).sum(axis=-1))
             progress(1, entry.weight.name)
         return result
 

@@ -2,18 +2,19 @@
 
 With g = d log p(y) / d h for a label y drawn from the model, a change dh of the residual stream
 costs about KL = 1/2 E (g . dh)^2 per token: the second-order expansion of the divergence, E g g^T
-being the Fisher matrix. dh comes from running the layer again with the quantized weight. For the
-projections of attention it is read out at the output of attention, so that the experts behind it
-need not run.
+being the Fisher matrix. It is taken at a readout: the output of a module, whose gradient the
+backward pass has anyway. For experts that is the weight's own output, to first order as good as the
+layer's, by measurement. Projections of attention are read out at the output of attention, other
+weights at the layer's output; the modules up to there run again with the quantized weight.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from quantkit.artifacts.inventory import Weight
-from quantkit.artifacts.roles import ATTENTION_ROLES, MLP_ROLES
+from quantkit.artifacts.roles import ATTENTION_ROLES, EXPERT_ROLES, MLP_ROLES
 from quantkit.backend import free_memory, mx
 from quantkit.errors import SourceError
 from quantkit.quantizers.hessians import InputSums, MemorySpool, has_inputs, stacked
@@ -57,18 +58,20 @@ class LayerProbe:
         """Probe `entries`, all in this layer, for gradients `g` (draws, batch, tokens, hidden) at
         its output. `done` receives the name of each finished weight."""
         result = ProbeResult()
-        with hooked(self.layer, [weight.name for weight in self.weights]) as module:
+        stacks = [weight.name for weight in self.weights if len(weight.shape) > 2]
+        with hooked(self.layer, [weight.name for weight in self.weights], stacks) as module:
             traces = [module.record(batch, _observer(result)) for batch in call.batches()]
-            readouts = _readouts(self.weights, traces[0])
-            at_readouts, result.g = _gradients(module, traces, g, sorted(set(readouts.values())))
-            at_readouts[""] = g
+            readouts = _readouts(self.weights, traces)
+            gradients, result.g = _gradients(module, traces, g, sorted(set(readouts.values())))
             for weight in self.weights:
                 of_weight = [entry for entry in entries if entry.weight.name == weight.name]
                 if not of_weight:
                     continue
                 _require_called(weight, traces[0])
                 readout = readouts.get(weight.name)
-                for entry, kl in self._probe(module, traces, of_weight, readout, at_readouts):
+                for entry, kl in self._probe(
+                    module, traces, of_weight, readout, gradients[readout]
+                ):
                     result.costs[entry.key] = kl
                 done(weight.name)
                 free_memory()
@@ -80,9 +83,9 @@ class LayerProbe:
         traces: Sequence[LayerTrace],
         entries: Sequence[Entry],
         readout: str | None,
-        gradients: Mapping[str, mx.array],
+        gradients: Sequence[mx.array],
     ) -> Iterator[tuple[Entry, np.ndarray]]:
-        """Yield the KL costs of the entries of one weight, whose effect is taken at `readout`."""
+        """Yield the KL costs of the entries of one weight, by the `gradients` at its readout."""
         weight, quantizer = entries[0].weight, find_quantizer(self.quantizer)
         native = self.values(weight.name)
         calls = [trace.steps for trace in traces]
@@ -96,25 +99,31 @@ class LayerProbe:
             if inputs is not None and entry.tier.mode == "affine":
                 quantized = quantize_weight(weight, native, inputs, entry.tier, quantizer)
             with module.changed(weight.name, native, entry.tier, quantized):
-                changed = ((t, module.rerun(t, weight.name, readout)) for t in traces)
-                moved = (y - trace.output(readout) for trace, y in changed)
-                yield entry, predicted_kl(moved, gradients[readout or ""])
+                slopes = []
+                for trace, g in zip(traces, gradients, strict=True):
+                    moved = module.rerun(trace, weight.name, readout) - trace.output(readout)
+                    slopes.append(_by_token((g * moved).sum(axis=-1), trace, readout))
+                    mx.eval(slopes[-1])
+                yield entry, predicted_kl(mx.concatenate(slopes, axis=1))
 
 
-def predicted_kl(moved: Iterator[mx.array], g: mx.array) -> np.ndarray:
+def predicted_kl(slopes: mx.array) -> np.ndarray:
     """Return 1/2 mean (g . dh)^2 per sequence (sequences,).
 
-    `moved` yields the changes dh (batch, tokens, width) of a few sequences at a time, `g` (draws,
-    sequences, tokens, width) are gradients.
+    `slopes` (draws, sequences, tokens) are g . dh for every draw of the labels.
     """
-    costs, start = [], 0
-    for dh in moved:
-        slope = (g[:, start : start + len(dh)] * dh).sum(axis=-1)
-        kl = 0.5 * mx.square(slope).mean(axis=(0, 2))
-        mx.eval(kl)
-        costs.append(np.array(kl, np.float32))
-        start += len(dh)
-    return np.concatenate(costs)
+    return np.array(0.5 * mx.square(slopes).mean(axis=(0, 2)), np.float32)
+
+
+def _by_token(slopes: mx.array, trace: LayerTrace, readout: str | None) -> mx.array:
+    """Return slopes (draws, sequences, tokens), summed over the experts of every token."""
+    step = next((step for step in trace.steps if step.name == readout), None)
+    tokens = None if step is None else trace.token_of_rows(step)
+    if tokens is None:
+        return slopes
+    sums = mx.zeros((len(slopes), trace.y.shape[0] * trace.y.shape[1]))
+    sums = sums.at[:, tokens].add(slopes.reshape(len(slopes), -1))
+    return sums.reshape(len(slopes), *trace.y.shape[:2])
 
 
 def _require_called(weight: Weight, trace: LayerTrace) -> None:
@@ -124,14 +133,19 @@ def _require_called(weight: Weight, trace: LayerTrace) -> None:
         )
 
 
-def _readouts(weights: Sequence[Weight], trace: LayerTrace) -> dict[str, str]:
+def _readouts(weights: Sequence[Weight], traces: Sequence[LayerTrace]) -> dict[str, str]:
     """Return the readout of each weight: the weight at whose output its effect is measured.
 
-    The readout is the block's last projection, if that is called once, and after the weight. Other
-    weights are read out at the layer's output.
+    For experts that is their own output, if the tokens of its rows are known. Else it is the
+    block's last projection, if that is called once, and after the weight. Other weights are read
+    out at the layer's output.
     """
-    order = [step.name for step in trace.steps]
-    readouts = {}
+    order = [step.name for step in traces[0].steps]
+    readouts = {
+        weight.name: weight.name
+        for weight in weights
+        if weight.role in EXPERT_ROLES and _tokens_known(weight.name, traces)
+    }
     for roles, last in ((ATTENTION_ROLES, "o"), (MLP_ROLES, "mlp_down")):
         ends = [weight.name for weight in weights if weight.role == last]
         if len(ends) == 1 and order.count(ends[0]) == 1:
@@ -145,26 +159,35 @@ def _readouts(weights: Sequence[Weight], trace: LayerTrace) -> dict[str, str]:
     return readouts
 
 
+def _tokens_known(name: str, traces: Sequence[LayerTrace]) -> bool:
+    """Return whether a stack is called once, with rows whose tokens are known."""
+    for trace in traces:
+        steps = [step for step in trace.steps if step.name == name]
+        if len(steps) != 1 or trace.token_of_rows(steps[0]) is None:
+            return False
+    return True
+
+
 def _gradients(
     module: HookedLayer, traces: Sequence[LayerTrace], g: mx.array, names: Sequence[str]
-) -> tuple[dict[str, mx.array], mx.array]:
-    """Return gradients (draws, batch, ...) at the outputs of `names`, and at the layer's input."""
+) -> tuple[dict[str | None, list[mx.array]], mx.array]:
+    """Return gradients (draws, ...) at the outputs of `names` for every trace, and at the layer's
+    input (draws, batch, tokens, hidden).
+
+    Under None stand those at the layer's output.
+    """
+    at_names: dict[str | None, list[mx.array]] = {name: [] for name in (None, *names)}
     at_input: list[mx.array] = []
-    at_names: dict[str, list[mx.array]] = {name: [] for name in names}
-    for draw in g:
-        start, inputs = 0, []
-        outputs: dict[str, list[mx.array]] = {name: [] for name in names}
-        for trace in traces:
-            at_output = draw[start : start + len(trace.y)]
-            start += len(trace.y)
-            x, at_outputs = module.gradients(trace, at_output, names)
-            inputs.append(x)
-            for name in names:
-                outputs[name].append(at_outputs[name])
-        at_input.append(mx.concatenate(inputs))
+    start = 0
+    for trace in traces:
+        at_output = g[:, start : start + len(trace.y)]
+        start += len(trace.y)
+        at_names[None].append(at_output)
+        draws = [module.gradients(trace, draw, names) for draw in at_output]
+        at_input.append(mx.stack([x for x, _ in draws]))
         for name in names:
-            at_names[name].append(mx.concatenate(outputs[name]))
-    return {name: mx.stack(arrays) for name, arrays in at_names.items()}, mx.stack(at_input)
+            at_names[name].append(mx.stack([outputs[name] for _, outputs in draws]))
+    return at_names, mx.concatenate(at_input, axis=1)
 
 
 def _observer(result: ProbeResult) -> Callable[[str, mx.array, "mx.array | None"], None]:

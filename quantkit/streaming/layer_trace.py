@@ -7,7 +7,7 @@ the very same input (keys and values beside a query). Only the modules behind it
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,11 +41,30 @@ class ModuleCall:
 
 @dataclass(frozen=True)
 class LayerTrace:
-    """One run of a layer: its call, the calls of its modules, and its output `y`."""
+    """One run of a layer: its call, the calls of its modules, and its output `y`.
+
+    `routes` are the experts (batch, tokens, active) of all tokens, by the path of the module that
+    holds the stacks.
+    """
 
     call: Call
     steps: tuple[ModuleCall, ...]
     y: mx.array
+    routes: Mapping[str, mx.array]
+
+    def token_of_rows(self, step: ModuleCall) -> mx.array | None:
+        """Return the token (rows,) of every row of the output of a stack, counted over the batch.
+
+        mlx-lm may sort the rows by expert. None if they cannot be told, or for a plain weight.
+        """
+        routes = self.routes.get(step.name.rpartition(".")[0])
+        if routes is None or len(step.args) < 2 or step.args[1].size != routes.size:
+            return None
+        flat = routes.reshape(-1)
+        order = mx.arange(flat.size) if step.args[1].shape == routes.shape else mx.argsort(flat)
+        if not mx.array_equal(flat[order], step.args[1].reshape(-1)).item():
+            return None
+        return order // routes.shape[-1]
 
     def touched_by(self, name: str) -> set[int]:
         """Return the numbers of the calls whose output a change of the weight `name` may change."""
@@ -69,13 +88,16 @@ class _ReachedError(Exception):
         self.y = y
 
 
+Handle = Callable[["_Hook", tuple[Any, ...], dict[str, Any]], Any]
+
+
 class _Hook:
     """Replaces a module that holds a weight, and lets `handle` compute its output."""
 
     def __init__(self, name: str, module: Any) -> None:
         self.name = name
         self.module = module
-        self.handle: Callable[[_Hook, tuple[Any, ...], dict[str, Any]], mx.array] | None = None
+        self.handle: Handle | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.handle is None:
@@ -87,11 +109,13 @@ class _Hook:
 
 
 class HookedLayer:
-    """A layer with its weights in memory, and a hook on every one of them."""
+    """A layer with its weights in memory, a hook on every one of them, and one on every module that
+    holds stacks."""
 
-    def __init__(self, module: Any, hooks: Mapping[str, _Hook]) -> None:
+    def __init__(self, module: Any, hooks: Mapping[str, _Hook], holders: Sequence[_Hook]) -> None:
         self.module = module
         self._hooks = hooks
+        self._holders = holders
 
     def run(self, call: Call) -> mx.array:
         """Return the layer's output (batch, tokens, hidden), evaluated."""
@@ -102,19 +126,25 @@ class HookedLayer:
     def record(self, call: Call, observer: Observer | None = None) -> LayerTrace:
         """Run the layer and record the calls of its modules."""
         steps: list[ModuleCall] = []
+        routes: dict[str, mx.array] = {}
 
         def handle(hook: _Hook, args: tuple[Any, ...], kwargs: dict[str, Any]) -> mx.array:
             y: mx.array = hook.module(*args, **kwargs)
             steps.append(ModuleCall(hook.name, args, y))
             return y
 
-        with self._handled(handle):
+        def route(hook: _Hook, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if len(args) > 1:
+                routes[hook.name] = args[1]
+            return hook.module(*args, **kwargs)
+
+        with self._handled(handle, route):
             y = self._run(call)
-        mx.eval(y, [step.y for step in steps])
+        mx.eval(y, [step.y for step in steps], routes)
         if observer:
             for step in steps:
                 observer(step.name, step.args[0], step.args[1] if len(step.args) > 1 else None)
-        return LayerTrace(call, tuple(steps), y)
+        return LayerTrace(call, tuple(steps), y, routes)
 
     def gradients(
         self, trace: LayerTrace, g: mx.array, names: Sequence[str]
@@ -145,10 +175,13 @@ class HookedLayer:
         `name`.
         """
         touched = trace.touched_by(name)
+        first = min(touched)
         steps = iter(enumerate(trace.steps))
 
         def handle(hook: _Hook, args: tuple[Any, ...], kwargs: dict[str, Any]) -> mx.array:
             number, step = next(steps)
+            if number == first:  # its recorded inputs, which need no attention to run again
+                args = step.args
             y: mx.array = hook.module(*args, **kwargs) if number in touched else step.y
             if hook.name == readout:
                 raise _ReachedError(y)
@@ -211,15 +244,15 @@ class HookedLayer:
         return y
 
     @contextmanager
-    def _handled(
-        self, handle: Callable[[_Hook, tuple[Any, ...], dict[str, Any]], mx.array]
-    ) -> Iterator[None]:
+    def _handled(self, handle: Handle, route: Handle | None = None) -> Iterator[None]:
         for hook in self._hooks.values():
             hook.handle = handle
+        for hook in self._holders:
+            hook.handle = route
         try:
             yield
         finally:
-            for hook in self._hooks.values():
+            for hook in (*self._hooks.values(), *self._holders):
                 hook.handle = None
 
 
@@ -235,18 +268,23 @@ def _pack(module: Any, tensors: tuple[mx.array, ...], tier: Tier) -> None:
 
 
 @contextmanager
-def hooked(layer: StreamedModule, names: Sequence[str]) -> Iterator[HookedLayer]:
-    """Keep the weights of `layer` in memory, with hooks on the weights `names`."""
-    with layer.loaded() as module:
-        hooks = {}
-        for name in names:
+def hooked(
+    layer: StreamedModule, names: Sequence[str], stacks: Sequence[str] = ()
+) -> Iterator[HookedLayer]:
+    """Keep the weights of `layer` in memory, with hooks on the weights `names`.
+
+    Runs also record the routes to those weights among them that are `stacks` of experts.
+    """
+    with layer.loaded() as module, ExitStack() as restored:
+
+        def hook(name: str) -> _Hook:
             parent, _, last = name.removeprefix(f"{layer.path}.").rpartition(".")
             owner = submodule(module, parent)
-            hooks[name] = _Hook(name, owner[last])
-            setattr(owner, last, hooks[name])
-        try:
-            yield HookedLayer(module, hooks)
-        finally:
-            for name, hook in hooks.items():
-                parent, _, last = name.removeprefix(f"{layer.path}.").rpartition(".")
-                setattr(submodule(module, parent), last, hook.module)
+            new = _Hook(name, owner[last])
+            setattr(owner, last, new)
+            restored.callback(setattr, owner, last, new.module)
+            return new
+
+        hooks = {name: hook(name) for name in names}
+        holders = sorted({name.rpartition(".")[0] for name in stacks} - {layer.path})
+        yield HookedLayer(module, hooks, [hook(name) for name in holders])
