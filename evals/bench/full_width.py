@@ -29,7 +29,8 @@ from quantkit.formats import mxfp4
 from quantkit.formats.files import header_bytes
 from quantkit.formats.tiers import NATIVE, TensorSpec, parse_tier
 from quantkit.planning.plan import make_plan
-from quantkit.quantizers.hessians import DiskSpool, Hessians, InputSums
+from quantkit.quantizers.hessians import Hessians
+from quantkit.quantizers.input_sums import DiskSpool, Inputs, InputSums
 from quantkit.quantizers.layer_files import LayerFiles
 from quantkit.quantizers.layerwise import LayerwiseQuantizer
 from quantkit.quantizers.matrix import quantize_rows
@@ -39,7 +40,6 @@ from quantkit.sensitivity.fisher import Sweep
 from quantkit.sensitivity.work import ProfileWork
 from quantkit.storage.work_dir import WorkDirectory
 from quantkit.streaming.layer_runner import StreamingModel
-from quantkit.streaming.layer_trace import ModuleCall
 
 WIDTH, VOCABULARY, LENGTH = 2880, 16384, 256
 LAYERS = {"120b": 36, "20b": 24}
@@ -197,15 +197,15 @@ def batch(folder: Path, tokens: int) -> dict[str, float]:
         mx.eval(x)
         chosen = rng.choice(experts, count, p=load / load.sum())
         start = time.perf_counter()
-        sums.add(ModuleCall("w", (x, mx.array(chosen)), x))
+        sums.add(Inputs(x, chosen))
         added += time.perf_counter() - start
     read = time.perf_counter()
-    some, hessian = next(sums.hessians())
+    some, moments = next(sums.moments())
     summed = time.perf_counter()
     weights = mx.array(np.stack([matrix(rng, WIDTH, WIDTH) for _ in range(some.stop)]))
     made = time.perf_counter()
     quantizer = find_quantizer("gptq")
-    quantize_rows(weights, Hessians(hessian), parse_tier("q3g64"), quantizer, mx.bfloat16)
+    quantize_rows(weights, Hessians(moments), parse_tier("q3g64"), quantizer, mx.bfloat16)
     return {
         "inputs": added,
         "hessians": summed - read,

@@ -5,9 +5,9 @@
 On the demo model: of the inputs of the experts an evenly spread part is left, a multiple of their
 width on average, and all of them for the pooled Hessian; the experts of every third layer are in
 one tier (q3g64 and q2g32), other weights native. gptq as it was before (a quarter of the width for
-the pool, nothing for the diagonal, and scales refitted to integers that stay) stands beside gptq of
-today. One native pass serves all; the streams of the changed models follow it layer by layer, on
-text to evaluate on. The tables go into README.md here.
+the pool, nothing for the diagonal, scales refitted to integers that stay, and no error propagation)
+stands beside gptq of today. One native pass serves all; the streams of the changed models follow it
+layer by layer, on text to evaluate on. The tables go into README.md here.
 """
 
 import argparse
@@ -33,19 +33,14 @@ from quantkit.formats.affine import AffineWeight, concatenate
 from quantkit.formats.tiers import Tier, parse_tier
 from quantkit.quantizers import descent, gptq
 from quantkit.quantizers.choose_prior import Choice, Sample, choose
-from quantkit.quantizers.hessians import (
-    DEFAULT_PRIOR,
-    Hessians,
-    InputSums,
-    Prior,
-    inputs_of,
-    stacked,
-)
+from quantkit.quantizers.hessians import DEFAULT_PRIOR, Hessians, Prior, stacked
+from quantkit.quantizers.input_sums import Inputs, InputSums
 from quantkit.quantizers.matrix import quantize_rows, scales_dtype
 from quantkit.quantizers.registry import Quantizer, find_quantizer
 from quantkit.streaming.layer_runner import StreamingModel
-from quantkit.streaming.layer_trace import HookedLayer, ModuleCall, hooked
+from quantkit.streaming.layer_trace import HookedLayer, LayerTrace, hooked
 from quantkit.streaming.lm_head import ChangedModel, divergence
+from quantkit.streaming.products import Product, packed_product
 from quantkit.streaming.weight_loader import Call
 
 TOKENS, VALIDATED, EVALUATED = 32768, 8192, EVALUATED_TOKENS
@@ -68,30 +63,31 @@ class Variant:
 class CappedSums:
     """Sums over an evenly spread part of the inputs of each expert, and over all for the pool.
 
-    `most` are the inputs that an expert gets on average, of the `average` that there are.
+    An expert gets `cap` inputs per dimension on average, of the `average` that there are.
     """
 
-    def __init__(self, matrices: int, most: list[float], average: float) -> None:
-        self.of = [InputSums(matrices) for _ in most]
-        self._shares = [min(1.0, count / average) for count in most]
-        self._seen = np.zeros(matrices, np.int64)
+    def __init__(self, shape: tuple[int, ...], cap: float, average: float) -> None:
+        self.sums = InputSums(shape[0])
+        self._share = min(1.0, cap * shape[-1] / average)
+        self._pool = InputSums(1)
+        self._seen = np.zeros(shape[0], np.int64)
 
-    def add(self, call: ModuleCall) -> None:
-        """Add the inputs of one call."""
-        x, experts = inputs_of(call)
-        pooled, count = self.of[0].pooled + x.T @ x, self.of[0].pooled_count + len(x)
-        mx.eval(pooled)
+    def add(self, inputs: Inputs, native: mx.array | None = None) -> None:
+        """Add the inputs of one call, and the native ones (n, in) that they stand for."""
+        x, experts = inputs.x, inputs.experts
+        self._pool.add(Inputs(x), native)
         places = np.zeros(len(x), np.int64)  # of every input among those of its expert
         for e in range(len(self._seen)):
             (rows,) = np.nonzero(experts == e)
             places[rows] = self._seen[e] + np.arange(len(rows))
             self._seen[e] += len(rows)
-        for sums, share in zip(self.of, self._shares, strict=True):
-            (kept,) = np.nonzero(np.floor((places + 1) * share) > np.floor(places * share))
-            if len(kept):
-                some = (x[mx.array(kept)], mx.array(experts[kept]))
-                sums.add(ModuleCall(call.name, some, call.y))
-            sums.pooled, sums.pooled_count = pooled, count
+        thinned = np.floor((places + 1) * self._share) > np.floor(places * self._share)
+        (kept,) = np.nonzero(thinned)
+        if len(kept):
+            some = mx.array(kept)
+            theirs = None if native is None else native[some]
+            self.sums.add(Inputs(x[some], experts[kept]), theirs)
+        self.sums.pooled, self.sums.pooled_count = self._pool.pooled, self._pool.pooled_count
 
 
 class Before(Quantizer):
@@ -107,31 +103,57 @@ class Before(Quantizer):
         return quantize
 
 
-def quantized(
-    names: list[str],
-    model: StreamingModel,
-    tier: Tier,
-    sums: InputSums,
-    validation: InputSums,
-    v: Variant,
-) -> dict[str, AffineWeight]:
-    """Quantize the weights `names`, which share their inputs, by the method of a variant."""
-    values = {name: stacked(model.values(name)).astype(mx.float32) for name in names}
-    dtypes = {name: scales_dtype(model.weights[name]) for name in names}
-    choice = Choice(DEFAULT_PRIOR, find_quantizer("search"))
-    if v.method == "gptq before":
-        choice = Choice(BEFORE, Before("gptq", "before"))
-    if v.method == "gptq":
-        samples = [Sample(values[name], tier, dtypes[name]) for name in names]
-        choice = choose(samples, sums, validation, find_quantizer("gptq"))
-    v.choices[f"{choice.quantizer.name} {choice.prior.pooled:g} {choice.prior.diagonal:g}"] += 1
-    parts: dict[str, list[AffineWeight]] = {name: [] for name in names}
-    for some, hessian in sums.hessians(choice.prior):
-        shared = Hessians(hessian)
-        for name in names:
-            part = quantize_rows(values[name][some], shared, tier, choice.quantizer, dtypes[name])
-            parts[name].append(part)
-    return {name: concatenate(part, axis=0) for name, part in parts.items()}
+@dataclass(frozen=True)
+class LayerText:
+    """The native runs of a layer on text to calibrate, and on text to validate."""
+
+    model: StreamingModel
+    module: HookedLayer
+    tier: Tier
+    calibrate: list[LayerTrace]
+    validate: list[LayerTrace]
+
+    def quantize(self, names: list[str], v: Variant) -> dict[str, AffineWeight]:
+        """Quantize the experts `names` by the method of a variant."""
+        down = [name for name in names if "down" in name]
+        first = self._quantize_group([name for name in names if name not in down], v, {})
+        products = {}
+        if v.method != "gptq before":
+            products = {n: packed_product(a.packed(self.tier), self.tier) for n, a in first.items()}
+        return first | self._quantize_group(down, v, products)
+
+    def _quantize_group(
+        self, names: list[str], v: Variant, products: dict[str, Product]
+    ) -> dict[str, AffineWeight]:
+        """Quantize weights that share their inputs, which come from `products` where there are
+        any."""
+        shape = self.model.weights[names[0]].shape
+        per_token = self.model.source.checkpoint.settings.experts_per_token or 1
+        capped = CappedSums(shape, v.cap, TOKENS * per_token / shape[0])
+        validation = InputSums(shape[0])
+        for traces, sums in ((self.calibrate, capped), (self.validate, validation)):
+            for trace in traces:
+                for native, call in self.module.replay(trace, products, names[:1]):
+                    theirs = Inputs.of(native.args).x if products else None
+                    sums.add(Inputs.of(call.args), theirs)
+        values = {name: stacked(self.model.values(name)).astype(mx.float32) for name in names}
+        dtypes = {name: scales_dtype(self.model.weights[name]) for name in names}
+        choice = Choice(DEFAULT_PRIOR, find_quantizer("search"))
+        if v.method == "gptq before":
+            choice = Choice(BEFORE, Before("gptq", "before"))
+        if v.method == "gptq":
+            samples = [Sample(values[name], self.tier, dtypes[name]) for name in names]
+            choice = choose(samples, capped.sums, validation, find_quantizer("gptq"))
+        prior = choice.prior
+        v.choices[f"{choice.quantizer.name} {prior.pooled:g} {prior.diagonal:g}"] += 1
+        parts: dict[str, list[AffineWeight]] = {name: [] for name in names}
+        for some, moments in capped.sums.moments(prior):
+            shared = Hessians(moments)
+            for name in names:
+                rows = values[name][some]
+                part = quantize_rows(rows, shared, self.tier, choice.quantizer, dtypes[name])
+                parts[name].append(part)
+        return {name: concatenate(part, axis=0) for name, part in parts.items()}
 
 
 def run(tier: Tier, caps: list[float]) -> tuple[list[Variant], np.ndarray, list[np.ndarray]]:
@@ -149,63 +171,39 @@ def run(tier: Tier, caps: list[float]) -> tuple[list[Variant], np.ndarray, list[
     calls = model.calls(evaluated[:1])
     start = time.time()
     for number, layer in enumerate(model.layers):
-        stacks = [
-            name
-            for name, weight in model.weights.items()
-            if name.startswith(f"{layer.path}.") and len(weight.shape) > 2
-        ]
+        names = [name for name in model.weights if name.startswith(f"{layer.path}.")]
+        stacks = [name for name in names if len(model.weights[name].shape) > 2]
         chosen = stacks if number % EVERY == 0 else []
         dry = calls[number]
-        with hooked(layer, chosen) as module:
-            sums = shared_sums(model, module, dry, streams, chosen, caps)
+        with hooked(layer, names) as module:
+            traces = {
+                split: list(recorded(module, Call(streams[split], dry.args, dry.kwargs)))
+                for split in (CALIBRATE, VALIDATE)
+            }
+            for split in traces:
+                streams[split] = mx.concatenate([trace.y for trace in traces[split]])
             native = Call(streams[EVALUATE], dry.args, dry.kwargs)
             streams[EVALUATE] = through(module, native)
+            text = LayerText(model, module, tier, traces[CALIBRATE], traces[VALIDATE])
             for v in variants:
                 changed: dict[str, AffineWeight | None] = dict.fromkeys(chosen)
-                if v.cap is not None:
-                    for names, (capped, validation) in sums.items():
-                        own = capped.of[caps.index(v.cap)]
-                        changed |= quantized(list(names), model, tier, own, validation, v)
+                if v.cap is not None and chosen:
+                    changed |= text.quantize(chosen, v)
                 v.stream = through_changed(
                     module, model, tier, Call(v.stream, dry.args, dry.kwargs), changed
                 )
         print(f"layer {number}, {time.time() - start:.0f} s", flush=True)
     kl = []
     for v in variants:
-        (found,) = divergence(model, streams[EVALUATE], [ChangedModel(v.stream)])
-        kl.append(np.array(found))
+        (tokens,) = divergence(model, streams[EVALUATE], [ChangedModel(v.stream)])
+        kl.append(np.array(tokens))
     return variants, texts[EVALUATE].documents, kl
 
 
-def shared_sums(
-    model: StreamingModel,
-    module: HookedLayer,
-    dry: Call,
-    streams: dict[str, mx.array],
-    stacks: list[str],
-    caps: list[float],
-) -> dict[tuple[str, ...], tuple[CappedSums, InputSums]]:
-    """Take the native streams through a layer; return the sums of stacks that share inputs."""
-    down = [name for name in stacks if "down" in name]
-    groups = [tuple(n for n in stacks if n not in down), tuple(down)] if stacks else []
-    per_token = model.source.checkpoint.settings.experts_per_token or 1
-    sums = {}
-    for names in groups:
-        experts, _, width = model.weights[names[0]].shape
-        most = [cap * width for cap in caps]
-        capped = CappedSums(experts, most, TOKENS * per_token / experts)
-        sums[names] = (capped, InputSums(experts))
-    for split in (CALIBRATE, VALIDATE):
-        outs = []
-        for batch in Call(streams[split], dry.args, dry.kwargs).batches():
-            trace = module.record(batch)
-            outs.append(trace.y)
-            for names, (capped, validation) in sums.items():
-                for step in trace.steps:
-                    if step.name == names[0]:
-                        (capped if split == CALIBRATE else validation).add(step)
-        streams[split] = mx.concatenate(outs)
-    return sums
+def recorded(module: HookedLayer, call: Call) -> Iterator[LayerTrace]:
+    """Yield the runs of a layer, a few sequences at a time."""
+    for batch in call.batches():
+        yield module.record(batch)
 
 
 def through(module: HookedLayer, call: Call) -> mx.array:

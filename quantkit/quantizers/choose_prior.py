@@ -15,11 +15,10 @@ from quantkit.quantizers.hessians import (
     DEFAULT_PRIOR,
     PRIORS,
     Hessians,
-    InputSums,
     Prior,
     batch_size,
-    objective,
 )
+from quantkit.quantizers.input_sums import InputSums
 from quantkit.quantizers.registry import DEFAULT_QUANTIZER, SEARCH, Quantizer, find_quantizer
 
 _EXPERTS = 4  # of a stack
@@ -62,20 +61,15 @@ def choose(
     choices = [Choice(prior, quantizer) for prior in PRIORS]
     choices.append(Choice(DEFAULT_PRIOR, find_quantizer(SEARCH)))
     matrices = [m for m in sampled_matrices(len(inputs.counts)) if validation.counts[m]]
-    if not matrices:
-        return default
-    losses = np.zeros((len(choices), len(samples)))
+    losses = np.zeros(len(choices))
     step = max(1, batch_size(samples[0].values.shape[-1]) // len(PRIORS))
     for batch in (matrices[i : i + step] for i in range(0, len(matrices), step)):
         unseen = mx.stack([validation.total(m) for m in batch])
-        hessians = list(inputs.hessians_of(batch, PRIORS))
-        every = Hessians(mx.concatenate(hessians))
+        moments = list(inputs.moments_of(batch, PRIORS))
+        every = Hessians(mx.concatenate(moments))
         losses[:-1] += _losses(samples, batch, every, quantizer, unseen)
-        searched = Hessians(hessians[0])
-        losses[-1:] += _losses(samples, batch, searched, choices[-1].quantizer, unseen)
-    if not losses.all():
-        return default
-    return choices[int((losses / losses[0]).sum(axis=1).argmin())]
+        losses[-1:] += _losses(samples, batch, Hessians(moments[0]), choices[-1].quantizer, unseen)
+    return choices[int(losses.argmin())]
 
 
 def _losses(
@@ -85,20 +79,20 @@ def _losses(
     quantizer: Quantizer,
     unseen: mx.array,
 ) -> np.ndarray:
-    """Return the objective (priors, samples) of some rows under `unseen` (matrices, in, in).
+    """Return the losses (priors,) of some rows of the weights on inputs with sums `unseen`.
 
     `hessians` are those of all `matrices` under the first prior, then under the second, and so on:
-    they go through the quantizer together.
+    their columns go through the quantizer together.
     """
     priors = len(hessians.hessian) // len(matrices)
-    validation = mx.concatenate([unseen] * priors)
+    validation = Hessians(mx.concatenate([unseen] * priors))
     quantize = quantizer.function()
-    losses = np.zeros((priors, len(samples)))
-    for number, sample in enumerate(samples):
+    losses = np.zeros(priors)
+    for sample in samples:
         step = max(1, sample.values.shape[-2] // _ROWS)
         rows = sample.values[mx.array(matrices), ::step].astype(mx.float32)
         rows = mx.concatenate([rows] * priors)
-        quantized = quantize(rows, hessians, sample.tier, sample.dtype)
-        errors = objective(rows, quantized.dequantized(sample.tier), validation)
-        losses[:, number] = np.array(errors).reshape(priors, -1).sum(axis=1)
+        quantized = quantize(hessians.target(rows), hessians, sample.tier, sample.dtype)
+        errors = validation.loss(rows, quantized.dequantized(sample.tier))
+        losses += np.array(errors).reshape(priors, -1).sum(axis=1)
     return losses

@@ -1,13 +1,16 @@
 """A plan's weights quantized stage by stage, from one pass of the native model.
 
-Inputs come from the native model, not from the partly quantized one: by measurement that is as
-good, and it makes the weights independent. The results of a stage wait on disk until their shard
+Inputs of a layer come from the native model, not from the partly quantized one: by measurement that
+is better, and it makes the layers independent. Within a block (attention, the experts or the MLP)
+errors propagate: the last projection is quantized on the inputs that it gets from the quantized
+weights before it, towards its native outputs. The results of a stage wait on disk until their shard
 is written, with the input of the next layer, so that a killed run resumes at its last layer.
 """
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -15,37 +18,38 @@ import numpy as np
 from quantkit.artifacts.calibration import ExpertInputs
 from quantkit.artifacts.inventory import Weight
 from quantkit.artifacts.plan import Plan
+from quantkit.artifacts.roles import ATTENTION_ROLES, EXPERT_ROLES, MLP_ROLES
 from quantkit.backend import free_memory, mx
 from quantkit.backend.memory_limits import memory_limits
 from quantkit.checkpoint.source import Source
 from quantkit.errors import SourceError
-from quantkit.formats.codec import to_numpy
+from quantkit.formats.codec import to_mx, to_numpy
 from quantkit.formats.tiers import Tier, parse_tier
 from quantkit.progress import Stage
 from quantkit.quantizers.choose_prior import Sample, choose, sampled_matrices
 from quantkit.quantizers.embeddings import drop_gradients, embedding_hessians
-from quantkit.quantizers.hessians import (
-    DEFAULT_PRIOR,
+from quantkit.quantizers.hessians import DEFAULT_PRIOR, Hessians, shrunk, stacked
+from quantkit.quantizers.input_sums import (
     DiskSpool,
-    Hessians,
+    Inputs,
     InputSums,
     has_inputs,
     shared_inputs,
-    shrunk,
-    stacked,
 )
 from quantkit.quantizers.layer_files import EMBEDDING, LayerFiles
 from quantkit.quantizers.matrix import quantize_rows, require_finite, scales_dtype
 from quantkit.quantizers.registry import Quantizer, find_quantizer
 from quantkit.storage.work_dir import Tensors, WorkDirectory
 from quantkit.streaming.layer_runner import StreamingModel, has_gradients
-from quantkit.streaming.layer_trace import ModuleCall, hooked
+from quantkit.streaming.layer_trace import HookedLayer, LayerTrace, ModuleCall, hooked
+from quantkit.streaming.products import Product, packed_product
 from quantkit.streaming.weight_loader import Call
 
 EMBEDDING_TOKENS = 4096  # to take gradients on
 _HEAD_ROWS = 16384  # of a head, to choose its prior
 _OUTPUT = "y.npy"  # of the layer at work
 _COVERAGE = "coverage-{}.json"
+_BLOCKS = (ATTENTION_ROLES, EXPERT_ROLES, MLP_ROLES)
 Done = dict[str, Tensors]
 
 
@@ -61,25 +65,32 @@ def changed_tiers(source: Source, plan: Plan, role: str | None = None) -> dict[s
 
 @dataclass
 class SharedInputs:
-    """The inputs that the weights `names` share: sums to calibrate, and to validate on."""
+    """The inputs that the weights `names` share: sums to calibrate, and to validate on.
+
+    At `level` 0 they are native. At a higher one they come from the quantized weights of lower
+    levels, and stand for native ones.
+    """
 
     names: Sequence[str]
+    level: int
     inputs: InputSums
     validation: InputSums
     spool: DiskSpool
 
     @classmethod
-    def of(cls, names: Sequence[str], first: Weight, work: WorkDirectory) -> "SharedInputs":
+    def of(
+        cls, names: Sequence[str], level: int, first: Weight, work: WorkDirectory
+    ) -> "SharedInputs":
         """Begin empty sums for weights of the shape of `first`."""
         matrices = first.shape[0] if len(first.shape) > 2 else 1
         spool = DiskSpool(work.folder / f"inputs-{names[0]}.f32")
-        sampled = sampled_matrices(matrices)
-        return cls(names, InputSums(matrices, spool), InputSums(matrices, only=sampled), spool)
+        validation = InputSums(matrices, only=sampled_matrices(matrices))
+        return cls(names, level, InputSums(matrices, spool), validation, spool)
 
-    def add(self, calls: Sequence[ModuleCall], calibrates: bool) -> None:
-        """Add the inputs of calls of the first weight."""
-        for call in calls:
-            (self.inputs if calibrates else self.validation).add(call)
+    def add(self, call: ModuleCall, calibrates: bool, native: ModuleCall | None = None) -> None:
+        """Add the inputs of a call of the first weight, and those of the `native` call."""
+        sums = self.inputs if calibrates else self.validation
+        sums.add(Inputs.of(call.args), None if native is None else Inputs.of(native.args).x)
 
 
 @dataclass
@@ -144,15 +155,20 @@ class LayerwiseQuantizer:
 
     def _quantize_layer(self, number: int) -> Done:
         """Quantize a layer; its native output is the next one's input."""
-        groups = self._read_inputs(number)
+        groups = self._read_native_inputs(number)
         done: Done = {}
         coverage: dict[str, dict[str, Any]] = {}
-        for group in groups:
-            done |= self._quantize_group(group)
-            if len(group.inputs.counts) > 1:
-                inputs = ExpertInputs.of(group.inputs.counts, self.model.weights[group.names[0]])
-                coverage |= {name: asdict(inputs) for name in group.names}
-            group.spool.remove()
+        for level in range(1 + max((group.level for group in groups), default=0)):
+            of_level = [group for group in groups if group.level == level]
+            if level > 0:
+                self._read_changed_inputs(number, of_level, done)
+            for group in of_level:
+                done |= self._quantize_group(group)
+                if len(group.inputs.counts) > 1:
+                    first = self.model.weights[group.names[0]]
+                    inputs = ExpertInputs.of(group.inputs.counts, first)
+                    coverage |= {name: asdict(inputs) for name in group.names}
+                group.spool.remove()
         self._work.save_table(_COVERAGE.format(number), coverage)
         return done
 
@@ -162,33 +178,71 @@ class LayerwiseQuantizer:
         tables = [self._work.table(name) for name in names if self._work.has(name)]
         return {name: ExpertInputs(**row) for table in tables for name, row in table.items()}
 
-    def _read_inputs(self, number: int) -> list[SharedInputs]:
-        """Run the layer on all text, a chunk at a time, and sum up the inputs of its weights."""
-        layer = self.model.layers[number]
-        weights = [w for n, w in self.model.weights.items() if n.startswith(f"{layer.path}.")]
-        dry = self.model.calls(self.tokens[:1])[number]
+    def _read_native_inputs(self, number: int) -> list[SharedInputs]:
+        """Run the layer on all text, a chunk at a time, and group its weights by their inputs.
+
+        Sum up the inputs of the groups at level 0.
+        """
         groups: list[SharedInputs] = []
-        shape = (*self.tokens.shape, dry.x.shape[-1])
-        with (
-            hooked(layer, [weight.name for weight in weights]) as module,
-            self._work.array_writer(_OUTPUT, shape) as write,
-        ):
-            for chunk, calibrates in self._chunks():
-                trace = module.record(Call(self._input(number, chunk), dry.args, dry.kwargs))
+        shape = (*self.tokens.shape, self.model.calls(self.tokens[:1])[0].x.shape[-1])
+        with self._work.array_writer(_OUTPUT, shape) as write:
+            for _, trace, calibrates in self._traces(number):
                 if not mx.isfinite(trace.y).all().item():
-                    raise SourceError(f"layer {number} ({layer.path}): its output is not finite.")
+                    path = self.model.layers[number].path
+                    raise SourceError(f"layer {number} ({path}): its output is not finite.")
                 write(trace.y)
-                steps = [replace(step, y=trace.y) for step in trace.steps]
-                del trace
-                names = [w.name for w in weights if w.name in self.tiers and has_inputs(w, steps)]
-                groups = groups or [
-                    SharedInputs.of(group, self.model.weights[group[0]], self._work)
-                    for group in shared_inputs(names, steps)
-                ]
+                groups = groups or self._groups(trace.steps)
                 for group in groups:
-                    group.add([step for step in steps if step.name == group.names[0]], calibrates)
-                self.progress(0, f"layer {number}: inputs of {chunk.stop} sequences")
+                    for step in trace.steps:
+                        if group.level == 0 and step.name == group.names[0]:
+                            group.add(step, calibrates)
         return groups
+
+    def _read_changed_inputs(
+        self, number: int, groups: Sequence[SharedInputs], done: Mapping[str, Tensors]
+    ) -> None:
+        """Sum up the inputs of groups behind quantized weights of their blocks."""
+        weights = self.model.weights  # a quantized router would send tokens to other experts
+        within = [name for name in done if any(weights[name].role in roles for roles in _BLOCKS)]
+        products = {name: self._product(name, done[name]) for name in within}
+        names = {group.names[0]: group for group in groups}
+        for module, trace, calibrates in self._traces(number):
+            for native, call in module.replay(trace, products, names):
+                names[call.name].add(call, calibrates, native)
+
+    def _traces(self, number: int) -> Iterator[tuple[HookedLayer, LayerTrace, bool]]:
+        """Run the layer on chunks of text; yield each run, and whether its text calibrates."""
+        layer = self.model.layers[number]
+        names = [name for name in self.model.weights if name.startswith(f"{layer.path}.")]
+        dry = self.model.calls(self.tokens[:1])[number]
+        with hooked(layer, names) as module:
+            for chunk, calibrates in self._chunks():
+                call = Call(self._input(number, chunk), dry.args, dry.kwargs)
+                yield module, module.record(call), calibrates
+                self.progress(0, f"layer {number}: inputs of {chunk.stop} sequences")
+
+    def _groups(self, steps: Sequence[ModuleCall]) -> list[SharedInputs]:
+        """Group the weights to quantize, in the order of their calls, by their inputs."""
+        weights = self.model.weights
+        names = [step.name for step in steps if step.name in self.tiers]
+        named = [name for name in dict.fromkeys(names) if has_inputs(weights[name], steps)]
+        levels: Counter[int] = Counter()  # of the next group, by block
+        groups = []
+        for group in shared_inputs(named, steps):
+            first = weights[group[0]]
+            block = next((i for i, roles in enumerate(_BLOCKS) if first.role in roles), None)
+            level = 0 if block is None else levels[block]
+            groups.append(SharedInputs.of(group, level, first, self._work))
+            if block is not None:
+                levels[block] += 1
+        return groups
+
+    def _product(self, name: str, stored: Tensors) -> Product:
+        """Return the product with a quantized weight."""
+        weight = self.model.weights[name]
+        packed, *scales = (array.reshape(*weight.shape[:-1], -1) for array in stored)
+        tensors = [mx.array(packed), *(to_mx(array, weight.dtype) for array in scales)]
+        return packed_product(tensors, self.tiers[name])
 
     def _chunks(self) -> Iterator[tuple[slice, bool]]:
         """Yield sequences that a layer takes at once, and whether they calibrate."""
@@ -215,8 +269,8 @@ class LayerwiseQuantizer:
         ]
         choice = choose(samples, group.inputs, group.validation, self._quantizer)
         slices: dict[str, list[Tensors]] = {name: [] for name in group.names}
-        for experts, hessian in group.inputs.hessians(choice.prior):
-            hessians = Hessians(hessian)
+        for experts, moments in group.inputs.moments(choice.prior):
+            hessians = Hessians(moments)
             for weight, stack in zip(weights, values, strict=True):
                 packed = self._packed(weight, stack[experts], hessians, choice.quantizer)
                 slices[weight.name].append(packed)
@@ -237,15 +291,15 @@ class LayerwiseQuantizer:
         head = self.model.head_weight
         if head.name not in self.tiers or head.role != "lm_head":
             return {}
-        group = SharedInputs.of([head.name], head, self._work)
+        group = SharedInputs.of([head.name], 0, head, self._work)
         for chunk, calibrates in self._chunks():
             x = self.model.head_input(self._input(len(self.model.layers), chunk))
-            group.add([ModuleCall(head.name, (x,), x)], calibrates)
+            group.add(ModuleCall(head.name, (x,), x), calibrates)
         rows = self.model.values(head.name, 0, min(_HEAD_ROWS, head.shape[0]))
         sample = Sample(rows[None], self.tiers[head.name], scales_dtype(head))
         choice = choose([sample], group.inputs, group.validation, self._quantizer)
-        hessian = group.inputs.hessian(0, choice.prior)[None]
-        return {head.name: self._quantize_table(head, hessian, choice.quantizer)}
+        ((_, moments),) = group.inputs.moments(choice.prior)
+        return {head.name: self._quantize_table(head, moments, choice.quantizer)}
 
     def _quantize_embedding(self) -> None:
         done: Done = {}

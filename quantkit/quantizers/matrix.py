@@ -9,7 +9,8 @@ from quantkit.errors import DamagedError
 from quantkit.formats.affine import AffineWeight, concatenate
 from quantkit.formats.codec import FLOAT_TYPES
 from quantkit.formats.tiers import Tier
-from quantkit.quantizers.hessians import Hessians, InputSums, stacked
+from quantkit.quantizers.hessians import Hessians, stacked
+from quantkit.quantizers.input_sums import InputSums
 from quantkit.quantizers.registry import Quantizer
 
 
@@ -24,7 +25,8 @@ def quantize_rows(
     step = max(1, memory_limits().block_values // (weight.shape[0] * weight.shape[-1]))
     slices: list[AffineWeight] = []
     for start in range(0, weight.shape[-2], step):
-        slices.append(quantize(weight[..., start : start + step, :], hessians, tier, dtype))
+        rows = hessians.target(weight[..., start : start + step, :])
+        slices.append(quantize(rows, hessians, tier, dtype))
         mx.eval(slices[-1].q, slices[-1].scales, slices[-1].biases)
     return slices[0] if len(slices) == 1 else concatenate(slices, axis=-2)
 
@@ -35,10 +37,10 @@ def quantize_weight(
     """Quantize all `values` (..., out, in) of a weight under the Hessians of its `inputs`."""
     stack = stacked(values)
     slices = []
-    for experts, hessian in inputs.hessians():
+    for experts, moments in inputs.moments():
         chunk = stack[experts].astype(mx.float32)
         dtype = scales_dtype(weight)
-        slices.append(quantize_rows(chunk, Hessians(hessian), tier, quantizer, dtype))
+        slices.append(quantize_rows(chunk, Hessians(moments), tier, quantizer, dtype))
     whole = concatenate(slices, axis=0)
     shaped = (x.reshape(*values.shape[:-1], -1) for x in (whole.q, whole.scales, whole.biases))
     return AffineWeight(*shaped)

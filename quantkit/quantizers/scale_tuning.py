@@ -19,10 +19,10 @@ from quantkit.progress import Stage
 from quantkit.quantizers.layer_files import LayerFiles
 from quantkit.quantizers.matrix import scales_dtype
 from quantkit.storage.work_dir import Tensors
-from quantkit.streaming.experts import switch_product
 from quantkit.streaming.layer_runner import StreamingModel
-from quantkit.streaming.layer_trace import Product, hooked
+from quantkit.streaming.layer_trace import hooked
 from quantkit.streaming.lm_head import divergence_gradient
+from quantkit.streaming.products import Product, experts_product, plain_product
 from quantkit.streaming.weight_loader import Call
 
 _B1, _B2, _EPS = 0.9, 0.999, 1e-8
@@ -61,40 +61,21 @@ class TuningText:
     validate: np.ndarray
 
 
-class _Experts:
-    """A stack of experts whose matrices are dequantized on access, so that no gradient is as large
-    as the stack."""
-
-    def __init__(self, q: mx.array, scales: mx.array, biases: mx.array, tier: Tier) -> None:
-        self.shape = q.shape
-        self._arrays = (q, scales, biases)
-        self._tier = tier
-
-    def __getitem__(self, which: slice) -> mx.array:
-        q, scales, biases = (array[which] for array in self._arrays)
-        return _values(q, scales, biases, self._tier)
-
-
 def _values(q: mx.array, scales: mx.array, biases: mx.array, tier: Tier) -> mx.array:
     groups = q.astype(mx.float32).reshape(*q.shape[:-1], -1, tier.group_size)
     return (groups * scales[..., None] + biases[..., None]).reshape(q.shape)
 
 
 def _product(q: mx.array, tier: Tier, scales: mx.array, biases: mx.array) -> Product:
-    """Return the product of a module with the dequantized weight."""
+    """Return the product of a module with the dequantized weight.
 
-    def experts(module: Any, *args: Any, **kwargs: Any) -> mx.array:
-        return switch_product(module, _Experts(q, scales, biases, tier), *args, **kwargs)
-
-    return experts if q.ndim > 2 else _plain_product(_values(q, scales, biases, tier))
-
-
-def _plain_product(weight: mx.array) -> Product:
-    def plain(module: Any, x: mx.array) -> mx.array:
-        y = x @ weight.T
-        return y + module.bias if "bias" in module else y
-
-    return plain
+    Experts are dequantized one by one, so that no gradient is as large as the stack.
+    """
+    if q.ndim == 2:
+        return plain_product(_values(q, scales, biases, tier))
+    return experts_product(
+        q.shape, lambda which: _values(q[which], scales[which], biases[which], tier)
+    )
 
 
 class ScaleTuner:
@@ -260,7 +241,7 @@ class ScaleTuner:
                 s, b = (_stored(state, f"{name} {kind}", dtype) for kind in "sb")
                 products[name] = _product(state[f"{name} q"], tier, s, b)
             elif len(weight.shape) == 2:  # rounded to nearest; stacks of another kind stay native
-                products[name] = _plain_product(fake_quantize(self._model.values(name), tier))
+                products[name] = plain_product(fake_quantize(self._model.values(name), tier))
         return products
 
     def _layer_state(self, number: int, step: int) -> LayerState:

@@ -17,7 +17,8 @@ from quantkit.artifacts.inventory import Weight
 from quantkit.artifacts.roles import ATTENTION_ROLES, EXPERT_ROLES, MLP_ROLES
 from quantkit.backend import free_memory, mx
 from quantkit.errors import SourceError
-from quantkit.quantizers.hessians import InputSums, MemorySpool, has_inputs, stacked
+from quantkit.quantizers.hessians import stacked
+from quantkit.quantizers.input_sums import Inputs, InputSums, MemorySpool, has_inputs
 from quantkit.quantizers.matrix import quantize_weight
 from quantkit.quantizers.registry import RTN, find_quantizer
 from quantkit.sensitivity.entries import Entry, EntryKey
@@ -93,7 +94,7 @@ class LayerProbe:
         if quantizer.calibrated and has_inputs(weight, calls[0]):
             inputs = InputSums(len(stacked(native)), MemorySpool())
             for step in (step for steps in calls for step in steps if step.name == weight.name):
-                inputs.add(step)
+                inputs.add(Inputs.of(step.args))
         for entry in entries:
             quantized = None
             if inputs is not None and entry.tier.mode == "affine":

@@ -6,9 +6,9 @@ of them changes, the modules before it return their recorded outputs; so do its 
 the very same input (keys and values beside a query). Only the modules behind it run again.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, replace
 from typing import Any
 
 from quantkit.backend import mx
@@ -16,13 +16,11 @@ from quantkit.formats.affine import AffineWeight
 from quantkit.formats.codec import encode, fake_quantize
 from quantkit.formats.tiers import Tier
 from quantkit.streaming.layer_runner import submodule
+from quantkit.streaming.products import Product
 from quantkit.streaming.weight_loader import Call, StreamedModule
 
 Observer = Callable[[str, mx.array, "mx.array | None"], None]
 """Called with a weight's name, its input, and the experts of the input (None for a matrix)."""
-
-Product = Callable[..., mx.array]
-"""Replaces a weight's module: called with the module and its arguments."""
 
 
 @dataclass(frozen=True)
@@ -192,6 +190,34 @@ class HookedLayer:
                 return self._run(trace.call)
         except _ReachedError as reached:
             return reached.y
+
+    def replay(
+        self, trace: LayerTrace, products: Mapping[str, Product], names: Collection[str]
+    ) -> list[tuple[ModuleCall, ModuleCall]]:
+        """Return the calls of `names` in `trace`, each with its call after other products.
+
+        Some modules are replaced by `products`. All others return their recorded outputs, and so do
+        `names`: what is behind them does not change.
+        """
+        pairs: list[tuple[ModuleCall, ModuleCall]] = []
+        wanted = sum(step.name in names for step in trace.steps)
+        steps = iter(trace.steps)
+
+        def handle(hook: _Hook, args: tuple[Any, ...], kwargs: dict[str, Any]) -> mx.array:
+            step = next(steps)
+            if hook.name in names:
+                pairs.append((step, replace(step, args=args)))
+                if len(pairs) == wanted:
+                    raise _ReachedError(step.y)
+            if hook.name in products and hook.name not in names:
+                y: mx.array = products[hook.name](hook.module, *args, **kwargs)
+                return y
+            return step.y
+
+        with suppress(_ReachedError), self._handled(handle):
+            self._run(trace.call)
+        mx.eval([call.args for _, call in pairs])
+        return pairs
 
     def run_with(self, call: Call, products: Mapping[str, Product]) -> mx.array:
         """Return the layer's output (batch, tokens, hidden), lazily, with some modules replaced."""

@@ -6,9 +6,9 @@ import pytest
 from quantkit.backend import mx
 from quantkit.formats.tiers import parse_tier
 from quantkit.quantizers.choose_prior import Sample, choose, sampled_matrices
-from quantkit.quantizers.hessians import DEFAULT_PRIOR, Hessians, InputSums, objective
+from quantkit.quantizers.hessians import DEFAULT_PRIOR, Hessians
+from quantkit.quantizers.input_sums import Inputs, InputSums
 from quantkit.quantizers.registry import find_quantizer
-from quantkit.streaming.layer_trace import ModuleCall
 
 WIDTH, EXPERTS = 128, 4
 TIER = parse_tier("q3g64")
@@ -17,7 +17,7 @@ GPTQ, SEARCH = find_quantizer("gptq"), find_quantizer("search")
 
 def sums(x, experts):
     total = InputSums(EXPERTS)
-    total.add(ModuleCall("w", (mx.array(x), mx.array(experts)), mx.zeros(0)))
+    total.add(Inputs(mx.array(x), experts))
     return total
 
 
@@ -46,11 +46,12 @@ def sample(rng):
 def loss(one, inputs, validation, choice):
     total = 0.0
     for expert in range(EXPERTS):
-        shared = Hessians(inputs.hessian(expert, choice.prior)[None])
+        (moments,) = inputs.moments_of([expert], [choice.prior])
+        shared = Hessians(moments)
         rows = one.values[expert : expert + 1]
         quantized = choice.quantizer.function()(rows, shared, TIER, mx.float32)
-        unseen = validation.total(expert)[None]
-        total += objective(rows, quantized.dequantized(TIER), unseen).item()
+        unseen = Hessians(validation.total(expert)[None])
+        total += unseen.loss(rows, quantized.dequantized(TIER)).item()
     return total
 
 

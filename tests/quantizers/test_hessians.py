@@ -1,113 +1,56 @@
-"""Hessians: sums over chunks, experts that see little, and inputs that wait on disk."""
+"""Hessians: what is shrunk, and what weights aim at when their inputs drift."""
 
 import numpy as np
-import pytest
 
-from quantkit.artifacts.inventory import Weight
 from quantkit.backend import mx
-from quantkit.backend.memory_limits import limited_memory
-from quantkit.quantizers.hessians import (
-    PRIORS,
-    DiskSpool,
-    InputSums,
-    MemorySpool,
-    Prior,
-    has_inputs,
-    shrunk,
-)
-from quantkit.streaming.layer_trace import ModuleCall
+from quantkit.quantizers.hessians import Hessians, Prior, shrunk
 
 
-def calls(x, experts, size):
-    """Calls of a stack on a few inputs at a time."""
-    for start in range(0, len(x), size):
-        some = slice(start, start + size)
-        yield ModuleCall("w", (mx.array(x[some]), mx.array(experts[some])), mx.zeros(0))
-
-
-def inputs(width=8, count=300, experts=3, seed=0):
-    rng = np.random.default_rng(seed)
-    x = rng.normal(size=(count, width)).astype(np.float32)
-    return x, rng.integers(0, experts, count)
+def data(count=300, width=8):
+    """Inputs, and native ones that they drift from."""
+    rng = np.random.default_rng(0)
+    x, noise = rng.normal(size=(2, count, width)).astype(np.float32)
+    return x, x @ rng.normal(1, 0.1, (width, width)).astype(np.float32) + 0.1 * noise
 
 
 def test_the_formula():
-    x, _ = inputs()
-    total, pooled, n, w = x[:20].T @ x[:20], x.T @ x / 300, 20, 8
+    x, native = data()
+    both = np.concatenate([x, native - x], axis=1)
+    total, pooled, n, w = both[:20].T @ x[:20], both.T @ x / 300, 20, 8
     found = shrunk(mx.array(total), n, mx.array(pooled), Prior(3, 2))
-    expected = (total + 3 * w * pooled + 2 * w * np.diag(np.diag(total)) / n) / (n + 5 * w)
+    expected = (total + 3 * w * pooled) / (n + 5 * w)
+    expected[:8] += 2 * w * np.diag(np.diag(total)) / n / (n + 5 * w)
     assert np.allclose(np.array(found), expected, atol=1e-5)
+    assert np.allclose(
+        np.array(shrunk(mx.array(total[:8]), n, mx.array(pooled[:8]), Prior(3, 2))),
+        expected[:8],
+        atol=1e-5,
+    )
 
 
-@pytest.mark.parametrize("prior", PRIORS)
-def test_experts_that_saw_little(prior):
-    """Shrunk towards that of all inputs; one that saw nothing has that, one that saw much its own."""
-    x, _ = inputs(count=3000)
-    experts = np.array([0] * 2999 + [1])
-    sums = InputSums(3)
-    for call in calls(x, experts, 500):
-        sums.add(call)
-    ((part, found),) = sums.hessians(prior)
-    assert part == slice(0, 3)
-    assert sums.counts.tolist() == [2999, 1, 0]
-    pooled = x.T @ x / 3000
-    nothing = np.array(found[2])
-    assert np.allclose(nothing / np.trace(nothing), pooled / np.trace(pooled), atol=1e-5)
-    assert np.allclose(np.array(found[0]), x[:2999].T @ x[:2999] / 2999, atol=0.02)
-    alone = np.outer(x[2999], x[2999])
-    assert np.abs(np.array(found[1]) - pooled).max() < np.abs(alone - pooled).max()
-    assert all(np.linalg.eigvalsh(np.array(h)).min() > 0 for h in found)
+def moments(x, native):
+    return mx.array(np.concatenate([x, native - x], axis=1).T @ x / len(x))[None]
 
 
-@pytest.mark.parametrize("spool", ["memory", "disk"])
-@pytest.mark.parametrize("size", [7, 100, 300])
-def test_any_chunks_and_any_memory_give_the_same(tmp_path, spool, size):
-    """With little memory a few experts at a time, from inputs that waited."""
-    x, experts = inputs(width=512)
-    whole = InputSums(3)
-    for call in calls(x, experts, 300):
-        whole.add(call)
-    waiting = MemorySpool() if spool == "memory" else DiskSpool(tmp_path / "inputs.f32")
-    with limited_memory(250_000_000):
-        sums = InputSums(40, waiting)
-        for call in calls(x, experts, size):
-            sums.add(call)
-        parts = list(sums.hessians(PRIORS[0]))
-    assert len(parts) > 1
-    found = mx.concatenate([hessian for _, hessian in parts])
-    ((_, expected),) = whole.hessians(PRIORS[0])
-    assert sums.counts[:3].tolist() == whole.counts.tolist()
-    assert np.allclose(np.array(found[:3]), np.array(expected), atol=1e-4)
-    if spool == "disk":
-        assert (tmp_path / "inputs.f32").stat().st_size == x.nbytes
-        waiting.remove()
-        assert not list(tmp_path.iterdir())
+def test_the_target_makes_up_for_drift():
+    """Of the inputs that drifted it gives outputs nearer to the native ones."""
+    x, native = data()
+    weight = np.random.default_rng(1).normal(size=(1, 5, 8)).astype(np.float32)
+    target = np.array(Hessians(moments(x, native)).target(mx.array(weight)))
+    wanted = native @ weight[0].T
+    before, after = (np.square(wanted - x @ w[0].T).sum() for w in (weight, target))
+    assert after < 0.6 * before
+    same = Hessians(moments(x, x)[:, :8]).target(mx.array(weight))
+    assert np.array_equal(np.array(same), weight)
 
 
-def test_a_plain_matrix_pools_its_own():
-    x, _ = inputs()
-    sums = InputSums(1)
-    for start in (0, 100, 200):
-        sums.add(ModuleCall("w", (mx.array(x[start : start + 100]),), mx.zeros(0)))
-    own = x.T @ x / 300
-    expected = (300 * own + 24 * own + 24 * np.diag(np.diag(own))) / 348
-    assert np.allclose(np.array(sums.hessian(0, Prior(3, 3))), expected, atol=1e-5)
-
-
-def test_only_some_experts():
-    x, experts = inputs()
-    few, whole = InputSums(3, only=[1]), InputSums(3)
-    for call in calls(x, experts, 50):
-        few.add(call)
-        whole.add(call)
-    assert np.allclose(np.array(few.total(1)), np.array(whole.total(1)), atol=1e-4)
-    assert few.counts.tolist() == whole.counts.tolist()
-
-
-def test_stacks_without_experts_have_no_inputs():
-    """Of a stack that is called without indices nobody knows which matrix saw what."""
-    x = mx.zeros((2, 4))
-    stack = Weight("w", "experts_up", 0, 2, (2, 4, 4), "bf16", 64)
-    assert not has_inputs(stack, [ModuleCall("w", (x,), x)])
-    assert has_inputs(stack, [ModuleCall("w", (x, mx.zeros((2, 1), mx.int32)), x)])
-    assert has_inputs(Weight("w", "q", 0, None, (4, 4), "bf16", 32), [ModuleCall("w", (x,), x)])
+def test_the_loss():
+    x, native = data()
+    rng = np.random.default_rng(1)
+    weight, values = rng.normal(size=(2, 1, 5, 8)).astype(np.float32)
+    found = Hessians(moments(x, native)).loss(mx.array(weight), mx.array(values)).item()
+    wanted = native @ weight[0].T
+    distance = np.square(wanted - x @ values[0].T).sum()
+    fixed = np.square(wanted - x @ weight[0].T).sum()
+    energy = np.square(x @ weight[0].T).sum()
+    assert np.isclose(found, (distance - fixed) / energy, rtol=1e-3)

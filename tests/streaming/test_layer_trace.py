@@ -1,0 +1,53 @@
+"""Replays of a layer: what changed weights of a block do to the inputs behind them."""
+
+import pytest
+
+from quantkit.backend import mx
+from quantkit.checkpoint.source import open_source
+from quantkit.formats.codec import encode
+from quantkit.formats.tiers import parse_tier
+from quantkit.streaming.layer_runner import StreamingModel
+from quantkit.streaming.layer_trace import hooked
+from quantkit.streaming.products import packed_product
+
+TIER = parse_tier("q2g32")
+
+
+@pytest.mark.parametrize("sequences", [1, 3])
+def test_a_replay_is_a_run_with_the_blocks_weights_changed(checkpoint, sequences):
+    """Attention and experts at once, each on its native inputs."""
+    model = StreamingModel(open_source(str(checkpoint)))
+    calls = []
+    tokens = mx.random.randint(0, 64, (sequences, 20), key=mx.random.key(0))
+    model.run(tokens, lambda _n, call, _y: calls.append(call))
+    layer = model.layers[1]
+    names = {n.rpartition(".")[2]: n for n, w in model.weights.items() if w.layer == 1}
+    changed = {
+        name: packed_product(encode(model.values(names[name]), TIER), TIER)
+        for name in ("q_proj", "v_proj", "gate_proj")
+    }
+    with hooked(layer, list(names.values())) as module:
+        trace = module.record(calls[1])
+        products = {names[name]: product for name, product in changed.items()}
+        behind = [names["o_proj"], names["down_proj"]]
+        pairs = module.replay(trace, products, behind)
+        assert [call.name for _, call in pairs] == behind
+        native = {step.name: step for step in trace.steps}
+        for block, (before, call) in zip(("attn", "mlp"), pairs, strict=True):
+            alone = [name for name in names.values() if block in name and name in products]
+            steps = with_changed(module, model, calls[1], alone)
+            (expected,) = (step for step in steps if step.name == call.name)
+            assert before is native[call.name]
+            assert mx.allclose(call.args[0], expected.args[0], atol=1e-4)
+            assert not mx.allclose(call.args[0], before.args[0], atol=1e-2)
+            assert all(
+                mx.array_equal(a, b) for a, b in zip(call.args[1:2], before.args[1:2], strict=True)
+            )
+
+
+def with_changed(module, model, call, names):
+    """The calls of a run in which some weights are changed."""
+    if not names:
+        return module.record(call).steps
+    with module.changed(names[0], model.values(names[0]), TIER):
+        return with_changed(module, model, call, names[1:])
