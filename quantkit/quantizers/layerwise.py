@@ -10,7 +10,7 @@ is written, with the input of the next layer, so that a killed run resumes at it
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -191,9 +191,11 @@ class LayerwiseQuantizer:
                     path = self.model.layers[number].path
                     raise SourceError(f"layer {number} ({path}): its output is not finite.")
                 write(trace.y)
-                groups = groups or self._groups(trace.steps)
+                steps = [replace(step, y=trace.y) for step in trace.steps]
+                del trace  # and with it the outputs of all modules
+                groups = groups or self._groups(steps)
                 for group in groups:
-                    for step in trace.steps:
+                    for step in steps:
                         if group.level == 0 and step.name == group.names[0]:
                             group.add(step, calibrates)
         return groups
