@@ -95,15 +95,16 @@ class LayerProbe:
             inputs = InputSums(len(stacked(native)), MemorySpool())
             for step in (step for steps in calls for step in steps if step.name == weight.name):
                 inputs.add(Inputs.of(step.args))
+        tokens = [_tokens_at(readout, trace) for trace in traces]
         for entry in entries:
             quantized = None
             if inputs is not None and entry.tier.mode == "affine":
                 quantized = quantize_weight(weight, native, inputs, entry.tier, quantizer)
             with module.changed(weight.name, native, entry.tier, quantized):
                 slopes = []
-                for trace, g in zip(traces, gradients, strict=True):
+                for trace, g, rows in zip(traces, gradients, tokens, strict=True):
                     moved = module.rerun(trace, weight.name, readout) - trace.output(readout)
-                    slopes.append(_by_token((g * moved).sum(axis=-1), trace, readout))
+                    slopes.append(_by_token((g * moved).sum(axis=-1), trace, rows))
                     mx.eval(slopes[-1])
                 yield entry, predicted_kl(mx.concatenate(slopes, axis=1))
 
@@ -116,10 +117,14 @@ def predicted_kl(slopes: mx.array) -> np.ndarray:
     return np.array(0.5 * mx.square(slopes).mean(axis=(0, 2)), np.float32)
 
 
-def _by_token(slopes: mx.array, trace: LayerTrace, readout: str | None) -> mx.array:
-    """Return slopes (draws, sequences, tokens), summed over the experts of every token."""
+def _tokens_at(readout: str | None, trace: LayerTrace) -> mx.array | None:
+    """Return the token (rows,) of every row at the readout; None where there is one per token."""
     step = next((step for step in trace.steps if step.name == readout), None)
-    tokens = None if step is None else trace.token_of_rows(step)
+    return None if step is None else trace.token_of_rows(step)
+
+
+def _by_token(slopes: mx.array, trace: LayerTrace, tokens: mx.array | None) -> mx.array:
+    """Return slopes (draws, sequences, tokens), summed over the rows of every token."""
     if tokens is None:
         return slopes
     sums = mx.zeros((len(slopes), trace.y.shape[0] * trace.y.shape[1]))
@@ -197,17 +202,14 @@ def _observer(result: ProbeResult) -> Callable[[str, mx.array, "mx.array | None"
     """
 
     def observe(name: str, x: mx.array, indices: mx.array | None) -> None:
-        width = x.shape[-1]
-        if indices is None:
-            total = mx.square(x.astype(mx.float32)).reshape(-1, width).sum(axis=0, keepdims=True)
-            count = np.array([x.size // width])
+        inputs = Inputs.of((x,) if indices is None else (x, indices))
+        squares = mx.square(inputs.x)
+        if inputs.experts is None:
+            total, count = squares.sum(axis=0, keepdims=True), np.array([len(squares)])
         else:
-            spread = mx.broadcast_to(x, (*indices.shape, 1, width)) if x.ndim > 3 else x
-            squares = mx.square(spread.astype(mx.float32)).reshape(-1, width)
-            flat = np.array(indices).reshape(-1)
-            experts = int(flat.max()) + 1
-            which = mx.array(flat[None, :] == np.arange(experts)[:, None]).astype(mx.float32)
-            total, count = which @ squares, np.bincount(flat)
+            experts = np.arange(inputs.experts.max() + 1)
+            which = mx.array(inputs.experts[None, :] == experts[:, None]).astype(mx.float32)
+            total, count = which @ squares, np.bincount(inputs.experts)
         result.importance[name] = _added(result.importance.get(name), np.array(total))
         result.seen[name] = _added(result.seen.get(name), count)
 

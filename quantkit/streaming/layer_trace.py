@@ -209,10 +209,9 @@ class HookedLayer:
                 pairs.append((step, replace(step, args=args)))
                 if len(pairs) == wanted:
                     raise _ReachedError(step.y)
-            if hook.name in products and hook.name not in names:
-                y: mx.array = products[hook.name](hook.module, *args, **kwargs)
-                return y
-            return step.y
+                return step.y
+            product = products.get(hook.name)
+            return product(hook.module, *args, **kwargs) if product else step.y
 
         with suppress(_ReachedError), self._handled(handle):
             self._run(trace.call)
