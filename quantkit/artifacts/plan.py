@@ -75,8 +75,9 @@ class Plan:
     `origin` names the recipe, budget or file that the tiers come from. Unquantized tensors (norms,
     biases, sinks) count in every total. `calibration_texts` are the texts of the profile and of the
     quantizer, `tuning_steps` the steps of scale tuning after it. `measured_kl` is the measured KL
-    divergence of the whole plan, rounded to nearest. `memory_target` is the memory that the plan
-    was made for, None if its bytes were given otherwise.
+    divergence of the whole plan, rounded to nearest; the predictions are for `kl_quantizer`.
+    `memory_target` is the memory that the plan was made for, None if its bytes were given
+    otherwise.
     """
 
     source: SourceId
@@ -87,6 +88,7 @@ class Plan:
     optimality: Optimality | None = None
     calibration_texts: tuple[CalibrationText, ...] = ()
     quantizer: str = "rtn"
+    kl_quantizer: str = "rtn"
     tuning_steps: int = 0
     measured_kl: float | None = None
     memory_target: MemoryTarget | None = None
@@ -163,6 +165,7 @@ class Plan:
             "bits_per_weight": self.bits_per_weight,
             "active_bytes_per_token": self.active_bytes,
             "predicted_kl": self.predicted_kl,
+            "kl_quantizer": self.kl_quantizer,
             "measured_kl": self.measured_kl,
             "memory_target": None if self.memory_target is None else asdict(self.memory_target),
             "optimality": None if self.optimality is None else asdict(self.optimality),
@@ -190,6 +193,7 @@ class Plan:
                     map(CalibrationText.from_json, data.get("calibration_texts", []))
                 ),
                 quantizer=str(data.get("quantizer", "rtn")),
+                kl_quantizer=str(data.get("kl_quantizer", "rtn")),
                 tuning_steps=int(data.get("tuning_steps", 0)),
                 measured_kl=_kl(data.get("measured_kl")),
                 memory_target=_memory_target(data.get("memory_target")),

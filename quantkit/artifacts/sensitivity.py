@@ -1,7 +1,7 @@
 """The sensitivity profile: the KL cost of every weight of a checkpoint in every tier."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from math import isfinite
 from statistics import median
 from typing import Any
@@ -12,8 +12,12 @@ from quantkit.errors import MalformedError, ProfileError, fault
 from quantkit.storage.json_files import FORMAT_VERSION
 
 _LARGEST_KL = 1e6  # nats per token
+_LARGEST_RATIO = 1e3
 UNMEASURED = "none"  # the method of a table that holds sizes only
 IMPORTANCE_FILE = "importance.safetensors"
+
+QuantizerRatios = Mapping[str, Mapping[str, Mapping[str, float]]]
+"""quantizer -> role -> tier -> its loss on unseen inputs, over that of rounding to nearest."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,7 @@ class SensitivityProfile:
 
     `method` is `fisher` (predicted from one backward pass) or `kl` (measured). `expert_tokens` maps
     the module path of a stack of experts to the number of tokens that each expert received.
+    `quantizer_ratios` correct the costs for other quantizers.
     """
 
     source: SourceId
@@ -73,6 +78,26 @@ class SensitivityProfile:
     weights: tuple[WeightSensitivity, ...]
     expert_tokens: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
+    quantizer_ratios: QuantizerRatios = field(default_factory=dict)
+
+    def quantized_by(self, quantizer: str) -> "SensitivityProfile":
+        """Return the profile with the KL costs that are predicted for a quantizer.
+
+        Costs whose ratio is not known stay, and so does a profile made with that quantizer.
+        """
+        ratios = self.quantizer_ratios.get(quantizer, {})
+        if self.quantizer == quantizer or not ratios:
+            return self
+        weights = []
+        for weight in self.weights:
+            by_tier = ratios.get(weight.role, {})
+            costs = tuple(
+                replace(cost, kl=cost.kl * ratio, stderr=cost.stderr * ratio)
+                for cost in weight.costs
+                for ratio in (by_tier.get(cost.tier, 1.0),)
+            )
+            weights.append(replace(weight, costs=costs))
+        return replace(self, quantizer=quantizer, weights=tuple(weights), quantizer_ratios={})
 
     @property
     def is_measured(self) -> bool:
@@ -103,6 +128,7 @@ class SensitivityProfile:
             "calibration": self.calibration.to_json(),
             "versions": dict(self.versions),
             "expert_tokens": {name: list(seen) for name, seen in self.expert_tokens.items()},
+            "quantizer_ratios": self.quantizer_ratios,
             "weights": weights,
         }
 
@@ -128,6 +154,7 @@ class SensitivityProfile:
                 weights=_weights(data["weights"]),
                 expert_tokens={k: tuple(v) for k, v in data["expert_tokens"].items()},
                 versions=dict(data["versions"]),
+                quantizer_ratios=_ratios(data.get("quantizer_ratios", {})),
             )
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as exc:
             raise ProfileError(
@@ -140,6 +167,15 @@ def _costs(weight: WeightSensitivity) -> dict[str, dict[str, Any]]:
         cost.tier: {"bytes": cost.bytes, "kl": cost.kl, "stderr": cost.stderr}
         for cost in weight.costs
     }
+
+
+def _ratios(data: Mapping[str, Any]) -> QuantizerRatios:
+    for quantizer, roles in data.items():
+        for role, tiers in roles.items():
+            for tier, ratio in tiers.items():
+                if isinstance(ratio, bool) or not 0 <= ratio < _LARGEST_RATIO:
+                    raise MalformedError(f"{quantizer}, {role}, {tier}: impossible ratio")
+    return data
 
 
 def _weights(data: Sequence[Mapping[str, Any]]) -> tuple[WeightSensitivity, ...]:

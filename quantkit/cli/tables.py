@@ -77,10 +77,13 @@ def print_plan(plan: Plan, bandwidth: int | None = None) -> None:
 
 def _predictions(plan: Plan) -> None:
     if plan.predicted_kl is not None:
-        how = "sum of KL costs" if plan.quantizer == "rtn" else "if rounded to nearest"
+        other = (
+            "if rounded to nearest" if plan.kl_quantizer == "rtn" else f"for {plan.kl_quantizer}"
+        )
+        how = "sum of KL costs" if plan.kl_quantizer == plan.quantizer else other
         print(f"KL divergence     {plan.predicted_kl:.4g} nats per token predicted ({how})")
     if plan.measured_kl is not None:
-        print(f"                  {plan.measured_kl:.4g} measured, on calibration text")
+        print(f"                  {plan.measured_kl:.4g} measured, to nearest, on calibration text")
     if plan.quantizer != "rtn":
         tuned = f", then {plan.tuning_steps} steps of scale tuning" if plan.tuning_steps else ""
         print(f"quantizer         {plan.quantizer}{tuned}")

@@ -167,8 +167,9 @@ def choose_plan(
 
     measured = refine(source, profile, budget, constraints, request.refine, progress)
     for one in measured:
-        predicted = one.plan.predicted_kl or 0
-        progress.note(f"measured {one.kl:.4g}, predicted {predicted:.4g}: {one.plan.origin}")
+        progress.note(
+            f"to nearest, measured {one.kl:.4g}, predicted {one.predicted:.4g}: {one.plan.origin}"
+        )
     return Planned(measured[0].plan, measured[0].profile)
 
 
@@ -191,6 +192,8 @@ def _given_plan(
         if request.recipe not in recipe_names():  # shipped recipes are for many models
             for number in idle_rules(inventory, recipe):
                 progress.note(f"recipe {recipe.name}: rule {number} decides no weight")
+    if request.quantizer is not None:
+        plan = replace(plan, quantizer=request.quantizer)
     if profile is not None and plan.predicted_kl is None:
         plan = with_predictions(plan, profile)
-    return plan if request.quantizer is None else replace(plan, quantizer=request.quantizer)
+    return plan

@@ -15,6 +15,7 @@ from quantkit.planning.allocator import corrected_by, plan_by_budget
 from quantkit.planning.budget import Budget
 from quantkit.planning.constraints import Constraints
 from quantkit.planning.frontier import recipe_baselines
+from quantkit.planning.plan import with_predictions
 from quantkit.progress import Progress, Stage
 from quantkit.quantizers.layerwise import changed_tiers
 from quantkit.streaming.layer_runner import StreamingModel
@@ -25,11 +26,21 @@ _TOKENS = 2048
 
 @dataclass(frozen=True)
 class MeasuredPlan:
-    """A plan with its measured KL divergence, and the corrected profile that chose it."""
+    """A plan with its measured KL divergence, and the corrected profile that chose it.
+
+    `kl` is measured, `predicted` is predicted with all weights rounded to nearest. By the plan's
+    own quantizer, a divergence of `expected` is left.
+    """
 
     plan: Plan
     kl: float
+    predicted: float
     profile: SensitivityProfile
+
+    @property
+    def expected(self) -> float:
+        by_quantizer = self.plan.predicted_kl or 0.0
+        return self.kl * by_quantizer / self.predicted if self.predicted else self.kl
 
 
 def refine(
@@ -40,7 +51,7 @@ def refine(
     rounds: int = 1,
     progress: Progress | None = None,
 ) -> list[MeasuredPlan]:
-    """Return measured plans within the budget, the best one first.
+    """Return measured plans within the budget, the best one for its quantizer first.
 
     KL costs are only approximately additive. So the plan is measured, whole and one role at a time;
     the predictions of each role are corrected by the measurements; and the budget is solved again,
@@ -72,14 +83,15 @@ def refine(
         means = _means(model, calibration.tokens, candidates, stage)
         for p, kl in zip(pending, means, strict=False):
             named = replace(p, measured_kl=kl, calibration_texts=texts)
-            measured.append(MeasuredPlan(named, kl, corrected))
+            nearest = with_predictions(replace(p, quantizer=corrected.quantizer), corrected)
+            measured.append(MeasuredPlan(named, kl, nearest.predicted_kl or 0.0, corrected))
         seen = {one.plan.tiers_sha256 for one in measured}
         by_role = dict(zip(roles, means[len(pending) :], strict=True))
         corrected = corrected_by(corrected, plan, by_role)
         pending = [plan_by_budget(source.inventory, corrected, budget, constraints)]
         if not roles or pending[0].tiers_sha256 in seen:
             break
-    return sorted(measured, key=lambda one: one.kl)
+    return sorted(measured, key=lambda one: one.expected)
 
 
 def _means(

@@ -21,6 +21,7 @@ def plan_by_budget(
     inventory: Inventory, profile: SensitivityProfile, budget: Budget, constraints: Constraints
 ) -> Plan:
     """Return the plan of least predicted KL within `budget`. Raises PlanError if no plan is."""
+    profile = profile.quantized_by(constraints.quantizer)
     groups = groups_of(inventory, profile, budget, constraints)
     if budget.bytes is None:
         groups = [_lossless(group) for group in groups]
@@ -31,12 +32,12 @@ def plan_by_budget(
         for weight in group.weights
     }
     plan = make_plan(inventory, tiers, f"budget {budget.label}")
+    plan = replace(plan, quantizer=constraints.quantizer)
     assert budget.bytes is None or plan.total_bytes <= budget.bytes, "more bytes than allowed"
     return replace(
         with_predictions(plan, profile),
         optimality=Optimality(budget.limits, solution.bound, solution.gap, solution.prices),
         calibration_texts=(profile.calibration,),
-        quantizer=constraints.quantizer,
         memory_target=budget.memory_target,
     )
 
@@ -97,12 +98,14 @@ def corrected_by(
 ) -> SensitivityProfile:
     """Scale the KL costs of each role so that its prediction for `plan` equals the measurement.
 
-    `measured` maps roles to the KL divergence of `plan` with only that role quantized. No factor
-    exceeds ten.
+    `measured` maps roles to the KL divergence of `plan` with only that role quantized, by the
+    quantizer of the profile. No factor exceeds ten.
     """
+    by_tier = {weight.name: weight.by_tier for weight in profile.weights}
     predicted: dict[str, float] = {}
     for assignment in plan.assignments:
-        predicted[assignment.role] = predicted.get(assignment.role, 0.0) + (assignment.kl or 0.0)
+        kl = by_tier[assignment.name][assignment.tier].kl
+        predicted[assignment.role] = predicted.get(assignment.role, 0.0) + kl
     factors = {
         role: min(max(kl / predicted[role], 1 / _FACTOR), _FACTOR)
         for role, kl in measured.items()

@@ -81,6 +81,7 @@ def explain(
         raise InputError(f"`explain` pattern {pattern!r} matches no weight.")
     prices = plan.optimality.shadow_prices if plan.optimality else ()
     active = None if plan.active_bytes is None else 0
+    profile = profile.quantized_by(plan.quantizer)
     groups = groups_of(inventory, profile, Budget(0, active_bytes=active), constraints)
     tiers = {assignment.name: assignment.tier for assignment in plan.assignments}
     pairs = [_steps(group, tiers[group.weights[0].name], prices) for group in groups]

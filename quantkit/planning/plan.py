@@ -33,13 +33,21 @@ def make_plan(inventory: Inventory, tiers: Mapping[str, Tier], origin: str) -> P
 
 
 def with_predictions(plan: Plan, profile: SensitivityProfile) -> Plan:
-    """Return `plan` with the KL costs of a profile, None for tiers that are not in it.
+    """Return `plan` with the KL costs of a profile for its quantizer, None for tiers that are not
+    in it.
 
     Optimality and measured KL are dropped, since they belong to other predictions.
     """
+    profile = profile.quantized_by(plan.quantizer)
     costs = {w.name: {cost.tier: cost.kl for cost in w.costs} for w in profile.weights}
     assignments = tuple(replace(c, kl=costs[c.name].get(c.tier)) for c in plan.assignments)
-    return replace(plan, assignments=assignments, optimality=None, measured_kl=None)
+    return replace(
+        plan,
+        assignments=assignments,
+        kl_quantizer=profile.quantizer,
+        optimality=None,
+        measured_kl=None,
+    )
 
 
 def read_plan(data: Mapping[str, Any], inventory: Inventory, where: str) -> Plan:
@@ -104,6 +112,7 @@ def _with_saved(plan: Plan, saved: Plan, edited: bool) -> Plan:
     return replace(
         plan,
         assignments=assignments,
+        kl_quantizer=saved.kl_quantizer,
         optimality=saved.optimality,
         measured_kl=saved.measured_kl,
     )

@@ -6,10 +6,17 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from quantkit.artifacts.inventory import Weight
-from quantkit.artifacts.sensitivity import SensitivityProfile, TierCost, WeightSensitivity
+from quantkit.artifacts.sensitivity import (
+    QuantizerRatios,
+    SensitivityProfile,
+    TierCost,
+    WeightSensitivity,
+)
 from quantkit.errors import SourceError
+from quantkit.quantizers.registry import RTN
 from quantkit.sensitivity.entries import Entry, native_cost
 from quantkit.sensitivity.fisher import StageTable
+from quantkit.sensitivity.quantizer_losses import Losses
 
 
 @dataclass(frozen=True)
@@ -40,6 +47,7 @@ class Assembly:
             name: tuple(int(n) for n in number) for name, number in seen.items() if len(number) > 1
         }
         tiers = described.tiers
+        ratios = self._quantizer_ratios()
         if self.existing is not None:
             tiers = (*self.existing.tiers, *tiers)
             counts = counts or dict(self.existing.expert_tokens)
@@ -48,7 +56,26 @@ class Assembly:
             tiers=tuple(dict.fromkeys(tiers)),
             weights=tuple(rows),
             expert_tokens=counts,
+            quantizer_ratios=ratios,
         )
+
+    def _quantizer_ratios(self) -> QuantizerRatios:
+        """Return the ratios of the existing profile, and of the new entries."""
+        table: dict[str, dict[str, dict[str, float]]] = {}
+        if self.existing is not None:
+            before = self.existing.quantizer_ratios
+            table = {
+                q: {role: dict(row) for role, row in rows.items()} for q, rows in before.items()
+            }
+        losses: Losses = {}
+        for stage in self.tables:
+            for key, loss in stage.losses.items():
+                losses[key] = losses.get(key, 0.0) + loss
+        for (quantizer, role, tier), loss in losses.items():
+            nearest = losses[RTN, role, tier]
+            if quantizer != RTN and nearest > 0:
+                table.setdefault(quantizer, {}).setdefault(role, {})[tier] = loss / nearest
+        return table
 
     def _costs(self, seen: Mapping[str, np.ndarray]) -> dict[str, dict[str, TierCost]]:
         """Return weight -> tier -> cost of the existing and the new entries."""

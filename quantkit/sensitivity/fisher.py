@@ -6,19 +6,24 @@ layer. Several processes share the sequences; sums over them go through `mx.dist
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from quantkit.backend import free_memory, mx
+from quantkit.formats.tiers import Tier
 from quantkit.progress import Stage
+from quantkit.quantizers.input_sums import Inputs
+from quantkit.quantizers.registry import RTN
 from quantkit.sensitivity.entries import Entry, EntryKey
 from quantkit.sensitivity.probe import LayerProbe, ProbeResult, predicted_kl
+from quantkit.sensitivity.quantizer_losses import Losses, sampled_layers, sampled_losses
 from quantkit.sensitivity.work import ProfileWork
 from quantkit.streaming.layer_runner import StreamingModel
 from quantkit.streaming.lm_head import ChangedModel, divergence, label_gradients
 from quantkit.streaming.weight_loader import Call
 
+_HEAD_ROWS = 4096  # of the head, on which quantizers are compared
 EMBEDDING = -1  # the stage below layer 0; the stage of the head is the number of layers
 
 
@@ -27,12 +32,14 @@ class StageTable:
     """The results of one stage over all sequences.
 
     `costs` (sequences,) are KL costs per entry, `importance` (experts, in) the sums of squared
-    inputs, `seen` (experts,) the number of inputs, both by weight.
+    inputs, `seen` (experts,) the number of inputs, both by weight; `losses` are those of
+    quantizers.
     """
 
     costs: dict[EntryKey, np.ndarray]
-    importance: dict[str, np.ndarray]
-    seen: dict[str, np.ndarray]
+    importance: dict[str, np.ndarray] = field(default_factory=dict)
+    seen: dict[str, np.ndarray] = field(default_factory=dict)
+    losses: Losses = field(default_factory=dict)
 
 
 @dataclass
@@ -45,7 +52,7 @@ class Sweep:
     work: ProfileWork
     draws: int
     seed: int
-    quantizer: str = "rtn"
+    quantizer: str = RTN
 
     def __post_init__(self) -> None:
         self._group = mx.distributed.init()
@@ -57,6 +64,7 @@ class Sweep:
         levels = [mx.random.uniform(shape=shape, key=keys[i]) for i in self._mine]
         self._levels = mx.stack(levels, axis=1)
         self._head = len(self.model.layers)
+        self._compares = self.quantizer == RTN and self._group.rank() == 0
 
     def run(self, progress: Stage) -> list[StageTable]:
         """Run all stages, from the head down, and return their tables."""
@@ -114,7 +122,8 @@ class Sweep:
         layer = self.model.layers[number]
         dry = self.model.calls(self._tokens[:1])[number]
         weights = [w for n, w in self.model.weights.items() if n.startswith(f"{layer.path}.")]
-        probe = LayerProbe(layer, weights, self.model.values, self.quantizer)
+        compares = self._compares and number in sampled_layers(self._head)
+        probe = LayerProbe(layer, weights, self.model.values, self.quantizer, compares)
         return probe.run(
             Call(self.work.array(f"x-{number}.npy"), dry.args, dry.kwargs),
             self.work.array(f"g-{number + 1}.npy"),
@@ -126,11 +135,22 @@ class Sweep:
         h = self.work.array("h.npy")
         progress(0, "gradients of the head")
         result = ProbeResult(g=mx.stack(label_gradients(self.model, h, self._levels)))
-        for entry in self._entries_of(self._head):
+        entries = self._entries_of(self._head)
+        if self._compares and entries:
+            result.add_losses(self._head_losses(h, [entry.tier for entry in entries]))
+        for entry in entries:
             (kl,) = divergence(self.model, h, [ChangedModel(h, entry.tier)])
             result.costs[entry.key] = np.array(kl.mean(axis=1), np.float32)
             progress(1, entry.weight.name)
         return result
+
+    def _head_losses(self, h: mx.array, tiers: Sequence[Tier]) -> Losses:
+        """Return the losses of quantizers on some rows of the head."""
+        head = self.model.head_weight
+        x = self.model.head_input(h)
+        inputs = Inputs.of((x,)), np.repeat(np.arange(len(x)), x.shape[1])
+        rows = self.model.values(head.name, 0, min(_HEAD_ROWS, head.shape[0]))
+        return sampled_losses(head, rows, tiers, [inputs])
 
     def _probe_embedding(self, progress: Stage) -> ProbeResult:
         result = ProbeResult()
@@ -154,16 +174,22 @@ class Sweep:
                 whole = np.zeros((shape[0] if len(shape) > 2 else 1, *values.shape[1:]), np.float32)
                 whole[: len(values)] = values
                 arrays[f"{kind}.{weight}"] = np.array(self._summed(mx.array(whole)))
+        for key, loss in result.losses.items():
+            arrays["losses." + "\t".join(key)] = np.array(loss)
         self.work.save_arrays(f"stage-{number}.npz", arrays)
         self.work.save_costs(f"stage-{number}.json", costs, seconds)
 
     def _table(self, number: int) -> StageTable:
-        sums: dict[str, dict[str, np.ndarray]] = {"importance": {}, "seen": {}}
+        arrays: dict[str, dict[str, np.ndarray]] = {"importance": {}, "seen": {}, "losses": {}}
         for key, values in self.work.arrays(f"stage-{number}.npz").items():
-            kind, _, weight = key.partition(".")
-            sums[kind][weight] = values
+            kind, _, name = key.partition(".")
+            arrays[kind][name] = values
+        losses: Losses = {}
+        for key, loss in arrays["losses"].items():
+            quantizer, role, tier = key.split("\t")
+            losses[quantizer, role, tier] = float(loss)
         costs = self.work.costs(f"stage-{number}.json")
-        return StageTable(costs, sums["importance"], sums["seen"])
+        return StageTable(costs, arrays["importance"], arrays["seen"], losses)
 
     def _gathered(self, kl: np.ndarray) -> list[float]:
         """Return the KL costs of all sequences, in order, from all processes."""

@@ -276,7 +276,7 @@ def _tables(
     costs, seconds = measure_resumably(
         model, mx.array(tokens), profiling.entries, work, lambda name: progress(1, name)
     )
-    return [StageTable(costs, {}, {})], seconds
+    return [StageTable(costs)], seconds
 
 
 def _write_importance(path: Path, importance: Mapping[str, np.ndarray]) -> None:

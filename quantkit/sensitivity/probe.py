@@ -22,6 +22,7 @@ from quantkit.quantizers.input_sums import Inputs, InputSums, MemorySpool, has_i
 from quantkit.quantizers.matrix import quantize_weight
 from quantkit.quantizers.registry import RTN, find_quantizer
 from quantkit.sensitivity.entries import Entry, EntryKey
+from quantkit.sensitivity.quantizer_losses import Losses, inputs_of, sampled_losses
 from quantkit.streaming.layer_trace import HookedLayer, LayerTrace, hooked
 from quantkit.streaming.weight_loader import Call, StreamedModule
 
@@ -32,13 +33,19 @@ class ProbeResult:
 
     `costs` (sequences,) are KL costs per entry; `importance` (experts, in) the sum of squared
     inputs per channel and `seen` (experts,) the number of inputs, both by weight; `g` (draws,
-    batch, tokens, hidden) the gradients at the layer's input.
+    batch, tokens, hidden) the gradients at the layer's input; `losses` are those of quantizers.
     """
 
     costs: dict[EntryKey, np.ndarray] = field(default_factory=dict)
     importance: dict[str, np.ndarray] = field(default_factory=dict)
     seen: dict[str, np.ndarray] = field(default_factory=dict)
     g: mx.array = field(default_factory=lambda: mx.zeros(0))
+    losses: Losses = field(default_factory=dict)
+
+    def add_losses(self, losses: Losses) -> None:
+        """Add the losses of quantizers on one more weight."""
+        for key, loss in losses.items():
+            self.losses[key] = self.losses.get(key, 0.0) + loss
 
 
 @dataclass(frozen=True)
@@ -46,12 +53,14 @@ class LayerProbe:
     """Probes the `weights` of a layer.
 
     `values` returns a weight's values (..., out, in) by name; `quantizer` quantizes affine tiers.
+    If the probe `compares`, all quantizers are tried on a sample of each weight.
     """
 
     layer: StreamedModule
     weights: Sequence[Weight]
     values: Callable[[str], mx.array]
     quantizer: str = RTN
+    compares: bool = False
 
     def run(
         self, call: Call, g: mx.array, entries: Sequence[Entry], done: Callable[[str], None]
@@ -74,6 +83,10 @@ class LayerProbe:
                     module, traces, of_weight, readout, gradients[readout]
                 ):
                     result.costs[entry.key] = kl
+                if self.compares:
+                    tiers, inputs = [e.tier for e in of_weight], inputs_of(weight, traces)
+                    values = self.values(weight.name)
+                    result.add_losses(sampled_losses(weight, values, tiers, inputs))
                 done(weight.name)
                 free_memory()
         return result

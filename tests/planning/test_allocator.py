@@ -283,6 +283,26 @@ def test_corrections_by_role(inventory, profile):
         assert [n.kl for n in new.costs] == pytest.approx([factor * o.kl for o in old.costs])
 
 
+def test_predictions_are_those_of_the_plans_quantizer(inventory, profile):
+    """Where calibrated rounding helps most, tiers get smaller, and others larger."""
+    ratios = {"gptq": {"expert_down": dict.fromkeys(TIERS, 0.1)}}
+    knowing = replace(profile, quantizer_ratios=ratios)
+    budget = Budget(int(3.2 * inventory.parameters / 8))
+    plans = {
+        name: plan_by_budget(inventory, knowing, budget, Constraints(quantizer=name))
+        for name in ("rtn", "search", "gptq")
+    }
+    blind = plan_by_budget(inventory, profile, budget, Constraints(quantizer="gptq"))
+    costs = {w.name: w.by_tier for w in profile.weights}
+    for assignment in plans["gptq"].assignments:
+        factor = 0.1 if assignment.role == "expert_down" and assignment.tier in TIERS else 1
+        assert assignment.kl == pytest.approx(factor * costs[assignment.name][assignment.tier].kl)
+    assert plans["gptq"].kl_quantizer == "gptq"
+    assert plans["gptq"].predicted_kl < with_predictions(blind, knowing).predicted_kl
+    assert blind.kl_quantizer == plans["rtn"].kl_quantizer == plans["search"].kl_quantizer == "rtn"
+    assert plans["rtn"].predicted_kl == plans["search"].predicted_kl == blind.predicted_kl
+
+
 def test_budgets_as_people_write_them(inventory):
     config = ModelConfig.parse(tiny.CONFIG)
     bits = inventory.parameters
