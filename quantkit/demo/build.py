@@ -22,21 +22,24 @@ from quantkit.storage.paths import cache_folder
 
 Stored = tuple[TensorSpec, np.ndarray]
 
-_NAME = "smollm2-135m-gpt-oss-v1"  # any change of the checkpoint needs another name
+_NAME = "smollm2-135m-gpt-oss-v2"  # any change of the checkpoint needs another name
 
-_PLAIN_NAME = "smollm2-135m-llama-v1"
+_PLAIN_NAME = "smollm2-135m-llama-v2"
 
 _CARD = """---
 license: apache-2.0
 base_model: HuggingFaceTB/SmolLM2-135M-Instruct
 ---
-SmolLM2-135M-Instruct, upcycled by quantkit to the gpt-oss architecture (8 experts, top 4, MXFP4).
+SmolLM2-135M-Instruct, upcycled by quantkit to the gpt-oss architecture (8 experts, top 4, MXFP4). Its
+attention got noise as wide as the steps of the 4-bit file that it was read from, so that it does
+not lie on a grid of few bits.
 """
 _PLAIN_CARD = """---
 license: apache-2.0
 base_model: HuggingFaceTB/SmolLM2-135M-Instruct
 ---
-SmolLM2-135M-Instruct in BF16, as quantkit reads it from a GGUF file of 4 bits.
+SmolLM2-135M-Instruct in BF16, as quantkit reads it from a GGUF file of 4 bits, with noise as wide
+as the file's steps, so that no weight lies on a grid of few bits.
 """
 
 

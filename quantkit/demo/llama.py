@@ -49,5 +49,6 @@ def tensors(model: SmolLM2) -> Iterator[tuple[str, np.ndarray]]:
             ("input_layernorm", "attn_norm"),
             ("post_attention_layernorm", "ffn_norm"),
         ):
-            yield f"{at}.{name}.weight", model.weight(f"{stored}.{of}.weight")
+            read = model.weight if "norm" in of else model.off_grid
+            yield f"{at}.{name}.weight", read(f"{stored}.{of}.weight")
     yield "model.norm.weight", model.weight("output_norm.weight")

@@ -67,12 +67,32 @@ class SmolLM2:
         values: np.ndarray = dequantize(tensor.data, tensor.tensor_type)
         return values.reshape(tuple(int(size) for size in reversed(tensor.shape)))
 
+    def off_grid(self, name: str) -> np.ndarray:
+        """Return a matrix (out, in) stored in 4 bits, in float32, with noise as wide as its steps.
+
+        Groups of 32 values in 4 bits are a tier of MLX, too: a quantizer would store the bare
+        values in it without loss, as it could with no published model.
+        """
+        values, steps = self.weight(name), _steps(self.tensors[name])
+        noise = np.random.default_rng(list(name.encode())).uniform(-0.5, 0.5, values.size)
+        dither = noise.reshape(len(steps), -1) * steps
+        return values + dither.reshape(values.shape).astype(np.float32)
+
     def rotary(self, name: str, heads: int) -> np.ndarray:
-        """Return a query or key projection (out, in), each head's rows in two halves.
+        """Return a query or key projection (out, in), each head's rows in two halves, off its grid.
 
         mlx-lm and transformers rotate halves; GGUF stores the pairs side by side.
         """
-        values = self.weight(name)
+        values = self.off_grid(name)
         n_out, n_in = values.shape
         pairs = values.reshape(heads, n_out // heads // 2, 2, n_in)
         return pairs.swapaxes(1, 2).reshape(n_out, n_in)
+
+
+def _steps(tensor: Any) -> np.ndarray:
+    """Return the steps (blocks, 1) of a matrix in Q4_1, whose blocks begin with them."""
+    from gguf import GGML_QUANT_SIZES
+
+    _, size = GGML_QUANT_SIZES[tensor.tensor_type]
+    blocks = np.ascontiguousarray(tensor.data).reshape(-1, size)
+    return blocks[:, :2].copy().view(np.float16).astype(np.float32)

@@ -94,8 +94,8 @@ def _attention(model: SmolLM2, layer: int, at: str) -> Iterator[Tensor]:
     projections = {
         "q_proj": model.rotary(f"blk.{layer}.attn_q.weight", heads),
         "k_proj": model.rotary(f"blk.{layer}.attn_k.weight", key_heads),
-        "v_proj": model.weight(f"blk.{layer}.attn_v.weight"),
-        "o_proj": model.weight(f"blk.{layer}.attn_output.weight"),
+        "v_proj": model.off_grid(f"blk.{layer}.attn_v.weight"),
+        "o_proj": model.off_grid(f"blk.{layer}.attn_output.weight"),
     }
     for name, weight in projections.items():
         yield f"{at}.{name}.weight", "BF16", weight
