@@ -59,9 +59,18 @@ class ProfileOptions:
         str | None,
         typer.Option(
             rich_help_panel="Measurement",
-            help="Tiers to measure, such as q4g64,q3g64. Default: all but g128.",
+            help="Tiers to measure for all weights, such as q4g64,q3g64, or `all`. Default: tiers "
+            "that can matter.",
         ),
     ] = None
+    routers: Annotated[
+        bool,
+        typer.Option(
+            "--routers",
+            rich_help_panel="Measurement",
+            help="Measure routers in fewer than 8 bits, too.",
+        ),
+    ] = False
     method: Annotated[
         str,
         typer.Option(
@@ -153,7 +162,14 @@ def _measured(
 
     assert options.output is not None
     tiers = parse_tiers(options.tiers)
-    settings = ProfileSettings(text.spec(), tiers, options.method, options.quantizer, options.draws)
+    settings = ProfileSettings(
+        text.spec(),
+        tiers,
+        options.method,
+        options.quantizer,
+        options.draws,
+        routers=options.routers,
+    )
     console.note(speed_hint())
     profiling = prepare_profile(source, options.output, settings, options.force)
     with console.Bars() as progress:

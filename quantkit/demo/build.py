@@ -30,9 +30,9 @@ _CARD = """---
 license: apache-2.0
 base_model: HuggingFaceTB/SmolLM2-135M-Instruct
 ---
-SmolLM2-135M-Instruct, upcycled by quantkit to the gpt-oss architecture (8 experts, top 4, MXFP4). Its
-attention got noise as wide as the steps of the 4-bit file that it was read from, so that it does
-not lie on a grid of few bits.
+SmolLM2-135M-Instruct, upcycled by quantkit to the gpt-oss architecture (8 experts, top 4, MXFP4).
+Its attention got noise as wide as the steps of the 4-bit file that it was read from, so that it
+does not lie on a grid of few bits.
 """
 _PLAIN_CARD = """---
 license: apache-2.0

@@ -76,7 +76,8 @@ class SmolLM2:
         values, steps = self.weight(name), _steps(self.tensors[name])
         noise = np.random.default_rng(list(name.encode())).uniform(-0.5, 0.5, values.size)
         dither = noise.reshape(len(steps), -1) * steps
-        return values + dither.reshape(values.shape).astype(np.float32)
+        moved: np.ndarray = values + dither.reshape(values.shape).astype(np.float32)
+        return moved
 
     def rotary(self, name: str, heads: int) -> np.ndarray:
         """Return a query or key projection (out, in), each head's rows in two halves, off its grid.

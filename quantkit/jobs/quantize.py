@@ -35,7 +35,7 @@ from quantkit.quantizers.imatrix import ImatrixQuantization, load_imatrix
 from quantkit.quantizers.layerwise import changed_tiers
 from quantkit.quantizers.registry import SEARCH, find_quantizer
 from quantkit.quantizers.scale_tuning import Tuning, TuningText
-from quantkit.sensitivity.entries import DEFAULT_TIERS, size_table
+from quantkit.sensitivity.entries import size_table
 from quantkit.sensitivity.measure import ProfileSettings
 from quantkit.sensitivity.store import load_profile
 from quantkit.storage.hashing import digest
@@ -155,13 +155,16 @@ def _profile_for(
         return None
     constraints, budget = request.constraints(), request.parsed_budget(source)
     named = [*(constraints.tiers or ()), *(tier for _, tier in constraints.pins)]
-    names = [*DEFAULT_TIERS, *(tier.name for tier in named if tier.quantized)]
-    tiers = tuple(dict.fromkeys(names))
+    settings = ProfileSettings(
+        options.profile_text,
+        more_tiers=tuple(tier.name for tier in named if tier.quantized),
+        routers=constraints.routers,
+    )
     # Sizes need no measurement: refuse an impossible budget before hours of work.
-    sizes = size_table(source.inventory, tiers)
+    entries = settings.entries(source.inventory.weights)
+    sizes = size_table(source.inventory, entries, settings.tier_names)
     plan_by_budget(source.inventory, sizes, budget, constraints)
     folder = out.with_name(f"{out.name}-profile")
-    settings = ProfileSettings(options.profile_text, tiers)
     try:
         profiling = prepare_profile(source, folder, settings)
     except InputError:

@@ -14,20 +14,10 @@ from quantkit.artifacts.sensitivity import (
 from quantkit.errors import TierError, in_field
 from quantkit.formats.tiers import Tier, native_name, parse_tier
 
-DEFAULT_TIERS = (
-    "q8g64",
-    "mxfp8",
-    "q6g64",
-    "q5g64",
-    "q4g32",
-    "q4g64",
-    "nvfp4",
-    "mxfp4",
-    "q3g32",
-    "q3g64",
-    "q2g32",
-    "q2g64",
-)
+AFFINE_TIERS = ("q8g64", "q6g64", "q5g64", "q4g32", "q4g64", "q3g32", "q3g64", "q2g32", "q2g64")
+DEFAULT_TIERS = (*AFFINE_TIERS, "nvfp4", "mxfp4")
+ALL_TIERS = (*DEFAULT_TIERS, "mxfp8")
+_ROUTER_TIERS = ("q8g64",)
 
 EntryKey = tuple[str, str]
 """(weight, tier): the key of an entry."""
@@ -46,10 +36,13 @@ class Entry:
         return self.weight.name, self.tier.name
 
 
-def parse_tiers(text: str | None) -> tuple[str, ...]:
-    """Parse a list such as `q4g64,q3g64`; None gives the default tiers. Raises TierError."""
-    if text is None:
-        return DEFAULT_TIERS
+def parse_tiers(text: str | None) -> tuple[str, ...] | None:
+    """Parse a list such as `q4g64,q3g64`, or `all`. None stays, for the default tiers.
+
+    Raises TierError.
+    """
+    if text is None or text.strip() == "all":
+        return None if text is None else ALL_TIERS
     with in_field("tiers"):
         tiers = [parse_tier(name) for name in text.split(",") if name.strip()]
     for tier in tiers:
@@ -61,6 +54,32 @@ def parse_tiers(text: str | None) -> tuple[str, ...]:
     if not tiers:
         raise TierError("`tiers` is empty. Name tiers such as q4g64,q3g64, or leave it out.")
     return tuple(dict.fromkeys(tier.name for tier in tiers))
+
+
+def default_tiers(role: str, routers: bool = False) -> tuple[str, ...]:
+    """Return the tiers that are measured by default for weights of a role.
+
+    Calibrated quantizers have affine tiers only, save for embeddings. mxfp8 is left out: q6g64 is
+    smaller, and by measurement nearly always better. Routers have 8 bits, as in all recipes, unless
+    `routers` may get fewer.
+    """
+    if role == "router" and not routers:
+        return _ROUTER_TIERS
+    return DEFAULT_TIERS if role == "embedding" else AFFINE_TIERS
+
+
+def default_entries(
+    weights: Iterable[Weight], more: Iterable[str] = (), routers: bool = False
+) -> list[Entry]:
+    """Return the entries of the default tiers, and of `more` tiers for all weights."""
+    more = tuple(more)
+    return [
+        entry
+        for weight in weights
+        for entry in candidate_entries(
+            [weight], dict.fromkeys((*default_tiers(weight.role, routers), *more))
+        )
+    ]
 
 
 def candidate_entries(weights: Iterable[Weight], tiers: Iterable[str]) -> list[Entry]:
@@ -82,10 +101,12 @@ def native_cost(weight: Weight) -> TierCost:
     return TierCost(native_name(weight.storage), weight.bytes, 0.0, 0.0)
 
 
-def size_table(inventory: Inventory, tiers: Iterable[str]) -> SensitivityProfile:
-    """Return a profile with all possible entries at zero KL, to find the possible sizes."""
+def size_table(
+    inventory: Inventory, entries: Iterable[Entry], tiers: Iterable[str]
+) -> SensitivityProfile:
+    """Return a profile of `tiers` with `entries` at zero KL, to find the possible sizes."""
     rows: dict[str, list[TierCost]] = {}
-    for entry in candidate_entries(inventory.weights, tiers):
+    for entry in entries:
         rows.setdefault(entry.weight.name, []).append(
             TierCost(entry.tier.name, entry.bytes, 0.0, 0.0)
         )

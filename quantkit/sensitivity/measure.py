@@ -1,13 +1,13 @@
 """Make a profile: the folder with `profile.json` and `importance.safetensors`."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 
-from quantkit.artifacts.inventory import with_hashes
+from quantkit.artifacts.inventory import Weight, with_hashes
 from quantkit.artifacts.sensitivity import (
     IMPORTANCE_FILE,
     SensitivityProfile,
@@ -27,7 +27,12 @@ from quantkit.formats.tiers import TensorSpec
 from quantkit.progress import Progress, Stage
 from quantkit.quantizers.registry import RTN, find_quantizer
 from quantkit.sensitivity.assemble import Assembly
-from quantkit.sensitivity.entries import DEFAULT_TIERS, Entry, candidate_entries
+from quantkit.sensitivity.entries import (
+    DEFAULT_TIERS,
+    Entry,
+    candidate_entries,
+    default_entries,
+)
 from quantkit.sensitivity.exact import measure_resumably
 from quantkit.sensitivity.fisher import StageTable, Sweep
 from quantkit.sensitivity.store import load_profile
@@ -48,14 +53,31 @@ METHODS = ("fisher", "kl")
 class ProfileSettings:
     """The settings of a profile, all of which it records.
 
-    `draws` labels are drawn per token and averaged.
+    `draws` labels are drawn per token and averaged. `tiers` are measured for all weights; None
+    stands for the default tiers of each role, beside which `more_tiers` are measured for all
+    weights, and few bits for `routers`.
     """
 
     text: CalibrationSpec = field(default_factory=CalibrationSpec)
-    tiers: tuple[str, ...] = DEFAULT_TIERS
+    tiers: tuple[str, ...] | None = None
     method: str = "fisher"
     quantizer: str = RTN
     draws: int = 2
+    more_tiers: tuple[str, ...] = ()
+    routers: bool = False
+
+    def entries(self, weights: Iterable[Weight]) -> list[Entry]:
+        """Return the entries to measure."""
+        if self.tiers is not None:
+            return candidate_entries(weights, self.tiers)
+        return default_entries(weights, self.more_tiers, self.routers)
+
+    @property
+    def tier_names(self) -> tuple[str, ...]:
+        """All tiers that are measured for some weight."""
+        if self.tiers is not None:
+            return self.tiers
+        return tuple(dict.fromkeys((*DEFAULT_TIERS, *self.more_tiers)))
 
 
 @dataclass(frozen=True)
@@ -115,7 +137,7 @@ def prepare(source: Source, out: Path, settings: ProfileSettings, force: bool = 
         {(w.name, cost.tier) for w in existing.weights for cost in w.costs} if existing else set()
     )
     weights = source.inventory.weights
-    missing = [e for e in candidate_entries(weights, settings.tiers) if e.key not in present]
+    missing = [e for e in settings.entries(weights) if e.key not in present]
     return Profiling(
         source, out, settings, force or existing is not None, text, existing, tuple(missing)
     )
@@ -177,7 +199,7 @@ def validate_profile(
     """
     with in_field("calibration"):
         text = read_calibration_set(profiling.source.checkpoint, profiling.settings.text, VALIDATE)
-    entries = candidate_entries(profiling.source.inventory.weights, profiling.settings.tiers)
+    entries = profiling.settings.entries(profiling.source.inventory.weights)
     run = load_json(profiling.out / "run.json", InputError)
     seconds = run["seconds"] * len(entries) / max(1, run["entries"])
     drawn = np.random.default_rng(profile.calibration.seed).permutation(len(entries))[:count]
@@ -214,7 +236,7 @@ def _described(
         method=settings.method,
         quantizer=settings.quantizer,
         draws=settings.draws,
-        tiers=settings.tiers,
+        tiers=settings.tier_names,
         calibration=text.text,
         weights=(),
         versions=versions(),

@@ -18,7 +18,7 @@ from quantkit.backend import mx
 from quantkit.checkpoint.source import open_source
 from quantkit.formats.codec import fake_quantize
 from quantkit.formats.tiers import parse_tier
-from quantkit.sensitivity.entries import candidate_entries
+from quantkit.sensitivity.entries import candidate_entries, parse_tiers
 from quantkit.sensitivity.exact import measure_entries
 from quantkit.sensitivity.validation import spearman
 from quantkit.storage.json_files import FORMAT_VERSION
@@ -509,3 +509,24 @@ def test_from_python(checkpoint, text, profiled, tmp_path):
     source = quantkit.open_source(str(checkpoint))
     made = quantkit.profile(source, tmp_path / "p", settings)
     assert made == quantkit.load_profile(str(profiled), source.inventory)
+
+
+def test_the_default_tiers_are_those_that_can_matter(checkpoint):
+    """Affine ones, floats of 4 bits for embeddings, routers in 8 bits; more of them on demand."""
+    import quantkit
+
+    weights = quantkit.open_source(str(checkpoint)).inventory.weights
+
+    def tiers_of(role, **settings):
+        entries = quantkit.ProfileSettings(**settings).entries(weights)
+        return {e.tier.name for e in entries if e.weight.role == role}
+
+    affine = {"q8g64", "q6g64", "q5g64", "q4g32", "q4g64", "q3g32", "q3g64", "q2g32", "q2g64"}
+    assert tiers_of("q") == tiers_of("lm_head") == affine
+    assert tiers_of("embedding") == affine | {"nvfp4", "mxfp4"}
+    assert tiers_of("expert_up") == {"q3g32", "q3g64", "q2g32", "q2g64"}
+    assert tiers_of("router") == {"q8g64"}
+    assert tiers_of("router", routers=True) == affine
+    assert tiers_of("router", more_tiers=("nvfp4",)) == {"q8g64", "nvfp4"}
+    assert tiers_of("q", tiers=parse_tiers("all")) == affine | {"nvfp4", "mxfp4", "mxfp8"}
+    assert tiers_of("router", tiers=("q3g64",)) == {"q3g64"}
