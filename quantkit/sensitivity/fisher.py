@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from quantkit.backend import free_memory, mx
-from quantkit.formats.tiers import Tier
 from quantkit.progress import Stage
 from quantkit.quantizers.input_sums import Inputs
 from quantkit.quantizers.registry import RTN
@@ -137,20 +136,23 @@ class Sweep:
         result = ProbeResult(g=mx.stack(label_gradients(self.model, h, self._levels)))
         entries = self._entries_of(self._head)
         if self._compares and entries:
-            result.add_losses(self._head_losses(h, [entry.tier for entry in entries]))
+            result.add_losses(self._head_losses(h, entries))
         for entry in entries:
             (kl,) = divergence(self.model, h, [ChangedModel(h, entry.tier)])
             result.costs[entry.key] = np.array(kl.mean(axis=1), np.float32)
             progress(1, entry.weight.name)
         return result
 
-    def _head_losses(self, h: mx.array, tiers: Sequence[Tier]) -> Losses:
+    def _head_losses(self, h: mx.array, entries: Sequence[Entry]) -> Losses:
         """Return the losses of quantizers on some rows of the head."""
         head = self.model.head_weight
         x = self.model.head_input(h)
         inputs = Inputs.of((x,)), np.repeat(np.arange(len(x)), x.shape[1])
-        rows = self.model.values(head.name, 0, min(_HEAD_ROWS, head.shape[0]))
-        return sampled_losses(head, rows, tiers, [inputs])
+
+        def rows(name: str) -> mx.array:
+            return self.model.values(name, 0, min(_HEAD_ROWS, head.shape[0]))
+
+        return sampled_losses([head], rows, entries, [inputs])
 
     def _probe_embedding(self, progress: Stage) -> ProbeResult:
         result = ProbeResult()

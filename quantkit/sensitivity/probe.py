@@ -18,7 +18,7 @@ from quantkit.artifacts.roles import ATTENTION_ROLES, EXPERT_ROLES, MLP_ROLES
 from quantkit.backend import free_memory, mx
 from quantkit.errors import SourceError
 from quantkit.quantizers.hessians import stacked
-from quantkit.quantizers.input_sums import Inputs, InputSums, MemorySpool, has_inputs
+from quantkit.quantizers.input_sums import Inputs, InputSums, MemorySpool, has_inputs, shared_inputs
 from quantkit.quantizers.matrix import quantize_weight
 from quantkit.quantizers.registry import RTN, find_quantizer
 from quantkit.sensitivity.entries import Entry, EntryKey
@@ -83,13 +83,23 @@ class LayerProbe:
                     module, traces, of_weight, readout, gradients[readout]
                 ):
                     result.costs[entry.key] = kl
-                if self.compares:
-                    tiers, inputs = [e.tier for e in of_weight], inputs_of(weight, traces)
-                    values = self.values(weight.name)
-                    result.add_losses(sampled_losses(weight, values, tiers, inputs))
                 done(weight.name)
                 free_memory()
+            if self.compares:
+                self._compare_quantizers(traces, entries, result)
         return result
+
+    def _compare_quantizers(
+        self, traces: Sequence[LayerTrace], entries: Sequence[Entry], result: ProbeResult
+    ) -> None:
+        """Add the losses of all quantizers on samples of the weights."""
+        by_name = {weight.name: weight for weight in self.weights}
+        names = list(dict.fromkeys(entry.weight.name for entry in entries))
+        for group in shared_inputs(names, traces[0].steps):
+            weights = [by_name[name] for name in group]
+            inputs = inputs_of(weights[0], traces)
+            result.add_losses(sampled_losses(weights, self.values, entries, inputs))
+            free_memory()
 
     def _probe(
         self,

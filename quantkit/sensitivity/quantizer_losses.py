@@ -1,11 +1,11 @@
 """What calibrated quantizers lose, next to rounding to nearest, on inputs that they did not see.
 
 A profile rounds to nearest; its predictions for another quantizer are corrected by the ratio of
-their losses, role by role and tier by tier. A sample suffices: a few rows of a few experts, in a
-few layers. The Hessians are made from most sequences of the text, the losses taken on others.
+their losses, role by role and tier by tier. A sample suffices: a few rows of two experts, in two
+layers. The Hessians are made from most sequences of the text, the losses taken on others.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -18,11 +18,13 @@ from quantkit.quantizers.choose_prior import sampled_matrices
 from quantkit.quantizers.hessians import DEFAULT_PRIOR, Hessians, batch_size, stacked
 from quantkit.quantizers.input_sums import Inputs, InputSums, MemorySpool
 from quantkit.quantizers.matrix import scales_dtype
-from quantkit.quantizers.registry import QUANTIZERS
+from quantkit.quantizers.registry import QUANTIZERS, Quantizer
+from quantkit.sensitivity.entries import Entry
 from quantkit.streaming.layer_trace import LayerTrace
 
 _ROWS = 64  # of a matrix
-_LAYERS = 3
+_MATRICES = 2  # of a stack
+_LAYERS = 2
 _UNSEEN = 4  # one of so many sequences is left to take the losses on
 
 Losses = dict[tuple[str, str, str], float]
@@ -38,33 +40,57 @@ def sampled_layers(count: int) -> set[int]:
 
 
 def sampled_losses(
-    weight: Weight, values: mx.array, tiers: Iterable[Tier], inputs: Iterable[SequenceInputs]
+    weights: Sequence[Weight],
+    values: Callable[[str], mx.array],
+    entries: Iterable[Entry],
+    inputs: Iterable[SequenceInputs],
 ) -> Losses:
-    """Return the losses of all quantizers on rows of a weight.
+    """Return the losses of all quantizers on rows of `weights`, which share their inputs.
 
-    `values` are (..., out, in). Empty if there are too few inputs.
+    `values` returns the values (..., out, in) of a weight by name. Empty for too few inputs.
     """
-    stack = stacked(values)
-    seen, unseen = _split(len(stack), inputs)
-    matrices = [m for m in sampled_matrices(len(stack)) if unseen.counts[m]]
-    matrices = matrices[: batch_size(stack.shape[-1])]
+    first = weights[0]
+    seen, unseen = _split(first.shape[0] if len(first.shape) > 2 else 1, inputs)
+    width = min(_MATRICES, batch_size(first.shape[-1]))
+    matrices = [m for m in sampled_matrices(len(unseen.counts)) if unseen.counts[m]][:width]
     if not matrices or not seen.pooled_count:
         return {}
-    rows = stack[mx.array(matrices), :: max(1, stack.shape[-2] // _ROWS)].astype(mx.float32)
     (moments,) = seen.moments_of(matrices, [DEFAULT_PRIOR])
-    hessians, dtype = Hessians(moments), scales_dtype(weight)
+    hessians = Hessians(moments)
     judge = Hessians(mx.stack([unseen.total(m) for m in matrices]))
+    rows = {weight.name: _rows(values(weight.name), matrices) for weight in weights}
+    by_tier: dict[Tier, list[Weight]] = {}
+    for entry in entries:
+        if entry.weight in weights and entry.tier.mode == "affine":
+            by_tier.setdefault(entry.tier, []).append(entry.weight)
     losses: Losses = {}
-    for tier in (tier for tier in tiers if tier.mode == "affine"):
+    for tier, of_tier in by_tier.items():
+        together = mx.concatenate([rows[weight.name] for weight in of_tier], axis=-2)
         for quantizer in QUANTIZERS.values():
-            if quantizer.calibrated:
-                quantized: AffineWeight = quantizer.function()(rows, hessians, tier, dtype)
-                rounded = quantized.dequantized(tier)
-            else:
-                rounded = fake_quantize(rows, tier)
-            loss = float(np.array(judge.loss(rows, rounded)).sum())
-            losses[quantizer.name, weight.role, tier.name] = loss
+            rounded = _rounded(quantizer, together, hessians, tier, scales_dtype(first))
+            start = 0
+            for weight in of_tier:
+                stop = start + rows[weight.name].shape[-2]
+                loss = judge.loss(rows[weight.name], rounded[..., start:stop, :])
+                losses[quantizer.name, weight.role, tier.name] = float(np.array(loss).sum())
+                start = stop
     return losses
+
+
+def _rows(values: mx.array, matrices: Sequence[int]) -> mx.array:
+    """Return a few rows (matrices, rows, in) of some matrices in float32."""
+    stack = stacked(values)
+    step = max(1, stack.shape[-2] // _ROWS)
+    return stack[mx.array(list(matrices)), ::step].astype(mx.float32)
+
+
+def _rounded(
+    quantizer: Quantizer, rows: mx.array, hessians: Hessians, tier: Tier, dtype: mx.Dtype
+) -> mx.array:
+    if not quantizer.calibrated:
+        return fake_quantize(rows, tier)
+    quantized: AffineWeight = quantizer.function()(rows, hessians, tier, dtype)
+    return quantized.dequantized(tier)
 
 
 def inputs_of(weight: Weight, traces: Sequence[LayerTrace]) -> Iterator[SequenceInputs]:

@@ -9,9 +9,9 @@ from quantkit.artifacts.sensitivity import SensitivityProfile
 from quantkit.backend import mx
 from quantkit.checkpoint.source import open_source
 from quantkit.errors import ProfileError
-from quantkit.formats.tiers import parse_tier
 from quantkit.quantizers.input_sums import Inputs
 from quantkit.quantizers.registry import QUANTIZERS
+from quantkit.sensitivity.entries import candidate_entries
 from quantkit.sensitivity.quantizer_losses import inputs_of, sampled_layers, sampled_losses
 from quantkit.streaming.layer_runner import StreamingModel
 from quantkit.streaming.layer_trace import hooked
@@ -47,12 +47,12 @@ def test_calibrated_quantizers_lose_less_on_unseen_sequences(traced):
     """Where there is enough text: the inputs of one sequence say little of another's here."""
     model, weights, _ = traced
     weight = weights["q"]
-    tiers = [parse_tier(tier) for tier in TIERS]
+    entries = candidate_entries([weight], TIERS)
     rng = np.random.default_rng(0)
     mixed = rng.standard_normal((weight.shape[-1],) * 2)
     x = mx.array((rng.standard_normal((4096, weight.shape[-1])) @ mixed).astype(np.float32))
     pairs = [(Inputs(x), np.arange(4096) // 64)]
-    losses = sampled_losses(weight, model.values(weight.name), tiers, pairs)
+    losses = sampled_losses([weight], model.values, entries, pairs)
     assert set(losses) == {(name, "q", tier) for name in QUANTIZERS for tier in TIERS}
     for tier in TIERS:
         nearest, search, gptq = (losses[name, "q", tier] for name in ("rtn", "search", "gptq"))
@@ -62,13 +62,19 @@ def test_calibrated_quantizers_lose_less_on_unseen_sequences(traced):
 
 def test_too_little_text_gives_no_losses(traced):
     model, weights, traces = traced
-    values = model.values(weights["expert_up"].name)
-    one = [(inputs, 0 * sequences) for inputs, sequences in inputs_of(weights["expert_up"], traces)]
-    assert not sampled_losses(weights["expert_up"], values, [parse_tier("q2g32")], one)
+    pair = [weights["expert_gate"], weights["expert_up"]]
+    entries = candidate_entries(pair, ["q2g32"])
+    inputs = list(inputs_of(pair[0], traces))
+    together = sampled_losses(pair, model.values, entries, inputs)
+    assert {role for _, role, _ in together} == {"expert_gate", "expert_up"}
+    alone = sampled_losses(pair[1:], model.values, entries, inputs)
+    assert alone == pytest.approx({key: together[key] for key in alone}, rel=1e-4)
+    one = [(rows_, 0 * sequences) for rows_, sequences in inputs]
+    assert not sampled_losses(pair, model.values, entries, one)
 
 
 def test_a_few_layers_are_sampled():
-    assert sampled_layers(24) == {4, 12, 20}
+    assert sampled_layers(24) == {6, 18}
     assert sampled_layers(2) == {0, 1}
     assert sampled_layers(1) == {0}
 
