@@ -11,12 +11,17 @@ import pytest
 
 from quantkit.backend import mx
 from quantkit.checkpoint.source import file_hashes, open_source
+from quantkit.demo import llama
 from quantkit.demo.build import build
 from quantkit.demo.smollm2 import SmolLM2, gguf_path
 from quantkit.errors import SourceError
 from quantkit.evaluation.verify import verify
+from quantkit.formats.codec import fake_quantize
+from quantkit.formats.tiers import parse_tier
 from quantkit.planning.recipe import load_recipe, plan_by_recipe
 from quantkit.publish.record import read_report
+from quantkit.quantizers.search import search
+from quantkit.streaming.layer_runner import StreamingModel
 
 
 @pytest.fixture(scope="module")
@@ -119,9 +124,29 @@ def test_upcycling_keeps_the_function(demo):
 def test_rotary_rows(demo):
     """Pairs side by side become halves: row 2i of a head goes to i, row 2i + 1 to half + i."""
     model = SmolLM2.open(gguf_path())
-    stored, rotated = model.weight("blk.0.attn_k.weight"), model.rotary("blk.0.attn_k.weight", 3)
+    stored, rotated = model.off_grid("blk.0.attn_k.weight"), model.rotary("blk.0.attn_k.weight", 3)
     assert np.array_equal(rotated[64 + 5], stored[64 + 10])
     assert np.array_equal(rotated[64 + 32 + 5], stored[64 + 11])
+
+
+def test_no_plain_weight_lies_on_the_grid_of_its_file(demo):
+    """The file's groups of 32 in 4 bits are q4g32, which a search would store without loss."""
+    model, tier = SmolLM2.open(gguf_path()), parse_tier("q4g32")
+
+    def error(values):
+        weight = mx.array(values).astype(mx.bfloat16).astype(mx.float32)
+        found = search(weight, mx.ones(weight.shape[-1]), tier, mx.bfloat16)
+        nearest = mx.square(fake_quantize(weight, tier) - weight).sum()
+        return (mx.square(found.dequantized(tier) - weight).sum() / nearest).item()
+
+    assert error(model.weight("blk.3.attn_v.weight")) < 0.02
+    source = open_source(str(demo))
+    for name in ("q", "k", "v", "o"):
+        values = StreamingModel(source).values(f"model.layers.3.self_attn.{name}_proj")
+        assert error(values) > 0.5, name
+    plain = dict(llama.tensors(model))
+    for name in ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"):
+        assert error(plain[f"model.layers.3.{name}.weight"]) > 0.5, name
 
 
 def test_without_the_package(monkeypatch):
