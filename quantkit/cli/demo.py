@@ -8,6 +8,8 @@ import typer
 from quantkit.cli import console, tables
 from quantkit.cli.options import Json, named_path
 
+_PROFILED, _QUANTIZED, _COMPARED = 512, 4096, 2048  # tokens: few, to be fast
+
 
 def demo(
     output: Annotated[
@@ -20,40 +22,62 @@ def demo(
             help="Folder to write. Default: in the cache.",
         ),
     ] = None,
-    recipe: Annotated[str, typer.Option("--recipe", "-r", help="Recipe.")] = "mxfp4-q8",
+    budget: Annotated[
+        str, typer.Option("--budget", "-b", help="Budget, such as 4bpw or 130MB.")
+    ] = "4.25bpw",
+    recipe: Annotated[
+        str | None, typer.Option("--recipe", "-r", help="Recipe instead of a budget: seconds.")
+    ] = None,
     question: Annotated[
         str, typer.Option("--question", "-q", help="Question to the quantized model.")
     ] = "What is the capital of France?",
     json: Json = False,
 ) -> None:
-    """Build a small gpt-oss, quantize it, print the report, and let the result answer.
+    """Build a small gpt-oss, quantize it, compare it to its source, and let the result answer.
 
     The model is SmolLM2-135M-Instruct upcycled to 8 experts in MXFP4, in gpt-oss's published
-    layout. It is built once (15 s) and cached ($QUANTKIT_CACHE, else ~/.cache/quantkit).
+    layout. It is built once (15 s) and cached ($QUANTKIT_CACHE, else ~/.cache/quantkit). It is
+    profiled, quantized to a budget and compared on short texts: a few minutes on a CPU.
     """
     from quantkit.backend import speed_hint
+    from quantkit.calibration.calibration_set import CalibrationSpec
     from quantkit.checkpoint.source import open_source
     from quantkit.generation.chat_model import ChatModel, SamplingParameters
+    from quantkit.jobs.compare import compare
     from quantkit.jobs.planning import PlanRequest
     from quantkit.jobs.quantize import QuantizeOptions, quantize
     from quantkit.storage.paths import cache_folder
 
     console.note(speed_hint())
     checkpoint = _build()
-    out = output or cache_folder() / f"demo-{Path(recipe).stem}"
-    options = QuantizeOptions(force=output is None)
+    out = output or cache_folder() / f"demo-{Path(recipe or budget).stem}"
+    options = QuantizeOptions(
+        profile_text=CalibrationSpec(tokens=_PROFILED),
+        quantizer_tokens=_QUANTIZED,
+        force=output is None,
+    )
+    request = PlanRequest(recipe=recipe) if recipe else PlanRequest(budget=budget)
     with console.Bars() as progress:
-        request = PlanRequest(recipe=recipe)
         source = open_source(str(checkpoint))
         report = quantize(source, out, request, options, progress=progress).report
+        text = CalibrationSpec(tokens=_COMPARED)
+        fidelity = compare(source, [str(out)], text, progress=progress)
     deltas = ChatModel(str(out)).answer(
         [{"role": "user", "content": question}], SamplingParameters(64)
     )
     if json:
         answer = "".join(delta.text for delta in deltas)
-        console.print_json({"report": report.to_json(), "question": question, "answer": answer})
+        console.print_json(
+            {
+                "report": report.to_json(),
+                "fidelity": fidelity[0].to_json(),
+                "question": question,
+                "answer": answer,
+            }
+        )
         return
     tables.print_report(report, str(out))
+    tables.print_fidelity(fidelity, fidelity[0].text)
     print(f"\n> {question}", flush=True)
     for delta in deltas:
         print(delta.text, end="", flush=True)

@@ -32,16 +32,29 @@ def quantized(tmp_path_factory, demo):
     from quantkit.cli.main import app
 
     out = tmp_path_factory.mktemp("demo") / "out"
-    return out, CliRunner().invoke(app, ["demo", "-o", str(out)])
+    return out, CliRunner().invoke(app, ["demo", "-o", str(out), "-r", "mxfp4-q8"])
 
 
 def test_the_demo_ends_with_its_report_and_answer(quantized):
     _, result = quantized
     assert result.exit_code == 0, result.output
     assert "bits per weight   5.7" in result.stdout
-    question, _, answer = result.stdout.partition("> What is the capital of France?")
-    assert question
+    report, _, answer = result.stdout.partition("> What is the capital of France?")
+    assert "KL mean" in report
     assert "Paris" in answer
+
+
+@pytest.mark.slow
+def test_the_demo_runs_the_whole_job(tmp_path):
+    """Profile, budget, calibrated quantizer, report, comparison and answer."""
+    command = [sys.executable, "-m", "quantkit", "demo", "-o", tmp_path / "out", "--json"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
+    result = json.loads(done.stdout)
+    assert result["report"]["quantizer"] == "gptq"
+    assert result["report"]["bits_per_weight"] <= 4.25
+    assert (tmp_path / "out-profile" / "profile.json").is_file()
+    assert result["fidelity"]["kl_mean"] < 0.1
+    assert "Paris" in result["answer"]
 
 
 def test_the_quantized_demo_verifies(quantized):
