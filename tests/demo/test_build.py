@@ -50,7 +50,7 @@ def test_the_demo_runs_the_whole_job(tmp_path):
     command = [sys.executable, "-m", "quantkit", "demo", "-o", tmp_path / "out", "--json"]
     done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
     result = json.loads(done.stdout)
-    assert result["report"]["quantizer"] == "gptq"
+    assert result["report"]["plan"]["quantizer"] == "gptq"
     assert result["report"]["bits_per_weight"] <= 4.25
     assert (tmp_path / "out-profile" / "profile.json").is_file()
     assert result["fidelity"]["kl_mean"] < 0.1
