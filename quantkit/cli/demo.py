@@ -1,5 +1,6 @@
 """`quantkit demo`: the main job on a model that fits anywhere."""
 
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -8,6 +9,7 @@ import typer
 from quantkit.cli import console, tables
 from quantkit.cli.options import Json, named_path
 
+_BUDGET = "4.25bpw"
 _PROFILED, _QUANTIZED, _COMPARED = 512, 4096, 2048  # tokens: few, to be fast
 
 
@@ -23,8 +25,9 @@ def demo(
         ),
     ] = None,
     budget: Annotated[
-        str, typer.Option("--budget", "-b", help="Budget, such as 4bpw or 130MB.")
-    ] = "4.25bpw",
+        str | None,
+        typer.Option("--budget", "-b", help=f"Budget, such as 130MB. Default: {_BUDGET}."),
+    ] = None,
     recipe: Annotated[
         str | None, typer.Option("--recipe", "-r", help="Recipe instead of a budget: seconds.")
     ] = None,
@@ -48,15 +51,19 @@ def demo(
     from quantkit.jobs.quantize import QuantizeOptions, quantize
     from quantkit.storage.paths import cache_folder
 
+    if recipe is None and budget is None:
+        budget = _BUDGET
+    request = PlanRequest(budget=budget, recipe=recipe)
+    request.require_consistent()
+    name = re.sub(r"[^\w.]", "-", budget or Path(recipe or "").stem)
+    out = output or cache_folder() / f"demo-{name}"
     console.note(speed_hint())
     checkpoint = _build()
-    out = output or cache_folder() / f"demo-{Path(recipe or budget).stem}"
     options = QuantizeOptions(
         profile_text=CalibrationSpec(tokens=_PROFILED),
         quantizer_tokens=_QUANTIZED,
         force=output is None,
     )
-    request = PlanRequest(recipe=recipe) if recipe else PlanRequest(budget=budget)
     with console.Bars() as progress:
         source = open_source(str(checkpoint))
         report = quantize(source, out, request, options, progress=progress).report
