@@ -193,10 +193,8 @@ def run(tier: Tier, caps: list[float]) -> tuple[list[Variant], np.ndarray, list[
                     module, model, tier, Call(v.stream, dry.args, dry.kwargs), changed
                 )
         print(f"layer {number}, {time.time() - start:.0f} s", flush=True)
-    kl = []
-    for v in variants:
-        (tokens,) = divergence(model, streams[EVALUATE], [ChangedModel(v.stream)])
-        kl.append(np.array(tokens))
+    changed = [ChangedModel(v.stream) for v in variants]
+    kl = [np.array(tokens) for tokens in divergence(model, streams[EVALUATE], changed)]
     return variants, texts[EVALUATE].documents, kl
 
 
