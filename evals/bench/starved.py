@@ -84,9 +84,8 @@ class CappedSums:
         thinned = np.floor((places + 1) * self._share) > np.floor(places * self._share)
         (kept,) = np.nonzero(thinned)
         if len(kept):
-            some = mx.array(kept)
-            theirs = None if native is None else native[some]
-            self.sums.add(Inputs(x[some], experts[kept]), theirs)
+            theirs = None if native is None else native[mx.array(kept)]
+            self.sums.add(inputs.at(kept), theirs)
         self.sums.pooled, self.sums.pooled_count = self._pool.pooled, self._pool.pooled_count
 
 

@@ -100,6 +100,15 @@ class Plan:
         return None if None in costs else sum(kl for kl in costs if kl is not None)
 
     @property
+    def prediction_caveat(self) -> str | None:
+        """For which other quantizer the prediction is; None if it is for the plan's own."""
+        if self.kl_quantizer == self.quantizer:
+            return None
+        if self.kl_quantizer == "rtn":
+            return "if rounded to nearest"
+        return f"for {self.kl_quantizer}"
+
+    @property
     def parameters(self) -> int:
         return sum(assignment.parameters for assignment in self._all)
 

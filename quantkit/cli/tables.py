@@ -77,10 +77,7 @@ def print_plan(plan: Plan, bandwidth: int | None = None) -> None:
 
 def _predictions(plan: Plan) -> None:
     if plan.predicted_kl is not None:
-        other = (
-            "if rounded to nearest" if plan.kl_quantizer == "rtn" else f"for {plan.kl_quantizer}"
-        )
-        how = "sum of KL costs" if plan.kl_quantizer == plan.quantizer else other
+        how = plan.prediction_caveat or "sum of KL costs"
         print(f"KL divergence     {plan.predicted_kl:.4g} nats per token predicted ({how})")
     if plan.measured_kl is not None:
         print(f"                  {plan.measured_kl:.4g} measured, to nearest, on calibration text")

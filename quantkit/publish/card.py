@@ -103,10 +103,7 @@ def _origin_of_tiers(report: Report) -> list[str]:
     """Return lines on the choice of tiers, the quantizer and its text."""
     plan, lines = report.plan, []
     if plan.predicted_kl is not None:
-        other = (
-            "if rounded to nearest" if plan.kl_quantizer == "rtn" else f"for {plan.kl_quantizer}"
-        )
-        how = "" if plan.kl_quantizer == plan.quantizer else f", {other}"
+        how = f", {plan.prediction_caveat}" if plan.prediction_caveat else ""
         lines.append(
             f"- Predicted KL divergence to the native model, nats per token{how}: "
             f"{plan.predicted_kl:.4g}"

@@ -47,6 +47,15 @@ def sampled_matrices(count: int) -> list[int]:
     return sorted({i * count // min(_EXPERTS, count) for i in range(min(_EXPERTS, count))})
 
 
+def sampled_rows(values: mx.array, matrices: Sequence[int]) -> mx.array:
+    """Return a few rows (matrices, rows, in), evenly spread, of some of `values` (..., out, in).
+
+    They are in float32.
+    """
+    step = max(1, values.shape[-2] // _ROWS)
+    return values[mx.array(list(matrices)), ::step].astype(mx.float32)
+
+
 def choose(
     samples: Sequence[Sample], inputs: InputSums, validation: InputSums, quantizer: Quantizer
 ) -> Choice:
@@ -89,9 +98,7 @@ def _losses(
     quantize = quantizer.function()
     losses = np.zeros(priors)
     for sample in samples:
-        step = max(1, sample.values.shape[-2] // _ROWS)
-        rows = sample.values[mx.array(matrices), ::step].astype(mx.float32)
-        rows = mx.concatenate([rows] * priors)
+        rows = mx.concatenate([sampled_rows(sample.values, matrices)] * priors)
         quantized = quantize(hessians.target(rows), hessians, sample.tier, sample.dtype)
         errors = validation.loss(rows, quantized.dequantized(sample.tier))
         losses += np.array(errors).reshape(priors, -1).sum(axis=1)

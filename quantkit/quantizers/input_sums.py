@@ -32,6 +32,11 @@ class Inputs:
             experts = np.array(indices).reshape(-1)
         return cls(x.reshape(-1, width).astype(mx.float32), experts)
 
+    def at(self, places: np.ndarray) -> "Inputs":
+        """Return the inputs at some `places` (m,)."""
+        experts = None if self.experts is None else self.experts[places]
+        return Inputs(self.x[mx.array(places)], experts)
+
 
 class Spool(Protocol):
     """Keeps inputs that do not fit in memory as sums: rows (n, width), chunk by chunk."""

@@ -16,7 +16,7 @@ from quantkit.errors import SourceError
 from quantkit.quantizers.registry import RTN
 from quantkit.sensitivity.entries import Entry, native_cost
 from quantkit.sensitivity.fisher import StageTable
-from quantkit.sensitivity.quantizer_losses import Losses
+from quantkit.sensitivity.quantizer_losses import Losses, add_losses
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,7 @@ class Assembly:
             }
         losses: Losses = {}
         for stage in self.tables:
-            for key, loss in stage.losses.items():
-                losses[key] = losses.get(key, 0.0) + loss
+            add_losses(losses, stage.losses)
         for (quantizer, role, tier), loss in losses.items():
             nearest = losses[RTN, role, tier]
             if quantizer != RTN and nearest > 0:

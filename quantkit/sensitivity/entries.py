@@ -41,8 +41,10 @@ def parse_tiers(text: str | None) -> tuple[str, ...] | None:
 
     Raises TierError.
     """
-    if text is None or text.strip() == "all":
-        return None if text is None else ALL_TIERS
+    if text is None:
+        return None
+    if text.strip() == "all":
+        return ALL_TIERS
     with in_field("tiers"):
         tiers = [parse_tier(name) for name in text.split(",") if name.strip()]
     for tier in tiers:

@@ -136,7 +136,7 @@ class Sweep:
         result = ProbeResult(g=mx.stack(label_gradients(self.model, h, self._levels)))
         entries = self._entries_of(self._head)
         if self._compares and entries:
-            result.add_losses(self._head_losses(h, entries))
+            result.losses = self._head_losses(h, entries)
         for entry in entries:
             (kl,) = divergence(self.model, h, [ChangedModel(h, entry.tier)])
             result.costs[entry.key] = np.array(kl.mean(axis=1), np.float32)

@@ -22,7 +22,12 @@ from quantkit.quantizers.input_sums import Inputs, InputSums, MemorySpool, has_i
 from quantkit.quantizers.matrix import quantize_weight
 from quantkit.quantizers.registry import RTN, find_quantizer
 from quantkit.sensitivity.entries import Entry, EntryKey
-from quantkit.sensitivity.quantizer_losses import Losses, inputs_of, sampled_losses
+from quantkit.sensitivity.quantizer_losses import (
+    Losses,
+    add_losses,
+    inputs_of,
+    sampled_losses,
+)
 from quantkit.streaming.layer_trace import HookedLayer, LayerTrace, hooked
 from quantkit.streaming.weight_loader import Call, StreamedModule
 
@@ -41,11 +46,6 @@ class ProbeResult:
     seen: dict[str, np.ndarray] = field(default_factory=dict)
     g: mx.array = field(default_factory=lambda: mx.zeros(0))
     losses: Losses = field(default_factory=dict)
-
-    def add_losses(self, losses: Losses) -> None:
-        """Add the losses of quantizers on one more weight."""
-        for key, loss in losses.items():
-            self.losses[key] = self.losses.get(key, 0.0) + loss
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class LayerProbe:
         for group in shared_inputs(names, traces[0].steps):
             weights = [by_name[name] for name in group]
             inputs = inputs_of(weights[0], traces)
-            result.add_losses(sampled_losses(weights, self.values, entries, inputs))
+            add_losses(result.losses, sampled_losses(weights, self.values, entries, inputs))
             free_memory()
 
     def _probe(

@@ -14,7 +14,7 @@ from quantkit.backend import mx
 from quantkit.formats.affine import AffineWeight
 from quantkit.formats.codec import fake_quantize
 from quantkit.formats.tiers import Tier
-from quantkit.quantizers.choose_prior import sampled_matrices
+from quantkit.quantizers.choose_prior import sampled_matrices, sampled_rows
 from quantkit.quantizers.hessians import DEFAULT_PRIOR, Hessians, batch_size, stacked
 from quantkit.quantizers.input_sums import Inputs, InputSums, MemorySpool
 from quantkit.quantizers.matrix import scales_dtype
@@ -22,7 +22,6 @@ from quantkit.quantizers.registry import QUANTIZERS, Quantizer
 from quantkit.sensitivity.entries import Entry
 from quantkit.streaming.layer_trace import LayerTrace
 
-_ROWS = 64  # of a matrix
 _MATRICES = 2  # of a stack
 _LAYERS = 2
 _UNSEEN = 4  # one of so many sequences is left to take the losses on
@@ -37,6 +36,12 @@ SequenceInputs = tuple[Inputs, np.ndarray]
 def sampled_layers(count: int) -> set[int]:
     """Return the numbers of a few of `count` layers, evenly spread."""
     return {(2 * i + 1) * count // (2 * _LAYERS) for i in range(min(_LAYERS, count))}
+
+
+def add_losses(total: Losses, more: Losses) -> None:
+    """Add the losses on `more` samples to `total`."""
+    for key, loss in more.items():
+        total[key] = total.get(key, 0.0) + loss
 
 
 def sampled_losses(
@@ -58,7 +63,7 @@ def sampled_losses(
     (moments,) = seen.moments_of(matrices, [DEFAULT_PRIOR])
     hessians = Hessians(moments)
     judge = Hessians(mx.stack([unseen.total(m) for m in matrices]))
-    rows = {weight.name: _rows(values(weight.name), matrices) for weight in weights}
+    rows = {w.name: sampled_rows(stacked(values(w.name)), matrices) for w in weights}
     by_tier: dict[Tier, list[Weight]] = {}
     for entry in entries:
         if entry.weight in weights and entry.tier.mode == "affine":
@@ -75,13 +80,6 @@ def sampled_losses(
                 losses[quantizer.name, weight.role, tier.name] = float(np.array(loss).sum())
                 start = stop
     return losses
-
-
-def _rows(values: mx.array, matrices: Sequence[int]) -> mx.array:
-    """Return a few rows (matrices, rows, in) of some matrices in float32."""
-    stack = stacked(values)
-    step = max(1, stack.shape[-2] // _ROWS)
-    return stack[mx.array(list(matrices)), ::step].astype(mx.float32)
 
 
 def _rounded(
@@ -115,7 +113,6 @@ def _split(matrices: int, inputs: Iterable[SequenceInputs]) -> tuple[InputSums, 
         left = sequences % _UNSEEN == _UNSEEN - 1
         for some, sums in ((~left, seen), (left, unseen)):
             (kept,) = np.nonzero(some)
-            experts = None if every.experts is None else every.experts[kept]
             if len(kept):
-                sums.add(Inputs(every.x[mx.array(kept)], experts))
+                sums.add(every.at(kept))
     return seen, unseen
