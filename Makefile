@@ -22,8 +22,8 @@ $(STAMP): pyproject.toml Makefile
 demo: env ## build the demo model, quantize it, let the result answer
 	$(BIN)/quantkit demo
 
-test: env lint ## lint, then every test but the slow ones, two files at a time
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow and not versions'
+test: env lint ## lint, then every test but the slow ones, two files at a time on one thread each
+	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow and not versions'
 
 test-slow: env ## the slow tests
 	$(BIN)/python -m pytest -m slow

@@ -1,6 +1,9 @@
 """Calibrated quantizers side by side: quantkit, mlx-lm's four, and mlx-optiq.
 
-    python evals/bench/peers.py
+    python evals/bench/peers.py [FOLDER [ROW ...]]
+
+The repos and what they took are kept in FOLDER, where a killed run goes on; with numbers of rows,
+only these are made, and the table is not.
 
 On plain SmolLM2-135M in BF16. Each tool runs in its own process, by its own main(), in float32
 (BLAS on a CPU has no BF16 products), and stores BF16; mlx-lm's read quantkit's text, mlx-optiq its
@@ -10,7 +13,9 @@ calibrated nothing. mlx-optiq is installed beside the others, without what it on
 """
 
 import argparse
+import json
 import os
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -139,41 +144,62 @@ def prepared(name: str):
     return module.main
 
 
-def table() -> str:
-    source = open_source(str(plain_checkpoint()))
-    rows: list[tuple[str, float, float]] = []
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        outs: list[str] = []
+def rows() -> list[tuple[str, list[str]]]:
+    """Labels and commands, without their output folders. The budget of the last is that of gptq."""
+    script = [sys.executable, __file__, "peer"]
+    peers = [(" ".join([name, *options]), [*script, name, *options]) for name, options in PEERS]
+    quantkit = [sys.executable, "-m", "quantkit", "quantize", "demo-llama"]
+    ours = [
+        ("quantkit", ["--quantizer-tokens", str(QUANTIZED)]),
+        ("quantkit, tokens by need", []),
+        (f"quantkit --tune {TUNED}", ["--tune", str(TUNED)]),
+    ]
+    return peers + [(label, [*quantkit, *options]) for label, options in ours]
 
-        def add(label: str, out: Path, command: list[str]) -> None:
-            rows.append((label, *run(command)))
-            outs.append(str(out))
-            print(*rows[-1], flush=True)
 
+def make(folder: Path, number: int) -> None:
+    """Make the repo of a row in `folder`, and note its time and memory; a finished one stays."""
+    label, command = rows()[number]
+    out, note = folder / str(number), folder / f"{number}.json"
+    if note.exists():
+        return
+    shutil.rmtree(out, ignore_errors=True)
+    if "quantkit" in command:
+        profile = folder / "profile"
+        profiled = [sys.executable, "-m", "quantkit", "profile", "demo-llama", "-o", str(profile)]
+        measured(profiled, folder / "profile.json")
+        command = [*command, "--profile", str(profile), "--budget", f"like:{folder / '1'}"]
+        command += ["-o", str(out)]
+    else:
         os.environ["OPTIQ"] = str(folder / "optiq")
-        pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target"]
-        run([*pip, os.environ["OPTIQ"], OPTIQ])
-        for number, (peer_name, options) in enumerate(PEERS):
-            out = folder / f"{number}"
-            command = [sys.executable, __file__, "peer", peer_name, str(out), *options]
-            add(" ".join([peer_name, *options]), out, command)
-        quantkit = [sys.executable, "-m", "quantkit"]
-        profile = run([*quantkit, "profile", "demo-llama", "-o", str(folder / "profile")])
-        chosen = ["--profile", str(folder / "profile"), "--budget", f"like:{folder / '1'}"]
-        for label, options in (
-            ("quantkit", ["--quantizer-tokens", str(QUANTIZED)]),
-            ("quantkit, tokens by need", []),
-            (f"quantkit --tune {TUNED}", ["--tune", str(TUNED)]),
-        ):
-            out = folder / label.replace(" ", "-")
-            add(
-                label, out, [*quantkit, "quantize", "demo-llama", "-o", str(out), *chosen, *options]
-            )
-            rows[-1] = (label, rows[-1][1] + profile[0], max(rows[-1][2], profile[1]))
-        found = compare(source, outs)
+        if PEERS[number][0] == "optiq convert" and not (folder / "optiq").exists():
+            pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target"]
+            run([*pip, os.environ["OPTIQ"], OPTIQ])
+        command = [*command[:4], str(out), *command[4:]]
+    print(label, *measured(command, note), flush=True)
+
+
+def measured(command: list[str], note: Path) -> tuple[float, float]:
+    """The seconds and the peak memory (GB) of a command, run unless they are noted."""
+    if not note.exists():
+        note.write_text(json.dumps(run(command)))
+    seconds, peak = json.loads(note.read_text())
+    return seconds, peak
+
+
+def table(folder: Path) -> str:
+    """What all rows took, and their KL divergence."""
+    source = open_source(str(plain_checkpoint()))
+    made = rows()
+    for number in range(len(made)):
+        make(folder, number)
+    found = compare(source, [str(folder / str(number)) for number in range(len(made))])
+    profile = measured([], folder / "profile.json")
     lines = []
-    for (label, seconds, peak), result in zip(rows, found, strict=True):
+    for number, ((label, command), result) in enumerate(zip(made, found, strict=True)):
+        seconds, peak = measured([], folder / f"{number}.json")
+        if "quantkit" in command:
+            seconds, peak = seconds + profile[0], max(peak, profile[1])
         kl = result.kl_mean
         lines.append(
             f"| {label} | {result.bits_per_weight:.3f} | {kl.value:.4f} ({kl.low:.4f} to "
@@ -199,12 +225,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", nargs="*")
     args, options = parser.parse_known_args()
-    if args.what:
+    if args.what[:1] == ["peer"]:
         peer(args.what[1], args.what[2], options)
         return
-    text = table()
-    print(text)
-    save(text, "peers")
+    with tempfile.TemporaryDirectory() as temporary:
+        folder, *numbers = args.what or [temporary]
+        Path(folder).mkdir(exist_ok=True)
+        for number in numbers:
+            make(Path(folder).resolve(), int(number))
+        if not numbers:
+            save(table(Path(folder).resolve()), "peers")
 
 
 if __name__ == "__main__":
