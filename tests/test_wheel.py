@@ -10,8 +10,10 @@ LOOK = """
 import quantkit
 from quantkit.planning.recipe import load_recipe, recipe_names
 from quantkit.calibration.documents import open_documents
+from quantkit.evaluation.benchmarks import benchmark_names, load_benchmark
 print(quantkit.__file__)
 print(len([load_recipe(name) for name in recipe_names()]))
+print(len([load_benchmark(name) for name in benchmark_names()]))
 print(len([next(documents) for documents in open_documents("default", 0, "evaluate")]))
 """
 
@@ -29,9 +31,10 @@ def test_recipes_and_text_travel(tmp_path):
         f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r})\n{LOOK}",
     ]
     done = subprocess.run(look, cwd=tmp_path, capture_output=True, text=True, check=True)
-    where, recipes, texts = done.stdout.split()
+    where, recipes, benchmarks, texts = done.stdout.split()
     assert where.startswith(str(tmp_path))
     assert recipes == "6"
+    assert benchmarks == "7"
     assert texts == "4"
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()

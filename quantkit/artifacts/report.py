@@ -10,6 +10,7 @@ from quantkit.artifacts.fidelity import Fidelity
 from quantkit.artifacts.inventory import SourceFile, is_count, source_file
 from quantkit.artifacts.memory import Memory
 from quantkit.artifacts.plan import Plan
+from quantkit.artifacts.scores import Score
 from quantkit.artifacts.speed import Speed
 from quantkit.errors import MalformedError, PlanError, fault
 from quantkit.storage.json_files import FORMAT_VERSION, require_kind
@@ -47,7 +48,7 @@ class Report:
     `source_config` holds the attention settings of the source's config.json, verbatim. `base_model`
     is the source's Hub id, `command` the command line, `repo` the Hub id of the upload; like
     `license`, `memory`, `fidelity` and `speed` they are None if unknown. `cards` are the sha256 of
-    the generated cards, which detect a card edited by hand.
+    the generated cards, which detect a card edited by hand. `scores` are those on benchmarks.
     """
 
     plan: Plan
@@ -64,6 +65,7 @@ class Report:
     speed: Speed | None = None
     cards: tuple[str, ...] = ()
     expert_inputs: Mapping[str, ExpertInputs] = field(default_factory=dict)
+    scores: tuple[Score, ...] = ()
 
     @property
     def total_bytes(self) -> int:
@@ -109,6 +111,7 @@ class Report:
             "command": self.command,
             "fidelity": None if self.fidelity is None else self.fidelity.to_json(),
             "speed": None if self.speed is None else self.speed.to_json(),
+            "scores": [score.to_json() for score in self.scores],
             "cards": list(self.cards),
             "expert_inputs": {name: asdict(row) for name, row in self.expert_inputs.items()},
             "tiers": plan["tiers"],
@@ -138,6 +141,7 @@ class Report:
             fidelity = _optional(data, "fidelity", Fidelity.from_json)
             speed = _optional(data, "speed", Speed.from_json)
             cards = tuple(str(sha256) for sha256 in data.get("cards", ()))
+            scores = tuple(Score.from_json(score) for score in data.get("scores", ()))
             inputs = {str(k): ExpertInputs(**v) for k, v in data.get("expert_inputs", {}).items()}
         except (AttributeError, KeyError, TypeError, ValueError) as exc:
             raise PlanError(f"{where}: not a complete report ({fault(exc)}).") from exc
@@ -154,6 +158,7 @@ class Report:
             speed=speed,
             cards=cards,
             expert_inputs=inputs,
+            scores=scores,
         )
 
 

@@ -16,6 +16,7 @@ from quantkit.cli.chat import chat
 from quantkit.cli.compare import compare
 from quantkit.cli.demo import demo
 from quantkit.cli.diff import diff
+from quantkit.cli.eval import eval as eval_
 from quantkit.cli.expand import Command, expanded, option_names, with_flags
 from quantkit.cli.generate import generate
 from quantkit.cli.inspect import inspect
@@ -104,7 +105,10 @@ def _options(
     pass
 
 
-COMMANDS = (inspect, profile, plan, diff, quantize, report, verify, compare, bench, upload, traces)
+COMMANDS = (
+    *(inspect, profile, plan, diff, quantize, report, verify, compare, eval_, bench, upload),
+    traces,
+)
 for command in (*COMMANDS, generate, chat, serve, demo):
     app.command(cls=Command)(expanded(command))
 

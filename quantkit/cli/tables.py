@@ -34,7 +34,7 @@ def print_inventory(inventory: Inventory) -> None:
     groups: dict[tuple[str, str], list[Any]] = {}
     for weight in inventory.weights:
         groups.setdefault((weight.role, weight.storage), []).append(weight)
-    table = _table("role", "stored as", "#weights", "#params", "#bytes", "shapes")
+    table = plain_table("role", "stored as", "#weights", "#params", "#bytes", "shapes")
     for (role, storage), weights in groups.items():
         shapes = sorted({"x".join(map(str, w.shape)) for w in weights})
         table.add_row(
@@ -61,13 +61,13 @@ def print_inventory(inventory: Inventory) -> None:
     if inventory.experts_per_token:
         experts += f", {inventory.experts_per_token} per token"
     title = f"{inventory.source.name}: {inventory.model_type}, {inventory.layers} layers{experts}"
-    _show(table, title)
+    print_table(table, title)
     _totals(inventory.total_bytes, inventory.parameters, None)
 
 
 def print_plan(plan: Plan, bandwidth: int | None = None) -> None:
     """Print the tier table of a plan, its totals, and its predictions."""
-    _show(_tier_table(plan), f"{plan.source.name}: {plan.origin}")
+    print_table(_tier_table(plan), f"{plan.source.name}: {plan.origin}")
     _totals(plan.total_bytes, plan.parameters, plan.active_bytes)
     _predictions(plan)
     if bandwidth and plan.active_bytes:
@@ -92,7 +92,7 @@ def _predictions(plan: Plan) -> None:
 
 def print_explanation(explanation: "Explanation") -> None:
     """Print an explanation: alternatives of each weight, and the next steps."""
-    table = _table("weight", "tier", "#KL", "#up worth", "to", "#down worth", "to")
+    table = plain_table("weight", "tier", "#KL", "#up worth", "to", "#down worth", "to")
     for assignment, up, down in explanation.weights:
         table.add_row(
             assignment.name.removeprefix("model."),
@@ -101,7 +101,7 @@ def print_explanation(explanation: "Explanation") -> None:
             *(("", "") if up is None else (f"{up.worth:.3g}", up.to)),
             *(("", "") if down is None else (f"{down.worth:.3g}", down.to)),
         )
-    _show(table, "KL over price of a step: a step up pays above 1, a step down below 1")
+    print_table(table, "KL over price of a step: a step up pays above 1, a step down below 1")
     for kind, price in zip(("stored", "read per token"), explanation.shadow_prices, strict=False):
         print(f"price             {price * 1e9:.4g} nats per token per GB {kind}")
     for title, steps in (("more budget", explanation.up), ("less budget", explanation.down)):
@@ -115,12 +115,12 @@ def print_explanation(explanation: "Explanation") -> None:
 
 def print_differences(differences: Sequence["Difference"]) -> None:
     """Print a line per weight that two plans store differently."""
-    table = _table("weight", "first", "second", "#bytes", "#KL")
+    table = plain_table("weight", "first", "second", "#bytes", "#KL")
     for one in differences:
         kl = "" if one.kl is None else f"{one.kl:+.3g}"
         table.add_row(one.weight, one.before, one.after, f"{one.bytes:+,}", kl)
     more = sum(one.bytes for one in differences)
-    _show(table, f"{plural(len(differences), 'weight')} differ, {more:+,} bytes")
+    print_table(table, f"{plural(len(differences), 'weight')} differ, {more:+,} bytes")
 
 
 def plan_row(plan: Plan) -> dict[str, Any]:
@@ -135,18 +135,18 @@ def plan_row(plan: Plan) -> dict[str, Any]:
 
 def print_frontier(plans: Sequence[Plan], recipes: Sequence[Plan]) -> None:
     """Print plans and recipes by size, each recipe beside the best plan of no more bytes."""
-    table = _table("plan", "#bytes", "#bpw", "#KL predicted")
+    table = plain_table("plan", "#bytes", "#bpw", "#KL predicted")
     for plan in sorted([*plans, *recipes], key=lambda p: p.total_bytes):
         kl = "tiers not in the profile" if plan.predicted_kl is None else f"{plan.predicted_kl:.4g}"
         name = plan.origin if plan.origin.startswith("recipe") else "best"
         table.add_row(name, size(plan.total_bytes), f"{plan.bits_per_weight:.3f}", kl)
-    _show(table, f"{plans[0].source.name}: the least KL at every size")
+    print_table(table, f"{plans[0].source.name}: the least KL at every size")
 
 
 def print_report(report: Report, where: str) -> None:
     """Print the tier table of a repo, its totals, and its origin."""
     plan = report.plan
-    _show(_tier_table(plan), f"{where}: {plan.origin}, from {plan.source.name}")
+    print_table(_tier_table(plan), f"{where}: {plan.origin}, from {plan.source.name}")
     _totals(report.total_bytes, plan.parameters, plan.active_bytes)
     _predictions(plan)
     if report.inputs_per_expert is not None:
@@ -172,7 +172,7 @@ def print_profile(profile: SensitivityProfile) -> None:
         {cost.tier for w in profile.weights for cost in w.costs if cost.kl > 0},
         key=lambda tier: (-parse_tier(tier).stored_bytes((1, 128)), tier),
     )
-    table = _table("role", "#weights", *(f"#{tier}" for tier in tiers), "worst")
+    table = plain_table("role", "#weights", *(f"#{tier}" for tier in tiers), "worst")
     for role in ROLES:
         weights = [weight for weight in profile.weights if weight.role == role]
         if not weights:
@@ -185,7 +185,7 @@ def print_profile(profile: SensitivityProfile) -> None:
         layer = "" if worst.layer is None else f"layer {worst.layer}"
         table.add_row(role, str(len(weights)), *cells, layer)
     text = profile.calibration
-    _show(
+    print_table(
         table,
         f"{profile.source.name}: KL divergence to native in nats per token, summed over a role's "
         f"weights ({profile.method}, {profile.quantizer})",
@@ -219,7 +219,7 @@ def print_validation(check: Mapping[str, Any]) -> None:
 
 def print_fidelity(results: Sequence[Fidelity], text: str) -> None:
     """Print a column per repo, every value with its 95% interval."""
-    table = _table("", *(f"#{Path(result.repo).name or result.repo}" for result in results))
+    table = plain_table("", *(f"#{Path(result.repo).name or result.repo}" for result in results))
     table.add_row("size", *(size(result.bytes) for result in results))
     table.add_row("bits per weight", *(f"{result.bits_per_weight:.3f}" for result in results))
     table.add_row("KL mean", *(_spread(result.kl_mean) for result in results))
@@ -235,7 +235,7 @@ def print_fidelity(results: Sequence[Fidelity], text: str) -> None:
         f"Against native, over {few.tokens} tokens ({few.documents} documents) of {text}; KL in "
         "nats per token, with 95% intervals"
     )
-    _show(table)
+    print_table(table)
 
 
 def _spread(interval: Interval) -> str:
@@ -246,7 +246,7 @@ def _spread(interval: Interval) -> str:
 
 def print_speed(speed: Speed, where: str) -> None:
     """Print tokens per second and memory for every length of prompt."""
-    table = _table("#prompt", "#prefill", "#generation", "#peak memory", "#weights + KV cache")
+    table = plain_table("#prompt", "#prefill", "#generation", "#peak memory", "#weights + KV cache")
     for run in speed.runs:
         table.add_row(
             f"{run.context} tokens",
@@ -255,7 +255,7 @@ def print_speed(speed: Speed, where: str) -> None:
             gb(run.peak_bytes),
             "" if run.predicted_bytes is None else gb(run.predicted_bytes),
         )
-    _show(table, f"{where}, on {speed.machine}")
+    print_table(table, f"{where}, on {speed.machine}")
 
 
 def print_upload(upload: "Upload") -> None:
@@ -284,7 +284,7 @@ def print_verdict(checks: Sequence[Any], where: str) -> None:
 
 
 def _tier_table(plan: Plan) -> "Table":
-    table = _table("tier", "roles", "#weights", "#params", "#share", "#bytes", "#bpw")
+    table = plain_table("tier", "roles", "#weights", "#params", "#share", "#bytes", "#bpw")
     for row in plan.tiers():
         table.add_row(
             row.tier,
@@ -307,7 +307,7 @@ def _totals(total: int, parameters: int, active: int | None) -> None:
         print(f"read per token    {size(active)}")
 
 
-def _table(*columns: str) -> "Table":
+def plain_table(*columns: str) -> "Table":
     """Return a plain table; a leading # aligns a column right and keeps its cells whole."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
@@ -325,7 +325,7 @@ def _table(*columns: str) -> "Table":
     return table
 
 
-def _show(table: "Table", title: str | None = None) -> None:
+def print_table(table: "Table", title: str | None = None) -> None:
     """Print a table.
 
     On a narrow terminal headings take several lines, and a table that is still too wide is printed
@@ -356,7 +356,7 @@ def _parts_that_fit(table: "Table", width: int) -> "Iterator[Table]":
             groups.append(columns[:1])
         groups[-1].append(column)
     for group in groups:
-        piece = _table()
+        piece = plain_table()
         piece.columns = [replace(column, _index=number) for number, column in enumerate(group)]
         piece.rows = table.rows
         yield piece

@@ -19,10 +19,15 @@ def open_model(
     The small models are built on first use. `dtype` is the float type of `open_source`. Raises
     InputError.
     """
-    if name in DEMOS and not Path(name).exists():
-        from quantkit.demo import build
-
-        built = build.demo_checkpoint() if name == "demo" else build.plain_checkpoint()
-        name = str(built)
+    name = resolved(name)
     floats = STATED if dtype is None else dtype
     return open_source(name, revision, floats=floats, trust_remote_code=trust_remote_code)
+
+
+def resolved(name: str) -> str:
+    """Return the folder of a small model, and other names as they are."""
+    if name not in DEMOS or Path(name).exists():
+        return name
+    from quantkit.demo import build
+
+    return str(build.demo_checkpoint() if name == "demo" else build.plain_checkpoint())

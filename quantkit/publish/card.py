@@ -8,6 +8,7 @@ import yaml
 from quantkit.artifacts.fidelity import Fidelity, Interval
 from quantkit.artifacts.report import License, Report
 from quantkit.artifacts.roles import group_roles
+from quantkit.artifacts.scores import Score
 from quantkit.units import count, gib, size
 
 CARD_FILE = "README.md"
@@ -33,6 +34,7 @@ def card(report: Report) -> str:
         "\n".join(facts),
         _tiers(report),
         *_fidelity(report),
+        *_scores(report),
         *_speed(report),
         _usage(report),
         *_origin(report),
@@ -166,6 +168,48 @@ def _ends(value: Interval) -> str:
     if value.low is None or value.high is None:
         return ""
     return f"{value.low:.4g} to {value.high:.4g}"
+
+
+def _scores(report: Report) -> list[str]:
+    """Return the table of benchmarks, with the difference to another model where it is measured."""
+    if not report.scores:
+        return []
+    commands = dict.fromkeys(score.command for score in report.scores if score.command)
+    return [
+        "## Benchmarks",
+        "The final channel alone is scored; an answer without one, or cut off, is wrong. Intervals "
+        "are 95%: Wilson's for accuracies, a bootstrap over the same items for differences.",
+        "\n".join(
+            [
+                "| | items | accuracy | other model | difference |",
+                "|---|---|---|---|---|",
+                *(_score_row(score) for score in report.scores),
+            ]
+        ),
+        *(f"```sh\n{command}\n```" for command in commands),
+    ]
+
+
+def _score_row(score: Score) -> str:
+    limit = "" if score.whole else ", a sample"
+    other, change = "", ""
+    if (against := score.against) is not None:
+        other = f"{_plain(against.other)}: {_percent(against.accuracy)}"
+        change = _percents(against.difference)
+    return (
+        f"| {_plain(score.title)} | {score.items}{limit} | {_percents(score.accuracy)} | {other} "
+        f"| {change} |"
+    )
+
+
+def _percents(value: Interval) -> str:
+    if value.low is None or value.high is None:
+        return _percent(value.value)
+    return f"{_percent(value.value)} ({_percent(value.low)} to {_percent(value.high)})"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}%"
 
 
 def _speed(report: Report) -> list[str]:

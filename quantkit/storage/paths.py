@@ -11,15 +11,24 @@ PROFILE_FILE = "profile.json"  # inside the folder of a sensitivity profile
 
 
 def recipes_folder() -> Path:
-    """Return the folder of the shipped recipes: from the wheel, or from the checkout.
+    """Return the folder of the shipped recipes. Raises InputError if the installation lacks it."""
+    return _shipped("recipes", "recipes")
 
-    Raises InputError when the installation lacks it.
+
+def benchmarks_folder() -> Path:
+    """Return the folder of the shipped benchmarks. Raises InputError if the installation lacks
+    it.
     """
+    return _shipped("benchmarks", "evals/benchmarks")
+
+
+def _shipped(name: str, checkout: str) -> Path:
+    """Return a folder of shipped data: from the wheel, or from the checkout."""
     package = Path(__file__).parents[1]
-    for folder in (package / "_data" / "recipes", package.parent / "recipes"):
+    for folder in (package / "_data" / name, package.parent / checkout):
         if folder.is_dir():
             return folder
-    raise InputError("this installation of quantkit lacks its recipes. Install it again.")
+    raise InputError(f"this installation of quantkit lacks its {name}. Install it again.")
 
 
 def user_path(name: str) -> Path:

@@ -1,0 +1,85 @@
+"""Six benchmarks on the demo model: native, ours and uniform-4 at the same bytes.
+
+    python evals/bench/scores.py --data FOLDER [--profile PROFILE] [--limit 8] [--max-tokens 96]
+
+FOLDER has local copies of the items (docs/benchmarks.md). Repos and records stay in eval-results,
+unless --results names another folder; a killed run goes on there.
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+from _common import machine, save
+
+from quantkit.cli.scores import percents
+from quantkit.demo.build import demo_checkpoint
+from quantkit.jobs.evaluate import EvaluationRequest, EvaluationSettings, evaluate
+from quantkit.jobs.planning import PlanRequest
+from quantkit.jobs.quantize import quantize
+
+SIX = ("mmlu", "gsm8k", "ifeval", "bfcl", "humaneval", "hashhop")
+
+
+def repos(folder: Path, profile: str) -> dict[str, Path]:
+    """Repos of the same bytes, written unless they are there."""
+    requests = {
+        "uniform-4": PlanRequest(recipe="uniform-4"),
+        "ours": PlanRequest(budget="like:uniform-4", profile=profile),
+    }
+    for name, request in requests.items():
+        if not (folder / name).exists():
+            quantize("demo", folder / name, request)
+    return {name: folder / name for name in requests}
+
+
+def table(args: argparse.Namespace) -> str:
+    """Accuracies, and differences to the native model on the same items."""
+    folder = Path(args.results)
+    folder.mkdir(exist_ok=True)
+    native = str(demo_checkpoint())
+    request = EvaluationRequest(
+        SIX,
+        args.limit,
+        Path(args.data),
+        folder / "records",
+        EvaluationSettings(max_tokens=args.max_tokens),
+    )
+    written = repos(folder, args.profile)
+    began = time.monotonic()
+    lines = []
+    for name, repo in written.items():
+        for one in evaluate(str(repo), request, against=native):
+            score, against = one.score, one.score.against
+            lines.append(
+                f"| {score.title} | {name} | {score.items} | {percents(score.accuracy)} | "
+                f"{score.verdicts['truncated']} | {100 * against.accuracy:.1f}% | "
+                f"{percents(against.difference)} | {against.won}, {against.lost} |"
+            )
+            print(lines[-1], flush=True)
+    lines.sort()
+    return "\n".join(
+        [
+            f"{machine()}; {args.limit} items of each benchmark, at most {args.max_tokens} tokens "
+            f"an answer; {(time.monotonic() - began) / 60:.0f} minutes.",
+            "",
+            "| | repo | items | accuracy | truncated | native | difference | won, lost |",
+            "|---|---|---|---|---|---|---|---|",
+            *lines,
+        ]
+    )
+
+
+def main() -> None:
+    """Make the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--profile")
+    parser.add_argument("--limit", type=int, default=8)
+    parser.add_argument("--max-tokens", type=int, default=96)
+    parser.add_argument("--results", default="eval-results")
+    save(table(parser.parse_args()), "scores")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""Many prompts answered by one model, with mlx-lm's continuous batching.
+
+On a CPU, where quantized products are slow, the weights are dequantized to float32 first.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from quantkit.backend import mx, on_cpu
+from quantkit.checkpoint.stock import load_stock
+from quantkit.errors import OutputError, first_line
+from quantkit.generation.chat_model import require_repo
+from quantkit.streaming.experts import plain_switch_linear
+
+_GPU_BATCH, _CPU_BATCH = 32, 16
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt of token ids; `among` are the tokens whose log-probabilities are wanted."""
+
+    prompt: Sequence[int]
+    max_tokens: int
+    among: Sequence[int] = ()
+
+
+@dataclass(frozen=True)
+class Completion:
+    """The answer to the prompt `number`, without the token that ended it.
+
+    `truncated` if it reached its longest length. `log_probabilities` (among,) are those of the
+    first token.
+    """
+
+    number: int
+    tokens: list[int]
+    truncated: bool
+    log_probabilities: np.ndarray | None = None
+
+
+class BatchModel:
+    """A repo (a folder or a Hub id), loaded by stock mlx-lm, that answers prompts in batches."""
+
+    def __init__(self, repo: str, *, trust_remote_code: bool = False) -> None:
+        """Raises OutputError if mlx-lm does not load it."""
+        require_repo(repo)
+        self._model, self.tokenizer = load_stock(repo, trust_remote_code=trust_remote_code)
+        self.arithmetic = "as stored"
+        if on_cpu():
+            _dequantize(self._model)
+            self.arithmetic = "dequantized to float32"
+
+    def complete(
+        self,
+        requests: Sequence[Request],
+        *,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        batch: int | None = None,
+    ) -> Iterator[Completion]:
+        """Yield the answers as they end, `batch` prompts at a time. Raises OutputError."""
+        from mlx_lm.generate import BatchGenerator
+        from mlx_lm.sample_utils import make_sampler
+
+        size = batch or (_CPU_BATCH if on_cpu() else _GPU_BATCH)
+        mx.random.seed(seed)
+        generator = BatchGenerator(
+            self._model,
+            stop_tokens=[[token] for token in self.tokenizer.eos_token_ids],
+            sampler=make_sampler(temp=temperature, top_p=top_p),
+            completion_batch_size=size,
+            prefill_batch_size=min(size, 8),
+        )
+        try:
+            numbers = generator.insert(
+                [list(request.prompt) for request in requests],
+                [request.max_tokens for request in requests],
+            )
+            places = {uid: place for place, uid in enumerate(numbers)}
+            yield from self._completions(generator, requests, places)
+        except (RuntimeError, ValueError) as exc:
+            raise OutputError(f"mlx-lm failed to generate ({first_line(exc)}).") from exc
+        finally:
+            generator.close()
+
+    def _completions(
+        self, generator: Any, requests: Sequence[Request], places: dict[int, int]
+    ) -> Iterator[Completion]:
+        tokens: dict[int, list[int]] = {}
+        first: dict[int, np.ndarray] = {}
+        while responses := generator.next_generated():
+            for response in responses:
+                place = places[response.uid]
+                if place not in tokens and (among := requests[place].among):
+                    first[place] = np.array(response.logprobs[mx.array(list(among))], np.float32)
+                answer = tokens.setdefault(place, [])
+                if response.finish_reason != "stop":
+                    answer.append(int(response.token))
+                if response.finish_reason is not None:
+                    cut = response.finish_reason == "length"
+                    yield Completion(place, answer, cut, first.get(place))
+
+
+def _dequantize(model: Any) -> None:
+    """Dequantize to float32, and let experts multiply all of their tokens at once."""
+    from mlx.utils import tree_unflatten
+    from mlx_lm.models.switch_layers import SwitchLinear
+    from mlx_lm.utils import dequantize_model
+
+    dequantize_model(model)
+    model.set_dtype(mx.float32)
+    plain = [
+        (name, plain_switch_linear(module))
+        for name, module in model.named_modules()
+        if isinstance(module, SwitchLinear)
+    ]
+    model.update_modules(tree_unflatten(plain))
+
+
+def single_tokens(tokenizer: Any, texts: Iterable[str]) -> list[int]:
+    """Return the token of each text. Raises OutputError if one is more than a token."""
+    ids = [list(tokenizer.encode(text, add_special_tokens=False)) for text in texts]
+    if any(len(tokens) != 1 for tokens in ids):
+        raise OutputError("the tokenizer splits a letter into several tokens.")
+    return [tokens[0] for tokens in ids]
