@@ -199,7 +199,7 @@ def write_plan(
     plan, quantization, hashes = _quantization(source, plan, options, progress)
     draft = _draft(source, plan, options)
 
-    def describe(written: Written) -> Mapping[str, str]:
+    def describe(written: Written) -> Mapping[str, str | bytes]:
         inputs = quantization.expert_inputs(written.work) if quantization else {}
         if options.imatrix is None:
             _note_starved(inputs, progress)

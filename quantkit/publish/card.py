@@ -1,6 +1,7 @@
 """The model card, README.md of a repo. All of its numbers are in `quantkit.json`, too."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
@@ -9,13 +10,17 @@ from quantkit.artifacts.fidelity import Fidelity, Interval
 from quantkit.artifacts.report import License, Report
 from quantkit.artifacts.roles import group_roles
 from quantkit.artifacts.scores import Score
+from quantkit.publish.pictures import SCORES_PICTURE, TIERS_PICTURE
 from quantkit.units import count, gib, size
 
 CARD_FILE = "README.md"
 
 
-def card(report: Report) -> str:
-    """Return the card: tiers, measurements, usage, and origin. Unmeasured values are left out."""
+def card(report: Report, pictures: Sequence[str] = ()) -> str:
+    """Return the card: tiers, measurements, usage, and origin. Unmeasured values are left out.
+
+    `pictures` are the files beside the card that it shows.
+    """
     plan = report.plan
     title = _title(report)
     active = plan.active_bytes
@@ -33,8 +38,10 @@ def card(report: Report) -> str:
         f"{report.versions['quantkit']} ({_plain(plan.origin)}).",
         "\n".join(facts),
         _tiers(report),
+        *_picture(TIERS_PICTURE, "Bits per weight by role and layer", pictures),
         *_fidelity(report),
         *_scores(report),
+        *_picture(SCORES_PICTURE, "Accuracy on benchmarks", pictures),
         *_speed(report),
         _usage(report),
         *_origin(report),
@@ -57,6 +64,10 @@ def license_of(folder: Path) -> License | None:
     if not texts["license"]:
         return None
     return License(texts["license"], texts["license_name"], texts["license_link"])
+
+
+def _picture(name: str, title: str, pictures: Sequence[str]) -> list[str]:
+    return [f"![{title}]({name})"] if name in pictures else []
 
 
 def _front(report: Report) -> str:

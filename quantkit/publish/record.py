@@ -8,21 +8,26 @@ from typing import Any
 from quantkit.artifacts.report import Report
 from quantkit.errors import OutputError
 from quantkit.publish.card import CARD_FILE, card
+from quantkit.publish.pictures import pictures
 from quantkit.storage.hashing import hash_file
 from quantkit.storage.json_files import dump_json, encoded, load_json, write_atomically
 from quantkit.storage.paths import REPORT_FILE
 
 
-def documents(report: Report) -> dict[str, str]:
-    """Return report and card, name -> text, without a date: equal inputs give equal files."""
-    drawn = card(report)
-    cards = dict.fromkeys((*report.cards[-1:], _sha256(drawn)))
+def documents(report: Report) -> dict[str, str | bytes]:
+    """Return report, card and its pictures, name -> content.
+
+    They have no date: equal inputs give equal files.
+    """
+    drawn = pictures(report)
+    text = card(report, tuple(drawn))
+    cards = dict.fromkeys((*report.cards[-1:], _sha256(text)))
     complete = replace(report, cards=tuple(cards))
-    return {REPORT_FILE: dump_json(complete.to_json()), CARD_FILE: drawn}
+    return {REPORT_FILE: dump_json(complete.to_json()), CARD_FILE: text, **drawn}
 
 
-def updated(repo: Path, report: Report) -> dict[str, str]:
-    """Return the changed files, name -> text, when `report` replaces the one in `repo`.
+def updated(repo: Path, report: Report) -> dict[str, str | bytes]:
+    """Return the changed files, name -> content, when `report` replaces the one in `repo`.
 
     A card edited by hand stays. Raises OutputError.
     """
@@ -46,7 +51,7 @@ def record(out: Path, **fields: Any) -> bool:
     return CARD_FILE in texts
 
 
-def _sha256(text: str) -> str:
+def _sha256(text: str | bytes) -> str:
     return hashlib.sha256(encoded(text)).hexdigest()
 
 

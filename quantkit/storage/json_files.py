@@ -42,17 +42,17 @@ def load_json(path: Path, error: type[InputError] = InputError) -> dict[str, Any
     return value
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write `text` to `path` completely or not at all, even across a power cut.
+def write_atomically(path: Path, text: str | bytes) -> None:
+    """Write text or bytes to `path` completely or not at all, even across a power cut.
 
     Raises OutputError.
     """
     write_bytes_atomically(path, encoded(text))
 
 
-def encoded(text: str) -> bytes:
-    """Return `text` in UTF-8; surrogates of undecodable file names become escapes."""
-    return text.encode("utf-8", errors="backslashreplace")
+def encoded(text: str | bytes) -> bytes:
+    """Return `text` in UTF-8; surrogates of undecodable file names become escapes. Bytes stay."""
+    return text if isinstance(text, bytes) else text.encode("utf-8", errors="backslashreplace")
 
 
 def write_bytes_atomically(path: Path, content: bytes) -> None:

@@ -100,8 +100,8 @@ class RewriteOutcome:
     resumed: bool = False
 
 
-Documents = Callable[[Written], Mapping[str, str]]
-"""Return the files that describe a repo (name -> text), given its written files."""
+Documents = Callable[[Written], Mapping[str, str | bytes]]
+"""Return the files that describe a repo (name -> content), given its written files."""
 
 
 def rewrite(job: Rewrite, documents: Documents, progress: Progress | None = None) -> RewriteOutcome:

@@ -162,7 +162,7 @@ def test_files_that_go_along(tmp_path, checkpoint):
     assert names == {
         "LICENSE", "README.md", "chat_template.jinja", "config.json", "generation_config.json",
         "model.safetensors", "model.safetensors.index.json", "quantkit.json", "tokenizer.json",
-        "tokenizer_config.json",
+        "tiers.png", "tokenizer_config.json",
     }  # fmt: skip
     for name in ("tokenizer.json", "chat_template.jinja", "generation_config.json", "LICENSE"):
         assert (tmp_path / "out" / name).read_bytes() == (checkpoint / name).read_bytes()
