@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from quantkit.artifacts.memory import MemoryTarget
     from quantkit.artifacts.plan import Plan
     from quantkit.artifacts.report import Report
+    from quantkit.artifacts.scores import Score
     from quantkit.artifacts.sensitivity import SensitivityProfile
     from quantkit.backend.memory_limits import limited_memory
     from quantkit.calibration.calibration_set import CalibrationSpec
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from quantkit.formats.codec import decode, encode
     from quantkit.formats.tiers import TIERS, Tier, parse_tier
     from quantkit.jobs.compare import compare
+    from quantkit.jobs.evaluate import EvaluationRequest, EvaluationSettings, evaluate
     from quantkit.jobs.open_model import open_model
     from quantkit.jobs.planning import PlanRequest, choose_plan
     from quantkit.jobs.profile import profile
@@ -46,6 +48,8 @@ _HOME = {
     "CalibrationSpec": "calibration.calibration_set",
     "Check": "evaluation.verify",
     "Constraints": "planning.constraints",
+    "EvaluationRequest": "jobs.evaluate",
+    "EvaluationSettings": "jobs.evaluate",
     "Fidelity": "artifacts.fidelity",
     "Inventory": "artifacts.inventory",
     "MemoryTarget": "artifacts.memory",
@@ -58,6 +62,7 @@ _HOME = {
     "QuantkitError": "errors",
     "Recipe": "planning.recipe",
     "Report": "artifacts.report",
+    "Score": "artifacts.scores",
     "SensitivityProfile": "artifacts.sensitivity",
     "Source": "checkpoint.source",
     "TIERS": "formats.tiers",
@@ -68,6 +73,7 @@ _HOME = {
     "decode": "formats.codec",
     "demo_checkpoint": "demo.build",
     "encode": "formats.codec",
+    "evaluate": "jobs.evaluate",
     "frontier": "planning.frontier",
     "limited_memory": "backend.memory_limits",
     "load_profile": "sensitivity.store",
@@ -99,6 +105,8 @@ __all__ = [
     "CalibrationSpec",
     "Check",
     "Constraints",
+    "EvaluationRequest",
+    "EvaluationSettings",
     "Fidelity",
     "Inventory",
     "MemoryTarget",
@@ -111,6 +119,7 @@ __all__ = [
     "QuantkitError",
     "Recipe",
     "Report",
+    "Score",
     "SensitivityProfile",
     "Source",
     "Tier",
@@ -120,6 +129,7 @@ __all__ = [
     "decode",
     "demo_checkpoint",
     "encode",
+    "evaluate",
     "frontier",
     "limited_memory",
     "load_profile",

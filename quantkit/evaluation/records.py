@@ -14,7 +14,8 @@ from quantkit.storage.hashing import digest
 from quantkit.storage.json_files import read_text, write_atomically
 
 Record = dict[str, Any]
-"""`id`, `repeat`, `prompt`, `output`, `final`, `calls`, `verdict`, `tokens` and `seconds`."""
+"""`id`, `repeat`, `prompt`, `output`, `final`, `calls`, `verdict`, `tokens`, and the `seconds`
+since the answer before; `arithmetic` and `versions` tell how it was generated."""
 
 
 class Records:

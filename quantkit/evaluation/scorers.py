@@ -95,7 +95,7 @@ def program(fields: Mapping[str, Any], answer: Answer) -> bool:
     return passes(f"{fields['prompt']}\n{code}\n\n{tests}")
 
 
-def hash(fields: Mapping[str, Any], answer: Answer) -> bool:  # noqa: A001
+def chain_end(fields: Mapping[str, Any], answer: Answer) -> bool:
     """Compare the last word of 16 letters, but for the query, to the end of the chain."""
     words = re.findall(r"\b[A-Za-z]{16}\b", answer.final or "")
     return [word for word in words if word != fields["query"]][-1:] == [fields["answer"]]
@@ -107,5 +107,5 @@ SCORERS: dict[str, Callable[[Mapping[str, Any], Answer], bool]] = {
     "instructions": instructions,
     "call": call,
     "program": program,
-    "hash": hash,
+    "chain_end": chain_end,
 }

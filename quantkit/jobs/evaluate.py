@@ -13,6 +13,7 @@ import numpy as np
 
 from quantkit.artifacts.scores import RIGHT, VERDICTS, Answer, Score
 from quantkit.checkpoint import hub
+from quantkit.checkpoint.model_config import ModelConfig
 from quantkit.checkpoint.provenance import versions
 from quantkit.errors import InputError
 from quantkit.evaluation.benchmarks import (
@@ -33,6 +34,7 @@ from quantkit.generation.batches import BatchModel, Completion, Request, single_
 from quantkit.jobs.open_model import resolved
 from quantkit.progress import Progress, Stage
 from quantkit.storage.hashing import hash_file
+from quantkit.storage.json_files import load_json
 
 _TODAY = date(2025, 8, 5)  # for templates, so that the same items always give the same tokens
 _LEAST = 64  # tokens of an answer with a final channel
@@ -114,11 +116,13 @@ class _EvaluatedModel:
 
     def __init__(self, repo: str, request: EvaluationRequest, progress: Progress) -> None:
         self._repo, self._request, self._progress = repo, request, progress
-        self._hash = _model_hash(repo, progress)
+        local = Path(repo).is_dir()
+        self._folder = Path(repo) if local else hub.download(hub.open_hub(repo, None))
+        self._hashes = _file_hashes(self._folder, Path(repo).name, progress)
 
     @cached_property
     def _model(self) -> BatchModel:
-        return BatchModel(self._repo, trust_remote_code=self._request.trust_remote_code)
+        return BatchModel(str(self._folder), trust_remote_code=self._request.trust_remote_code)
 
     @cached_property
     def _format(self) -> AnswerFormat:
@@ -134,7 +138,7 @@ class _EvaluatedModel:
             max_tokens=self._request.settings.max_tokens or data.benchmark.max_tokens,
         )
         header = {
-            "model": self._hash,
+            "model": self._hashes,
             "data": data.digest,
             "definition": asdict(data.benchmark),
             "settings": asdict(settings),
@@ -169,7 +173,8 @@ class _EvaluatedModel:
         prompts = [self._prompt(benchmark, item) for item, _ in missing]
         among = self._letters(benchmark) if choice else ()
         requests = [Request(prompt, 1 if choice else limit, among) for prompt in prompts]
-        began = time.monotonic()
+        self._note_long(benchmark, [len(prompt) + limit for prompt in prompts])
+        last = time.monotonic()
         for done in self._model.complete(
             requests,
             temperature=settings.temperature,
@@ -178,6 +183,7 @@ class _EvaluatedModel:
             batch=self._request.batch,
         ):
             item, turn = missing[done.number]
+            before, last = last, time.monotonic()
             answer = _letter(done) if choice else self._answer(benchmark, item, done)
             yield {
                 "id": item.id,
@@ -188,10 +194,20 @@ class _EvaluatedModel:
                 "output": self._model.tokenizer.decode(done.tokens),
                 "prompt": self._model.tokenizer.decode(prompts[done.number]),
                 "tokens": len(done.tokens),
-                "seconds": round(time.monotonic() - began, 3),
+                "seconds": round(last - before, 3),  # since the answer before
                 "arithmetic": self._model.arithmetic,
                 "versions": versions(),
             }
+
+    def _note_long(self, benchmark: Benchmark, lengths: Sequence[int]) -> None:
+        """Tell how many prompts with their longest answers exceed the model's context."""
+        context = ModelConfig.parse(load_json(self._folder / "config.json")).context
+        longer = sum(length > context for length in lengths) if context else 0
+        if longer:
+            self._progress.note(
+                f"{benchmark.title}: {longer} of {len(lengths)} prompts, with an answer as long as "
+                f"it may be, exceed the context of {context} tokens."
+            )
 
     def _prompt(self, benchmark: Benchmark, item: Item) -> list[int]:
         if benchmark.raw:
@@ -224,13 +240,12 @@ def _tell(stage: Stage, records: Records) -> None:
     stage(1, f"{100 * right / len(rows):.1f}% right")
 
 
-def _model_hash(repo: str, progress: Progress) -> dict[str, str]:
-    """Return the sha256 of every file of a repo that decides its answers, by name."""
-    folder = hub.download(hub.open_hub(repo, None)) if not Path(repo).is_dir() else Path(repo)
+def _file_hashes(folder: Path, name: str, progress: Progress) -> dict[str, str]:
+    """Return the sha256 of every file of a model that decides its answers, by name."""
     files = sorted(path for pattern in _FILES for path in folder.glob(pattern))
     if not any(path.suffix == ".safetensors" for path in files):
-        raise InputError(f"{repo}: not a model: it has no .safetensors file.")
-    stage = progress.stage(f"Hashing {folder.name}", sum(path.stat().st_size for path in files))
+        raise InputError(f"{name}: not a model: it has no .safetensors file.")
+    stage = progress.stage(f"Hashing {name}", sum(path.stat().st_size for path in files))
     return {path.name: hash_file(path, path.name, stage) for path in files}
 
 
@@ -245,7 +260,7 @@ def _by_item(records: Sequence[Record]) -> list[float]:
 def _score(data: BenchmarkData, records: Sequence[Record], request: EvaluationRequest) -> Score:
     by_item = _by_item(records)
     counted = Counter(row["verdict"] for row in records)
-    seconds = max((row["seconds"] for row in records), default=0)
+    seconds = sum(row["seconds"] for row in records)
     settings = request.settings
     return Score(
         data.benchmark.name,

@@ -4,6 +4,7 @@ import time
 
 import pytest
 
+from quantkit.evaluation import sandbox
 from quantkit.evaluation.sandbox import passes
 
 HARMFUL = {
@@ -60,3 +61,11 @@ def test_files_in_its_own_folder_are_allowed():
 
 def test_plain_programs_pass():
     assert passes("import math, re, collections, itertools\nassert math.gcd(4, 6) == 2")
+
+
+def test_memory_is_watched_where_the_system_has_no_limit(monkeypatch):
+    monkeypatch.setattr(sandbox, "_MEMORY", 2**27)
+    program = "x = b'1' * 2**29\nimport time\ntime.sleep(20)"
+    began = time.monotonic()
+    assert not passes(program, seconds=15)
+    assert time.monotonic() - began < 10

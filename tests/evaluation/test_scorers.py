@@ -59,9 +59,9 @@ CASES = [
     ("program", HUMANEVAL, Answer("    return 2 * x"), RIGHT),
     ("program", HUMANEVAL, Answer("```python\ndef double(x):\n    return x * x\n```"), WRONG),
     ("program", HUMANEVAL, Answer("I cannot."), WRONG),
-    ("hash", HASH, Answer("abcdefghijklmnop is QRSTUVWXYZabcdef."), RIGHT),
-    ("hash", HASH, Answer("'QRSTUVWXYZabcdef', from abcdefghijklmnop"), RIGHT),
-    ("hash", HASH, Answer("ZZSTUVWXYZabcdef"), WRONG),
+    ("chain_end", HASH, Answer("abcdefghijklmnop is QRSTUVWXYZabcdef."), RIGHT),
+    ("chain_end", HASH, Answer("'QRSTUVWXYZabcdef', from abcdefghijklmnop"), RIGHT),
+    ("chain_end", HASH, Answer("ZZSTUVWXYZabcdef"), WRONG),
 ]
 
 
