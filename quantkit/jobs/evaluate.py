@@ -182,22 +182,26 @@ class _EvaluatedModel:
             seed=settings.seed,
             batch=self._request.batch,
         ):
-            item, turn = missing[done.number]
             before, last = last, time.monotonic()
-            answer = _letter(done) if choice else self._answer(benchmark, item, done)
-            yield {
-                "id": item.id,
-                "repeat": turn,
-                "verdict": verdict(benchmark.scorer, item.fields, answer),
-                "final": answer.final,
-                "calls": [list(call) for call in answer.calls],
-                "output": self._model.tokenizer.decode(done.tokens),
-                "prompt": self._model.tokenizer.decode(prompts[done.number]),
-                "tokens": len(done.tokens),
-                "seconds": round(last - before, 3),  # since the answer before
-                "arithmetic": self._model.arithmetic,
-                "versions": versions(),
-            }
+            item, turn = missing[done.number]
+            row = self._record(benchmark, item, done)
+            prompt = self._model.tokenizer.decode(prompts[done.number])
+            seconds = round(last - before, 3)  # since the answer before
+            yield {"id": item.id, "repeat": turn, **row, "prompt": prompt, "seconds": seconds}
+
+    def _record(self, benchmark: Benchmark, item: Item, done: Completion) -> Record:
+        """Return the record of an answer, without its prompt and time."""
+        choice = benchmark.scorer == "letter"
+        answer = _letter(done) if choice else self._answer(benchmark, item, done)
+        return {
+            "verdict": verdict(benchmark.scorer, item.fields, answer),
+            "final": answer.final,
+            "calls": [list(call) for call in answer.calls],
+            "output": self._model.tokenizer.decode(done.tokens),
+            "tokens": len(done.tokens),
+            "arithmetic": self._model.arithmetic,
+            "versions": versions(),
+        }
 
     def _note_long(self, benchmark: Benchmark, lengths: Sequence[int]) -> None:
         """Tell how many prompts with their longest answers exceed the model's context."""
