@@ -15,8 +15,10 @@ from quantkit.cli.options import (
     SAMPLING,
     Json,
     Model,
+    Reasoning,
     Record,
     TrustRemoteCode,
+    known_effort,
     named_path,
 )
 
@@ -77,14 +79,7 @@ class AnswerOptions:
             help="Longest answer, with its reasoning. Default: as each benchmark states.",
         ),
     ] = None
-    reasoning: Annotated[
-        str | None,
-        typer.Option(
-            metavar="EFFORT",
-            rich_help_panel=SAMPLING,
-            help="Reasoning effort of gpt-oss: low, medium or high.",
-        ),
-    ] = None
+    reasoning: Reasoning = None
     temperature: Annotated[
         float,
         typer.Option(min=0.0, rich_help_panel=SAMPLING, help="0 takes the most probable token."),
@@ -172,17 +167,11 @@ def _merged(report: "Report | None", new: "Sequence[Score]") -> "tuple[Score, ..
 def _request(
     options: BenchmarkOptions, answers: AnswerOptions, outputs: ScoreOptions
 ) -> "EvaluationRequest":
-    from quantkit.errors import InputError
-    from quantkit.generation.chat_model import EFFORTS
     from quantkit.jobs.evaluate import EvaluationRequest, EvaluationSettings
 
-    if answers.reasoning is not None and answers.reasoning not in EFFORTS:
-        raise InputError(
-            f"unknown `reasoning` effort {answers.reasoning!r}. Use one of {', '.join(EFFORTS)}."
-        )
     settings = EvaluationSettings(
         answers.max_tokens,
-        answers.reasoning,
+        known_effort(answers.reasoning),
         answers.temperature,
         seed=answers.seed,
         repeats=answers.repeats,

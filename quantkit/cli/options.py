@@ -312,6 +312,28 @@ MaxTokens = Annotated[
 ]
 
 
+Reasoning = Annotated[
+    str | None,
+    typer.Option(
+        metavar="EFFORT",
+        rich_help_panel=SAMPLING,
+        help="Reasoning effort of gpt-oss: low, medium or high.",
+    ),
+]
+
+
+def known_effort(reasoning: str | None) -> str | None:
+    """Return the effort of `--reasoning`. Raises InputError for one that gpt-oss lacks."""
+    from quantkit.errors import InputError
+    from quantkit.generation.chat_model import EFFORTS
+
+    if reasoning is not None and reasoning not in EFFORTS:
+        raise InputError(
+            f"unknown `reasoning` effort {reasoning!r}. Use one of {', '.join(EFFORTS)}."
+        )
+    return reasoning
+
+
 @dataclass(frozen=True)
 class ServerSampling:
     """The default sampling parameters of a server."""
@@ -341,14 +363,7 @@ class ServerSampling:
 class SamplingOptions(ServerSampling):
     """How to sample an answer."""
 
-    reasoning: Annotated[
-        str | None,
-        typer.Option(
-            metavar="EFFORT",
-            rich_help_panel=SAMPLING,
-            help="Reasoning effort of gpt-oss: low, medium or high.",
-        ),
-    ] = None
+    reasoning: Reasoning = None
     seed: Annotated[
         int,
         typer.Option(min=0, max=2**64 - 1, rich_help_panel=SAMPLING, help="Seed of the sampling."),
@@ -356,14 +371,10 @@ class SamplingOptions(ServerSampling):
 
     def parameters(self) -> "SamplingParameters":
         """Return the sampling parameters. Raises InputError."""
-        from quantkit.errors import InputError
-        from quantkit.generation.chat_model import EFFORTS, SamplingParameters
+        from quantkit.generation.chat_model import SamplingParameters
 
-        if self.reasoning is not None and self.reasoning not in EFFORTS:
-            raise InputError(
-                f"unknown `reasoning` effort {self.reasoning!r}. Use one of {', '.join(EFFORTS)}."
-            )
-        return SamplingParameters(self.max_tokens, self.reasoning, self.temp, self.top_p, self.seed)
+        effort = known_effort(self.reasoning)
+        return SamplingParameters(self.max_tokens, effort, self.temp, self.top_p, self.seed)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,6 @@ import gzip
 import hashlib
 import json
 import string
-import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -31,13 +30,8 @@ from typing import Any
 from quantkit.errors import InputError, first_line
 from quantkit.evaluation.generated import GENERATORS
 from quantkit.storage.hashing import digest
-from quantkit.storage.json_files import read_text
+from quantkit.storage.json_files import load_toml
 from quantkit.storage.paths import benchmarks_folder, user_path
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 LETTERS = string.ascii_uppercase
 Fields = Mapping[str, Any]
@@ -112,11 +106,11 @@ def load_benchmark(name: str) -> Benchmark:
         if name not in benchmark_names():
             names = ", ".join(benchmark_names())
             raise InputError(f"unknown `bench` {name!r}. Use {names}, or a .toml file.")
+    data = load_toml(path)
     try:
-        data = tomllib.loads(read_text(path))
         shots = Shots(**data.pop("shots")) if "shots" in data else None
         return Benchmark(path.stem, **data, shots=shots)
-    except (tomllib.TOMLDecodeError, TypeError) as exc:
+    except TypeError as exc:
         raise InputError(f"{path}: not the definition of a benchmark ({first_line(exc)}).") from exc
 
 

@@ -15,7 +15,6 @@ names = ["model.layers.*.mlp.*"]        # shell patterns; default: any
 tier = "q6g64"
 """
 
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -27,13 +26,8 @@ from quantkit.artifacts.roles import ROLE_GROUPS, ROLES
 from quantkit.errors import RecipeError, TierError
 from quantkit.formats.tiers import Tier, parse_tier
 from quantkit.planning.plan import make_plan
-from quantkit.storage.json_files import read_text
+from quantkit.storage.json_files import load_toml
 from quantkit.storage.paths import recipes_folder, user_path
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 _KEYS = {"description", "source", "fallback", "rules"}
 _RULE_KEYS = {"roles", "layers", "layer_kinds", "names", "tier"}
@@ -102,11 +96,7 @@ def load_recipe(name: str) -> Recipe:
                 f"unknown `recipe` {name!r}. Use {', '.join(recipe_names())}, "
                 "or the path of a .toml file."
             )
-    try:
-        data = tomllib.loads(read_text(path, RecipeError))
-    except (tomllib.TOMLDecodeError, RecursionError) as exc:
-        raise RecipeError(f"{path}: not valid TOML ({exc}).") from exc
-    return parse_recipe(path.stem, data)
+    return parse_recipe(path.stem, load_toml(path, RecipeError))
 
 
 def parse_recipe(name: str, data: Mapping[str, Any]) -> Recipe:

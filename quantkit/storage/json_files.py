@@ -1,13 +1,19 @@
-"""JSON and text files: read with clear errors, written atomically."""
+"""JSON, TOML and text files: read with clear errors, written atomically."""
 
 import json
 import os
+import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from quantkit.errors import InputError, OutputError, PlanError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 FORMAT_VERSION = 3  # of the plans and reports that quantkit writes
 
@@ -40,6 +46,14 @@ def load_json(path: Path, error: type[InputError] = InputError) -> dict[str, Any
     if not isinstance(value, dict):
         raise error(f"{path}: expected a JSON object, found {type(value).__name__}.")
     return value
+
+
+def load_toml(path: Path, error: type[InputError] = InputError) -> dict[str, Any]:
+    """Return the table in a TOML file. Raises `error` if it is missing or not valid."""
+    try:
+        return tomllib.loads(read_text(path, error))
+    except (tomllib.TOMLDecodeError, RecursionError) as exc:
+        raise error(f"{path}: not valid TOML ({exc}).") from exc
 
 
 def write_atomically(path: Path, text: str | bytes) -> None:

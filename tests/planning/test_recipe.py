@@ -9,7 +9,6 @@ from quantkit.planning.recipe import (
     parse_recipe,
     plan_by_recipe,
     recipe_names,
-    tomllib,
 )
 
 SHIPPED = ["moringlabs-3.6bit", "mxfp4-q4", "mxfp4-q8", "optiq-style-4-8", "uniform-3", "uniform-4"]
