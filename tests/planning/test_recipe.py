@@ -10,6 +10,7 @@ from quantkit.planning.recipe import (
     plan_by_recipe,
     recipe_names,
 )
+from quantkit.storage.json_files import tomllib
 
 SHIPPED = ["moringlabs-3.6bit", "mxfp4-q4", "mxfp4-q8", "optiq-style-4-8", "uniform-3", "uniform-4"]
 
