@@ -13,6 +13,7 @@ from typing import Any
 from quantkit.errors import InputError, first_line
 
 Message = dict[str, Any]
+PINNED_DATE = date(2025, 8, 5)  # for templates: the same text always gives the same tokens
 
 _ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names
 _REASONING = ("thinking", "reasoning_content", "reasoning")  # gpt-oss reads the first

@@ -4,7 +4,6 @@ import hashlib
 import os
 import warnings
 from collections.abc import Iterator, Mapping
-from datetime import date
 from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from quantkit.calibration.chat_template import (
+    PINNED_DATE,
     NoTextError,
     has_chat_template,
     normalize_messages,
@@ -33,7 +33,6 @@ _LOADERS = {".jsonl": "json", ".json": "json", ".txt": "text", ".md": "text", ".
 _STRETCH = 2000  # characters
 _TEXTS = ("text", "content", "document")
 _DIALOGUES = ("messages", "conversations", "conversation")
-_TODAY = date(2025, 8, 5)  # for templates, so that the same text always gives the same tokens
 Record = Mapping[str, Any]
 
 
@@ -178,7 +177,7 @@ def _dialogue(messages: list[Any], tools: Any, tokenizer: Any, where: str) -> Do
         content = list(tokenizer.encode(said + "\n"))
         if not has_chat_template(tokenizer):
             return _document(said, content)
-        text = render_chat(tokenizer, chat, tools=without_nulls(parsed(tools)), today=_TODAY)
+        text = render_chat(tokenizer, chat, tools=without_nulls(parsed(tools)), today=PINNED_DATE)
     except NoTextError:
         return None
     except InputError as exc:

@@ -47,15 +47,15 @@ def calls_match(item: Mapping[str, Any], calls: Sequence[tuple[str, Mapping[str,
     return bool(result["valid"])
 
 
-def function_schemas(item: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Return the functions of a BFCL item as JSON schemas, with BFCL's own types translated."""
+def function_schemas(functions: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Return the `functions` of a BFCL item as JSON schemas, with BFCL's own types translated."""
     return [
         {
             "name": dotless_name(function["name"]),
             "description": function["description"],
             "parameters": _schema(function["parameters"]),
         }
-        for function in item["function"]
+        for function in functions
     ]
 
 

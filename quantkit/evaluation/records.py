@@ -11,7 +11,7 @@ from typing import Any
 
 from quantkit.errors import OutputError
 from quantkit.storage.hashing import digest
-from quantkit.storage.json_files import read_text, write_atomically
+from quantkit.storage.json_files import read_text, whole_lines, write_atomically
 
 Record = dict[str, Any]
 """`id`, `repeat`, `prompt`, `output`, `final`, `calls`, `verdict`, `tokens`, and the `seconds`
@@ -56,15 +56,11 @@ class Records:
 
     def _read(self) -> None:
         """Read all whole lines; a torn last one is cut off."""
-        data = self.path.read_bytes()
-        whole = data[: data.rfind(b"\n") + 1]
-        if len(whole) < len(data):
-            self.path.write_bytes(whole)
+        values = whole_lines(self.path)
         try:
-            values = [json.loads(line) for line in whole.splitlines()]
             for row in values[1:]:
                 self.rows[row["id"], row["repeat"]] = row
-        except (ValueError, KeyError, TypeError) as exc:
+        except (KeyError, TypeError) as exc:
             raise OutputError(
                 f"{self.path}: is damaged. Remove it, and run the command again."
             ) from exc

@@ -4,7 +4,6 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from datetime import date
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from quantkit.artifacts.scores import RIGHT, VERDICTS, Answer, Score
+from quantkit.calibration.chat_template import PINNED_DATE
 from quantkit.checkpoint import hub
 from quantkit.checkpoint.model_config import ModelConfig
 from quantkit.checkpoint.provenance import versions
@@ -36,7 +36,6 @@ from quantkit.progress import Progress, Stage
 from quantkit.storage.hashing import hash_file
 from quantkit.storage.json_files import load_json
 
-_TODAY = date(2025, 8, 5)  # for templates, so that the same items always give the same tokens
 _LEAST = 64  # tokens of an answer with a final channel
 _CHOICES = 4
 _FILES = ("*.safetensors", "config.json", "generation_config.json", "token*.json", "*.jinja")
@@ -126,7 +125,7 @@ class _EvaluatedModel:
 
     @cached_property
     def _format(self) -> AnswerFormat:
-        return AnswerFormat(self._model.tokenizer, self._request.settings.effort, _TODAY)
+        return AnswerFormat(self._model.tokenizer, self._request.settings.effort, PINNED_DATE)
 
     def records(self, loaded: Sequence[BenchmarkData]) -> list[list[Record]]:
         """Return the records of all sampled items of all benchmarks, in their order."""
@@ -230,7 +229,7 @@ class _EvaluatedModel:
 
 
 def _functions(benchmark: Benchmark, item: Item) -> list[Mapping[str, Any]]:
-    return function_schemas(item.fields) if benchmark.tools else []
+    return function_schemas(item.fields[benchmark.tools]) if benchmark.tools else []
 
 
 def _letter(done: Completion) -> Answer:

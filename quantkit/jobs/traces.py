@@ -12,6 +12,7 @@ from quantkit.generation.chat_model import ChatModel, SamplingParameters
 from quantkit.generation.harmony import FINAL, Delta
 from quantkit.progress import Progress
 from quantkit.storage.hashing import digest
+from quantkit.storage.json_files import whole_lines
 
 _PROMPTS = Path(calibration_set.__file__).parent / "data" / "prompts.jsonl"
 _TOGETHER = 8  # prompts that are answered at once
@@ -111,7 +112,7 @@ def _read_prompts(path: Path) -> list[Row]:
 def _begun(partial: Path, key: Mapping[str, str], force: bool) -> list[Row | None]:
     """Return the rows of an interrupted run; otherwise begin a new file."""
     if partial.exists() and not force:
-        first, *rows = _whole_lines(partial) or [None]
+        first, *rows = whole_lines(partial) or [None]
         if first != key:
             raise OutputError(
                 f"{partial}: was begun with another model, other prompts or another sampling. "
@@ -120,18 +121,6 @@ def _begun(partial: Path, key: Mapping[str, str], force: bool) -> list[Row | Non
         return rows
     partial.write_text(json.dumps(key) + "\n", "utf-8")
     return []
-
-
-def _whole_lines(path: Path) -> list[Any]:
-    """Return the JSON values of all lines; the last one may be torn, and is then cut off."""
-    data = path.read_bytes()
-    whole = data[: data.rfind(b"\n") + 1]
-    if len(whole) < len(data):
-        path.write_bytes(whole)
-    try:
-        return [json.loads(line) for line in whole.splitlines()]
-    except ValueError as exc:
-        raise OutputError(f"{path}: is damaged. Remove it, and run the command again.") from exc
 
 
 def _answered(

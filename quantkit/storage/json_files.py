@@ -48,6 +48,21 @@ def load_json(path: Path, error: type[InputError] = InputError) -> dict[str, Any
     return value
 
 
+def whole_lines(path: Path) -> list[Any]:
+    """Return the JSON values of all lines; the last one may be torn, and is then cut off.
+
+    Raises OutputError.
+    """
+    data = path.read_bytes()
+    whole = data[: data.rfind(b"\n") + 1]
+    if len(whole) < len(data):
+        path.write_bytes(whole)
+    try:
+        return [json.loads(line) for line in whole.splitlines()]
+    except ValueError as exc:
+        raise OutputError(f"{path}: is damaged. Remove it, and run the command again.") from exc
+
+
 def load_toml(path: Path, error: type[InputError] = InputError) -> dict[str, Any]:
     """Return the table in a TOML file. Raises `error` if it is missing or not valid."""
     try:
