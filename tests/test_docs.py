@@ -58,6 +58,7 @@ def test_options_in_the_docs_exist():
         "--help",
         "--group-size",
         "--bits",
+        "--oss",
         "--hosts",
         "--dequantize",
         "--model",

@@ -13,7 +13,7 @@ ROOT = Path(quantkit.__file__).parent
 ROOMS = [
     {"errors"}, {"units"}, {"progress"}, {"backend"}, {"storage"}, {"artifacts"}, {"formats"}, {"checkpoint"},
     {"demo"}, {"calibration"}, {"streaming"}, {"quantizers"},
-    {"sensitivity", "planning", "writer", "evaluation", "publish", "generation"}, {"jobs"}, {"cli"},
+    {"sensitivity", "planning", "writer", "evaluation", "publish", "generation"}, {"serving"}, {"jobs"}, {"cli"},
 ]  # fmt: skip
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
 FILES = sorted(path for path in ROOT.rglob("*.py") if path.parent != ROOT or path.stem in LEVEL)

@@ -334,9 +334,20 @@ def known_effort(reasoning: str | None) -> str | None:
     return reasoning
 
 
+TopP = Annotated[
+    float,
+    typer.Option(
+        min=0.0,
+        max=1.0,
+        rich_help_panel=SAMPLING,
+        help="Nucleus sampling: keep the smallest set of tokens whose probability reaches P.",
+    ),
+]
+
+
 @dataclass(frozen=True)
-class ServerSampling:
-    """The default sampling parameters of a server."""
+class SamplingOptions:
+    """How to sample an answer."""
 
     max_tokens: MaxTokens = 4096
     temp: Annotated[
@@ -348,21 +359,7 @@ class ServerSampling:
             help="Temperature; 0 takes the most probable token.",
         ),
     ] = 0.0
-    top_p: Annotated[
-        float,
-        typer.Option(
-            min=0.0,
-            max=1.0,
-            rich_help_panel=SAMPLING,
-            help="Nucleus sampling: keep the smallest set of tokens whose probability reaches P.",
-        ),
-    ] = 1.0
-
-
-@dataclass(frozen=True)
-class SamplingOptions(ServerSampling):
-    """How to sample an answer."""
-
+    top_p: TopP = 1.0
     reasoning: Reasoning = None
     seed: Annotated[
         int,

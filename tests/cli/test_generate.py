@@ -180,7 +180,11 @@ BAD = {
     "another effort": (("generate", "OUT", "-p", "x", "--reasoning", "much"), "low, medium, high"),
     "no model in the folder": (("chat", "EMPTY"), "not a model"),
     "no model to serve": (("serve", "EMPTY"), "not a model"),
-    "no such host": (("serve", "OUT", "--host", "256.256.256.256"), "cannot be bound"),
+    "no such host": (
+        ("serve", "OUT", "--host", "256.256.256.256", "--api-key", "k"),
+        "cannot be bound",
+    ),
+    "a host for all": (("serve", "OUT", "--host", "0.0.0.0"), "needs an --api-key"),
     "an empty prompt": (("generate", "OUT", "-p", ""), "the prompt is empty"),
     "no text": (("generate", "OUT", "-p", "\udce9"), "not UTF-8"),
 }

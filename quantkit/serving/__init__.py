@@ -1,0 +1,1 @@
+"""A server for one repo: OpenAI's Chat Completions and Responses, over mlx-lm's generation."""

@@ -1,0 +1,66 @@
+"""Models without channels, real ones, and the fit to mlx-lm."""
+
+import openai
+import pytest
+
+from quantkit.demo.build import plain_checkpoint
+from quantkit.errors import InputError, OutputError
+from quantkit.serving.engine import Engine
+from tests.support import served, standin
+
+
+QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
+
+
+@pytest.fixture(scope="module")
+def expected():
+    """What mlx-lm itself answers."""
+    import mlx_lm
+
+    model, tokenizer = mlx_lm.load(str(plain_checkpoint()))
+    prompt = tokenizer.apply_chat_template(QUESTION, add_generation_prompt=True)
+    return mlx_lm.generate(model, tokenizer, prompt, max_tokens=12)
+
+
+@pytest.fixture(scope="module")
+def llama():
+    with served.serve(plain_checkpoint()) as server:
+        yield openai.OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0)
+
+
+def test_a_model_without_channels_answers_in_both_protocols(llama, expected):
+    said = llama.chat.completions.create(model="m", messages=QUESTION, temperature=0, max_tokens=12)
+    assert said.choices[0].message.content == expected
+    chunks = llama.chat.completions.create(
+        model="m", messages=QUESTION, temperature=0, max_tokens=12, stream=True
+    )
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == expected
+    answer = llama.responses.create(model="m", input=QUESTION, temperature=0, max_output_tokens=12)
+    assert answer.output_text == expected
+
+
+def test_a_vocabulary_of_another_kind_is_prompted_by_its_template(tmp_path):
+    """It has channels, but not the vocabulary that openai-harmony knows."""
+    with served.serve(standin.write_own(tmp_path / "own")) as server:
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0)
+        said = client.chat.completions.create(
+            model="m", messages=[{"role": "user", "content": "Hi"}], max_tokens=4
+        )
+        assert said.usage.completion_tokens >= 1
+
+
+def test_a_repo_that_does_not_load_is_one_line(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(OutputError, match="mlx-lm does not load it"):
+        Engine(str(tmp_path))
+    with pytest.raises(OutputError, match="neither a folder nor a Hub id"):
+        Engine(str(tmp_path / "none"))
+
+
+def test_an_old_mlx_lm_is_one_line(monkeypatch, tmp_path):
+    import mlx_lm.server
+
+    (tmp_path / "config.json").write_text("{}")
+    monkeypatch.delattr(mlx_lm.server, "TextStateMachine")
+    with pytest.raises(InputError, match=r"needs mlx-lm 0\.32 or newer, which needs Python 3\.11"):
+        Engine(str(tmp_path))
