@@ -30,8 +30,8 @@ def open_chat_model(out: str, sampling: SamplingOptions, trust_remote_code: bool
     return chat_model
 
 
-def print_answer(deltas: "Iterator[Delta]") -> str | None:
-    """Print an answer, its reasoning dimmed and on a terminal only.
+def print_answer(deltas: "Iterator[Delta]", *, thinks: bool = True) -> str | None:
+    """Print an answer, its reasoning dimmed, on a terminal only, and only if `thinks`.
 
     Returns the answer, None if it was interrupted before its first word.
     """
@@ -42,7 +42,7 @@ def print_answer(deltas: "Iterator[Delta]") -> str | None:
         for delta in deltas:
             final = delta.channel == FINAL
             answer += delta.text if final else ""
-            if not final and not terminal:
+            if not final and not (terminal and thinks):
                 continue
             if before not in (None, delta.channel):
                 print("\n")
@@ -53,6 +53,21 @@ def print_answer(deltas: "Iterator[Delta]") -> str | None:
         return answer or None
     print()
     return answer
+
+
+def print_raw(texts: "Iterator[str]") -> str | None:
+    """Print an answer with its marks, and return the text behind its last one."""
+    written = ""
+    try:
+        for text in texts:
+            written += text
+            print(text, end="", flush=True)
+    except KeyboardInterrupt:
+        print()
+        return None
+    print()
+    final = written.rpartition("<|message|>")[2]
+    return final.partition("<|return|>")[0].partition("<|end|>")[0]
 
 
 def system_messages(text: str | None) -> list[dict[str, Any]]:

@@ -1,23 +1,21 @@
 """A chat model: a repo that answers, through stock mlx-lm."""
 
+import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from quantkit.backend import mx
-from quantkit.calibration.chat_template import (
-    Message,
-    has_chat_template,
-    normalize_messages,
-    render_chat,
-)
+from quantkit.calibration.chat_template import Message, normalize_messages
 from quantkit.checkpoint.hub import is_repo_id
 from quantkit.checkpoint.stock import load_stock
 from quantkit.errors import InputError, OutputError, first_line
 from quantkit.generation.harmony import Channels, Delta
+from quantkit.generation.prompts import Prompt, Wishes, open_prompts
 
 EFFORTS = ("low", "medium", "high")
+_CHAT, _TURNS, _PREFILL = "chat", 2, 2048  # the key, number of turns in the cache, tokens a step
 
 
 @dataclass(frozen=True)
@@ -41,7 +39,14 @@ class ChatModel:
     def __init__(self, repo: str, *, trust_remote_code: bool = False) -> None:
         """Raises OutputError if mlx-lm does not load it."""
         require_repo(repo)
+        from mlx_lm.models.cache import LRUPromptCache
+
         self._model, self._tokenizer = load_stock(repo, trust_remote_code=trust_remote_code)
+        self._channels = Channels(self._tokenizer)
+        self._prompts = open_prompts(self._tokenizer, repo_folder(repo))
+        self._caches = LRUPromptCache(_TURNS)
+        self.reread = 0
+        """How many tokens of the messages of the last prompt had not been read before."""
         self.truncated = False
         """Whether the last answer reached `max_tokens`."""
 
@@ -55,12 +60,16 @@ class ChatModel:
         Messages are passed to the chat template whole, with their thinking and tool calls. Raises
         InputError if the template refuses them.
         """
-        from mlx_lm.sample_utils import make_sampler
+        prompt = self._prompt(messages, sampling.effort)
+        yield from self._channels.deltas(self._tokens(prompt, sampling))
 
-        sampler = make_sampler(temp=sampling.temperature, top_p=sampling.top_p)
-        mx.random.seed(sampling.seed)
-        tokens = self._tokens(self._prompt(messages, sampling.effort), sampling.max_tokens, sampler)
-        yield from Channels(self._tokenizer).deltas(tokens)
+    def raw_answer(
+        self, messages: Sequence[Message], sampling: SamplingParameters
+    ) -> Iterator[str]:
+        """Yield the answer to a chat as it is generated, with all of Harmony's marks."""
+        tokens = self._tokens(self._prompt(messages, sampling.effort), sampling, ends=True)
+        for token in tokens:
+            yield str(self._tokenizer.decode([token]))
 
     def answers(
         self,
@@ -77,7 +86,7 @@ class ChatModel:
 
         mx.random.seed(sampling.seed)
         prompts = [
-            self._prompt(chat, sampling.effort, offered)
+            self._prompt(chat, sampling.effort, offered).tokens
             for chat, offered in zip(chats, tools or [None] * len(chats), strict=True)
         ]
         try:
@@ -92,49 +101,67 @@ class ChatModel:
             raise OutputError(f"mlx-lm failed to generate ({first_line(exc)}).") from exc
         tokens = [self._tokenizer.encode(text, add_special_tokens=False) for text in response.texts]
         return [
-            list(Channels(self._tokenizer).deltas(ids)) if len(ids) < sampling.max_tokens else None
+            list(self._channels.deltas(ids)) if len(ids) < sampling.max_tokens else None
             for ids in tokens
         ]
 
-    def _prompt(
-        self, messages: Sequence[Message], effort: str | None, tools: Any = None
-    ) -> list[int]:
+    def _prompt(self, messages: Sequence[Message], effort: str | None, tools: Any = None) -> Prompt:
         chat = normalize_messages(messages)
-        if has_chat_template(self._tokenizer):
-            variables = {"reasoning_effort": effort} if effort else {}
-            text = render_chat(
-                self._tokenizer,
-                chat,
-                tools=tools,
-                add_generation_prompt=True,
-                variables=variables,
-            )
-        else:
-            text = "\n".join(message["content"] for message in chat)
         try:
-            text.encode()
+            "".join(message["content"] for message in chat).encode()
         except UnicodeEncodeError as exc:
             raise InputError("the prompt is not UTF-8 text.") from exc
-        special = not has_chat_template(self._tokenizer)  # a template adds them itself
-        prompt = list(self._tokenizer.encode(text, add_special_tokens=special))
-        if not prompt:
+        functions = [tool.get("function", tool) for tool in tools or ()]
+        prompt = self._prompts.prompt(chat, Wishes(functions, effort))
+        if not prompt.tokens:
             raise InputError("the prompt is empty. Ask a question.")
         return prompt
 
-    def _tokens(self, prompt: list[int], max_tokens: int, sampler: Any) -> Iterator[int]:
+    def _tokens(
+        self, prompt: Prompt, sampling: SamplingParameters, *, ends: bool = False
+    ) -> Iterator[int]:
+        """Yield generated tokens; with `ends`, the one that ends the answer, too."""
         import mlx_lm
+        from mlx_lm.sample_utils import make_sampler
 
-        steps = mlx_lm.stream_generate(
-            self._model, self._tokenizer, prompt, max_tokens=max_tokens, sampler=sampler
-        )
+        mx.random.seed(sampling.seed)
         self.truncated = False
         try:
+            cache, start = self._read(prompt)
+            steps = mlx_lm.stream_generate(
+                self._model,
+                self._tokenizer,
+                prompt.tokens[start:],
+                max_tokens=sampling.max_tokens,
+                sampler=make_sampler(temp=sampling.temperature, top_p=sampling.top_p),
+                prompt_cache=cache,
+            )
             for step in steps:
                 self.truncated = step.finish_reason == "length"
-                if step.token not in self._tokenizer.eos_token_ids:
+                if ends or step.token not in self._tokenizer.eos_token_ids:
                     yield step.token
         except (RuntimeError, ValueError) as exc:
             raise OutputError(f"mlx-lm failed to generate ({first_line(exc)}).") from exc
+
+    def _read(self, prompt: Prompt) -> tuple[Any, int]:
+        """Return a cache that has read the beginning of a prompt, and how many tokens it has.
+
+        The next turn begins with the messages of this one, so their cache is kept: the cache of
+        sliding windows cannot be cut back from a longer text.
+        """
+        from mlx_lm.models.cache import make_prompt_cache
+
+        end = max((length for length in prompt.shared if length < len(prompt.tokens)), default=0)
+        shared = prompt.tokens[:end]
+        cache, unread = self._caches.fetch_nearest_cache(_CHAT, shared) if end else (None, shared)
+        cache = cache or make_prompt_cache(self._model)
+        self.reread = len(unread)
+        for start in range(0, len(unread), _PREFILL):
+            self._model(mx.array(unread[start : start + _PREFILL])[None], cache=cache)
+            mx.eval([layer.state for layer in cache])
+        if end:
+            self._caches.insert_cache(_CHAT, shared, copy.deepcopy(cache))
+        return cache, end
 
 
 def require_repo(repo: str) -> None:
@@ -144,3 +171,15 @@ def require_repo(repo: str) -> None:
         raise OutputError(f"{repo}: neither a folder nor a Hub id (user/name).")
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise OutputError(f"{repo}: not a model: config.json is missing.")
+
+
+def repo_folder(repo: str) -> Path | None:
+    """Return the folder of a repo that has been loaded, from the Hub's cache if need be."""
+    if Path(repo).is_dir():
+        return Path(repo)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(repo, local_files_only=True))
+    except Exception:  # noqa: BLE001  (huggingface_hub raises anything)
+        return None

@@ -11,7 +11,6 @@ import threading
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 from quantkit.backend import mx
@@ -72,7 +71,7 @@ class Engine:
         server = _server_module()
         options = _options(repo, cache_bytes)
         self._provider = _provider(server, options, repo, trust_remote_code)
-        cache = server.LRUPromptCache(_SEQUENCES)
+        cache = _prompt_cache(server)
         self._server = server
         self._generator = _generator(server, self._provider, cache)
         self._provider.loaded.wait()
@@ -292,6 +291,17 @@ def _generator(server: Any, provider: Any, cache: Any) -> Any:
     return Generator(provider, cache)
 
 
+def _prompt_cache(server: Any) -> Any:
+    class PromptCache(server.LRUPromptCache):  # type: ignore[misc]
+        """Always leaves a token to read: without one, nothing can be generated."""
+
+        def fetch_nearest_cache(self, model: Any, tokens: list[int]) -> tuple[Any, list[int]]:
+            cache, unread = super().fetch_nearest_cache(model, tokens[:-1])
+            return cache, [*unread, tokens[-1]]
+
+    return PromptCache(_SEQUENCES)
+
+
 def _state(tokenizer: Any, tokens: list[int]) -> str:
     """Return whether an answer begins with reasoning, as after a prompt that opens it."""
     if not tokenizer.has_thinking:
@@ -309,18 +319,6 @@ def _context(model: Any) -> int:
     return int(
         given or (text.get("max_position_embeddings") if isinstance(text, dict) else 0) or 131072
     )
-
-
-def repo_folder(repo: str) -> Path | None:
-    """Return the folder of a repo that has been loaded, from the Hub's cache if need be."""
-    if Path(repo).is_dir():
-        return Path(repo)
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(repo, local_files_only=True))
-    except Exception:  # noqa: BLE001  (huggingface_hub raises anything)
-        return None
 
 
 def default_cache_bytes() -> int:

@@ -12,6 +12,7 @@ from typing import Any
 
 from quantkit.calibration.chat_template import Message
 from quantkit.errors import InputError
+from quantkit.generation.chat_model import repo_folder
 from quantkit.generation.harmony import COMMENTARY, FINAL, Channels, Delta, HarmonyReader
 from quantkit.generation.prompts import (
     Functions,
@@ -27,7 +28,6 @@ from quantkit.serving.engine import (
     Sampling,
     Step,
     default_cache_bytes,
-    repo_folder,
 )
 
 REASONING, TEXT, CALL = "reasoning", "text", "call"

@@ -8,7 +8,6 @@ from quantkit.errors import InputError, OutputError
 from quantkit.serving.engine import Engine
 from tests.support import served, standin
 
-
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 
 
@@ -37,6 +36,15 @@ def test_a_model_without_channels_answers_in_both_protocols(llama, expected):
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == expected
     answer = llama.responses.create(model="m", input=QUESTION, temperature=0, max_output_tokens=12)
     assert answer.output_text == expected
+
+
+def test_a_prompt_that_was_read_to_its_end_is_answered_again(llama):
+    """An answer of one token leaves the very prompt in the cache."""
+    for _ in range(3):
+        said = llama.chat.completions.create(
+            model="m", messages=QUESTION, temperature=0, max_tokens=1
+        )
+        assert said.choices[0].message.content
 
 
 def test_a_vocabulary_of_another_kind_is_prompted_by_its_template(tmp_path):
