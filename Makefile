@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.quantkit-env
 
-.PHONY: help env demo test test-slow test-versions test-clients lint bench bench-profile bench-allocation bench-quantizers bench-starved bench-full-width bench-peers clean
+.PHONY: help env demo test test-slow test-versions test-clients lint bench bench-profile bench-allocation bench-quantizers bench-starved bench-full-width bench-peers bench-serving clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -61,6 +61,9 @@ bench-full-width: env ## one layer of gpt-oss's real width; needs 16 GB of memor
 
 bench-peers: env ## mlx_lm.gptq, awq and dynamic_quant side by side with quantkit
 	$(BIN)/python evals/bench/peers.py
+
+bench-serving: env ## time per token beside stock mlx_lm.server
+	$(BIN)/python evals/bench/serving.py
 
 clean: ## remove the environment and the linters' caches
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache

@@ -52,6 +52,21 @@ def test_the_fast_blas_comes_before_mlx_lm(path):
         assert "quantkit.backend" in top
 
 
+BENCHES = sorted((ROOT.parent / "evals" / "bench").glob("*.py"))
+
+
+@pytest.mark.parametrize("path", BENCHES, ids=lambda path: path.name)
+def test_benches_load_the_fast_blas_first(path):
+    """An import of mlx above that of quantkit would measure the slow one, 50 times slower."""
+    body = ast.parse(path.read_text()).body
+    plain = [(n.lineno, alias.name) for n in body if isinstance(n, ast.Import) for alias in n.names]
+    named = [(n.lineno, n.module or "") for n in body if isinstance(n, ast.ImportFrom)]
+    order = [name.split(".")[0] for _, name in sorted(plain + named)]
+    foreign = [order.index(name) for name in ("mlx", "mlx_lm") if name in order]
+    assert order
+    assert all("quantkit" in order[:place] for place in foreign)
+
+
 def test_files_stay_small():
     for path in FILES:
         assert len(path.read_text().splitlines()) <= 400, path

@@ -20,11 +20,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-import mlx.nn as nn
 import numpy as np
 from _common import machine, run, save
 
-from quantkit.backend import mx
+from quantkit.backend import mx  # before mlx's other modules: see backend
 from quantkit.calibration.calibration_set import CalibrationSpec, read_calibration_set
 from quantkit.calibration.splits import CALIBRATE, VALIDATE
 from quantkit.checkpoint.source import open_source
@@ -100,6 +99,8 @@ def weight_of(layer):
 
 def prepare_dwq(module) -> None:
     """Let mlx_lm.dwq read our text, and train in float32 on products that BLAS knows."""
+    from mlx import nn
+
     nn.QuantizedLinear.__call__ = quantized_linear
     nn.QuantizedEmbedding.as_linear = lambda layer, x: x @ weight_of(layer).T
     train = calibrate_text(1024 * TUNED)
