@@ -109,6 +109,7 @@ def _print_banner(service: "Service", address: "Address") -> None:
     host = f"[{address.host}]" if ":" in address.host else address.host
     base = f"http://{host}:{address.port}/v1"
     console.note(f"serving {service.name} at {base} (Ctrl-C ends)")
-    console.note(f"codex:   CODEX_OSS_BASE_URL={base} codex --oss -m {service.name}")
+    agent = f"codex --oss --local-provider lmstudio -m {service.name}"
+    console.note(f"codex:   CODEX_OSS_BASE_URL={base} {agent}")
     key = "YOUR_KEY" if address.api_key else "none"
     console.note(f"others:  OPENAI_BASE_URL={base} OPENAI_API_KEY={key}")

@@ -3,9 +3,7 @@
 import concurrent.futures
 import http.client
 import json
-import os
 import random
-import subprocess
 import time
 
 import openai
@@ -14,48 +12,7 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
 
-from tests.support import served, standin
-
-THINK = "<|channel|>analysis<|message|>{}<|end|><|start|>assistant"
-FINAL = "<|channel|>final<|message|>{}<|return|>"
-CALL = "<|channel|>commentary to=functions.{} <|constrain|>json<|message|>{}<|call|>"
-WEATHER = {
-    "name": "weather",
-    "description": "The weather.",
-    "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
-}
-CHAT_TOOLS = [{"type": "function", "function": WEATHER}]
-TOOLS = [{"type": "function", **WEATHER}]
-
-
-def play(prompt):
-    """The default script."""
-    asked = prompt.rpartition("<|start|>user<|message|>")[2].partition("<|end|>")[0]
-    if asked.startswith("say "):
-        return THINK.format("I shall say it.") + FINAL.format(asked[4:])
-    if asked == "weather?":
-        calls = prompt.count("to=functions.weather")
-        if calls < 3:
-            return THINK.format(f"call {calls}") + CALL.format(
-                "weather", f'{{"city": "Rome {calls}"}}'
-            )
-        return THINK.format("done") + FINAL.format("Sunny.")
-    return FINAL.format("Hello 😀 there")
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    if not standin.PUBLISHED.is_dir():
-        pytest.skip(f"NOT TESTED with the published tokenizer: no {standin.PUBLISHED}")
-    repo = standin.write_published(tmp_path_factory.mktemp("served") / "stand-in")
-    with served.serve(repo, play, origins=("http://allowed.example",)) as server:
-        yield server
-
-
-@pytest.fixture
-def script(server):
-    yield server.script
-    server.script.answer = play
+from tests.support.served import CALL, CHAT_TOOLS, FINAL, THINK, TOOLS, play
 
 
 @pytest.fixture(scope="module")
@@ -464,44 +421,3 @@ def test_the_engine_fits_the_mlx_lm_that_is_installed():
         "seed",
         "chat_template_kwargs",
     ]
-
-
-@pytest.mark.clients
-def test_codex_completes_a_task_with_two_commands(server, script, tmp_path):
-    """The agent itself, through Responses."""
-    install = ["npm", "install", "--silent", "--prefix", str(tmp_path / "npm"), "@openai/codex"]
-    subprocess.run(install, check=True, timeout=600)
-
-    def agent(prompt):
-        done = prompt.count("<|start|>functions.")
-        commands = ["echo hello > made.txt", "cat made.txt"]
-        if done == len(commands):
-            return THINK.format("done") + FINAL.format("The file holds hello.")
-        name = "exec_command" if "type exec_command" in prompt else "shell"
-        command = (
-            {"cmd": commands[done]}
-            if name == "exec_command"
-            else {"command": ["bash", "-lc", commands[done]]}
-        )
-        return THINK.format("run it") + CALL.format(name, json.dumps(command))
-
-    script.answer = agent
-    work, home = tmp_path / "work", tmp_path / "home"
-    work.mkdir()
-    home.mkdir()
-    options = [
-        "exec",
-        "--oss",
-        "--local-provider",
-        "lmstudio",
-        "-m",
-        "gpt-oss-20b",
-        "--skip-git-repo-check",
-    ]
-    done = subprocess.run(
-        [str(tmp_path / "npm/node_modules/.bin/codex"), *options, "--dangerously-bypass-approvals-and-sandbox", "Make it"],
-        cwd=work, env={**os.environ, "CODEX_HOME": str(home), "CODEX_OSS_BASE_URL": f"{server.url}/v1"},
-        stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
-    assert (work / "made.txt").read_text() == "hello\n", done.stderr
-    assert "The file holds hello." in done.stdout

@@ -14,6 +14,32 @@ from quantkit.backend import mx
 from quantkit.serving.app import Address, make_app
 from quantkit.serving.turns import open_service
 
+THINK = "<|channel|>analysis<|message|>{}<|end|><|start|>assistant"
+FINAL = "<|channel|>final<|message|>{}<|return|>"
+CALL = "<|channel|>commentary to=functions.{} <|constrain|>json<|message|>{}<|call|>"
+WEATHER = {
+    "name": "weather",
+    "description": "The weather.",
+    "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+}
+CHAT_TOOLS = [{"type": "function", "function": WEATHER}]
+TOOLS = [{"type": "function", **WEATHER}]
+
+
+def play(prompt):
+    """The default script."""
+    asked = prompt.rpartition("<|start|>user<|message|>")[2].partition("<|end|>")[0]
+    if asked.startswith("say "):
+        return THINK.format("I shall say it.") + FINAL.format(asked[4:])
+    if asked == "weather?":
+        calls = prompt.count("to=functions.weather")
+        if calls < 3:
+            return THINK.format(f"call {calls}") + CALL.format(
+                "weather", f'{{"city": "Rome {calls}"}}'
+            )
+        return THINK.format("done") + FINAL.format("Sunny.")
+    return FINAL.format("Hello 😀 there")
+
 
 class Script:
     """Forces each generated token, by what `answer` says to the text of the prompt."""
