@@ -9,7 +9,7 @@ from typing import Any
 from quantkit.artifacts.scores import Answer, Call
 from quantkit.calibration.chat_template import has_chat_template, normalize_messages, render_chat
 from quantkit.errors import InputError
-from quantkit.generation.harmony import FINAL, Channels, Delta
+from quantkit.generation.harmony import FINAL, Channels, Delta, read_calls
 
 _FINAL_HEADER = "<|channel|>final<|message|>"
 _THOUGHT = re.compile(r".*</think>", re.DOTALL)
@@ -82,7 +82,7 @@ class AnswerFormat:
         deltas = list(self._channels.deltas(tokens))
         spoken = [d.text for d in deltas if d.channel == FINAL and d.recipient is None]
         final: str | None = "".join(spoken) if spoken else None
-        calls = _harmony_calls(deltas)
+        calls = _json_calls(deltas)
         if not self.has_channels and final is not None:
             final = _without_thought(final)
             if final is not None and functions:
@@ -110,20 +110,16 @@ class AnswerFormat:
         return calls
 
 
-def _harmony_calls(deltas: Sequence[Delta]) -> list[Call]:
+def _json_calls(deltas: Sequence[Delta]) -> list[Call]:
     """Return the calls of functions whose arguments are a JSON object."""
-    texts: dict[str, str] = {}
-    for delta in deltas:
-        if delta.recipient is not None:
-            texts[delta.recipient] = texts.get(delta.recipient, "") + delta.text
     calls: list[Call] = []
-    for recipient, text in texts.items():
+    for name, text in read_calls(deltas):
         try:
             arguments = json.loads(text)
         except ValueError:
             continue
         if isinstance(arguments, dict):
-            calls.append((recipient.removeprefix("functions."), arguments))
+            calls.append((name, arguments))
     return calls
 
 

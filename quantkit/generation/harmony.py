@@ -176,3 +176,14 @@ class HarmonyReader:
             return []
         self._message += 1
         return [Delta(ANALYSIS, text, None, self._message - 1)]
+
+
+def read_calls(deltas: Iterable[Delta]) -> list[tuple[str, str]]:
+    """Return the calls in an answer: the name of a function, and its arguments as they stand."""
+    names: dict[int, str] = {}
+    texts: dict[int, str] = {}
+    for delta in deltas:
+        if delta.recipient is not None:
+            names[delta.message] = delta.recipient.removeprefix("functions.")
+            texts[delta.message] = texts.get(delta.message, "") + delta.text
+    return [(name, texts[message]) for message, name in names.items()]

@@ -9,7 +9,7 @@ from typing import Any
 from quantkit.calibration import calibration_set
 from quantkit.errors import InputError, OutputError, first_line
 from quantkit.generation.chat_model import ChatModel, SamplingParameters
-from quantkit.generation.harmony import FINAL, Delta
+from quantkit.generation.harmony import FINAL, Delta, read_calls
 from quantkit.progress import Progress
 from quantkit.storage.hashing import digest
 from quantkit.storage.json_files import whole_lines
@@ -153,14 +153,12 @@ def _message(deltas: Sequence[Delta]) -> dict[str, Any] | None:
 
 
 def _calls(deltas: Sequence[Delta]) -> list[dict[str, Any]]:
-    """Return the call of a tool, if there is one whose arguments are JSON."""
-    recipients = [d.recipient for d in deltas if d.recipient is not None]
-    if not recipients:
-        return []
-    text = "".join(d.text for d in deltas if d.recipient == recipients[-1])
-    try:
-        arguments = json.loads(text)
-    except ValueError:
-        return []
-    name = recipients[-1].removeprefix("functions.")
-    return [{"type": "function", "function": {"name": name, "arguments": arguments}}]
+    """Return the calls of tools whose arguments are JSON."""
+    calls: list[dict[str, Any]] = []
+    for name, text in read_calls(deltas):
+        try:
+            function = {"name": name, "arguments": json.loads(text)}
+        except ValueError:
+            continue
+        calls.append({"type": "function", "function": function})
+    return calls

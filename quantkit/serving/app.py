@@ -30,7 +30,6 @@ from quantkit.serving.turns import RequestError, Service
 _MOST = 32 << 20  # bytes of a request
 _KEEP_ALIVE = 10.0  # seconds
 _LOOPBACK = ("localhost", "127.0.0.1", "::1", "[::1]")
-_log = logging.getLogger("quantkit.serve")
 T = TypeVar("T")
 Asked = TypeVar("Asked", bound=BaseModel)
 
@@ -211,7 +210,6 @@ class _Endpoints:
     async def chat(self, request: Request) -> Response:
         asked = await _body(request, ChatRequest)
         turn = await chat_turn(self._service, asked)
-        _log.info("chat: %d tokens", len(turn.prompt.tokens))
         if asked.stream:
             usage = asked.stream_options is not None and asked.stream_options.include_usage
             return _streamed(chat_stream(self._service, turn, usage=usage))
@@ -220,7 +218,6 @@ class _Endpoints:
     async def responses(self, request: Request) -> Response:
         asked = await _body(request, ResponsesRequest)
         turn = await response_turn(self._service, asked)
-        _log.info("response: %d tokens", len(turn.turn.prompt.tokens))
         if asked.stream:
             return _streamed(response_stream(self._service, turn))
         return JSONResponse(await _unless_gone(request, whole_response(self._service, turn)))
@@ -304,6 +301,8 @@ def run(service: Service, address: Address) -> None:
             """End the process: the generation thread may be deep in a prompt."""
             os._exit(0)
 
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("quantkit.serve").setLevel(logging.INFO)
     config = uvicorn.Config(
         make_app(service, address),
         host=address.host,

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 import time
 import uuid
 from collections import OrderedDict
@@ -30,6 +31,7 @@ from quantkit.serving.engine import (
     default_cache_bytes,
 )
 
+_log = logging.getLogger("quantkit.serve")
 REASONING, TEXT, CALL = "reasoning", "text", "call"
 _REMEMBERED = 4 << 20  # tokens of earlier turns
 _STORED = 256 << 20  # characters of earlier conversations
@@ -159,12 +161,13 @@ class Service:
         spoken = turn.prompt.tokens[len(turn.prompt.tokens) - turn.prompt.begun :]
         for piece in reader.begin(spoken):
             yield piece
-        cached, count, finish = 0, 0, "stop"
+        cached, count, finish, began = 0, 0, "stop", time.monotonic()
         steps = self.engine.steps(turn.prompt, turn.sampling)
         try:
             async for step in steps:
                 if isinstance(step, Prefill):
                     cached = step.cached
+                    _log.info("prompt: %d of %d tokens, %d cached", step.read, step.total, cached)
                     yield step
                     continue
                 count += 1
@@ -182,6 +185,7 @@ class Service:
             finish = "tool_calls"
             self.memory.remember(reader.calls[-1], spoken)
         usage = Usage(len(turn.prompt.tokens), cached, count, reader.reasoning)
+        _log.info("answer: %d tokens in %.1f s, %s", count, time.monotonic() - began, finish)
         yield Ended(finish, usage)
 
 

@@ -5,8 +5,10 @@ import http.client
 import json
 import random
 import time
+import urllib.request
 
 import openai
+import psutil
 import pytest
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from openai.types.responses import Response, ResponseStreamEvent
@@ -311,8 +313,21 @@ def raw(server, body, path="/v1/chat/completions", **headers):
     return answer.status, json.loads(text)
 
 
+def test_the_progress_of_a_long_prompt_keeps_the_stream_alive(server):
+    body = {"messages": [{"role": "user", "content": "say " + "word " * 6000}], "stream": True}
+    request = urllib.request.Request(f"{server.url}/v1/chat/completions", json.dumps(body).encode())
+    with urllib.request.urlopen(request, timeout=120) as reply:
+        lines = [line.decode() for line in reply]
+    comments = [line for line in lines if line.startswith(": read ")]
+    assert len(comments) > 2
+    assert lines[-2].strip() == "data: [DONE]"
+
+
 def test_clients_that_leave_stop_their_generation(client, server, script):
+    """Fifty of them leave nothing behind: no generation, and no memory."""
     script.answer = lambda prompt: [1734] * 4000
+    streamed(client, "warm", max_tokens=4)
+    before = psutil.Process().memory_info().rss
     for _ in range(50):
         connection = http.client.HTTPConnection(server.url.removeprefix("http://"), timeout=60)
         body = json.dumps({"messages": [{"role": "user", "content": "x"}], "stream": True})
@@ -325,6 +340,7 @@ def test_clients_that_leave_stop_their_generation(client, server, script):
     began = time.monotonic()
     assert streamed(client, "say blue")[0] == "blue"
     assert time.monotonic() - began < 20
+    assert psutil.Process().memory_info().rss - before < 200e6
     assert server.service.engine.is_alive
 
 
