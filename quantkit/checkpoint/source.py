@@ -74,13 +74,17 @@ def open_source(
     """
     if floats not in (STATED, STORED, *DTYPES):
         raise SourceError(f"unknown `dtype` {floats!r}. Use one of {', '.join(DTYPES)}.")
-    opened = _open(name, revision)
+    opened = open_checkpoint(name, revision)
     if trust_remote_code:
         opened = replace(opened, trust_remote_code=True)
     return _source(opened, quantized, floats)
 
 
-def _open(name: str, revision: str | None) -> Checkpoint:
+def open_checkpoint(name: str, revision: str | None = None) -> Checkpoint:
+    """Open a folder, or a Hub id, which its cached copy replaces where the Hub is out of reach.
+
+    Raises SourceError or HubError.
+    """
     if not name.strip():
         raise SourceError("the name of the checkpoint is empty. Give a folder or a Hub id.")
     folder = user_path(name)

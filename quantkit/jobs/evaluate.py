@@ -15,6 +15,7 @@ from quantkit.calibration.chat_template import PINNED_DATE
 from quantkit.checkpoint import hub
 from quantkit.checkpoint.model_config import ModelConfig
 from quantkit.checkpoint.provenance import versions
+from quantkit.checkpoint.source import open_checkpoint
 from quantkit.errors import InputError
 from quantkit.evaluation.benchmarks import (
     LETTERS,
@@ -116,7 +117,7 @@ class _EvaluatedModel:
     def __init__(self, repo: str, request: EvaluationRequest, progress: Progress) -> None:
         self._repo, self._request, self._progress = repo, request, progress
         local = Path(repo).is_dir()
-        self._folder = Path(repo) if local else hub.download(hub.open_hub(repo, None))
+        self._folder = Path(repo) if local else hub.download(open_checkpoint(repo))
         self._hashes = _file_hashes(self._folder, Path(repo).name, progress)
 
     @cached_property
