@@ -211,8 +211,11 @@ class HarmonyPrompts:
         name = wishes.call
         if not name and len(wishes.functions) == 1:
             name = str(wishes.functions[0]["name"])
-        header = f"<|channel|>{COMMENTARY} to=functions."
-        return self._marks(f"{header}{name} <|constrain|>json<|message|>" if name else header)
+        header = self._marks(f"<|channel|>{COMMENTARY} to=functions.")
+        if not name:
+            return header
+        plain = list(self._encoding.encode(name, disallowed_special=()))
+        return header + plain + self._marks(" <|constrain|>json<|message|>")
 
     def _marks(self, text: str) -> list[int]:
         return list(self._encoding.encode(text, allowed_special="all"))

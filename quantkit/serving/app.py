@@ -247,6 +247,7 @@ def make_app(service: Service, address: Address) -> ASGIApp:
         RequestError: lambda _, exc: error(400, str(exc), exc.param, exc.code),
         OutputError: lambda _, exc: error(500, str(exc)),
         HTTPException: lambda _, exc: error(exc.status_code, str(exc.detail)),
+        Exception: lambda *_: error(500, "the server failed; its log says how."),
         ClientDisconnect: lambda *_: Response(status_code=499),
     }
     app = Starlette(routes=routes, exception_handlers=handlers, lifespan=_watch(service))

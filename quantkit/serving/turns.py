@@ -33,7 +33,7 @@ from quantkit.serving.engine import (
 
 _log = logging.getLogger("quantkit.serve")
 REASONING, TEXT, CALL = "reasoning", "text", "call"
-_REMEMBERED = 4 << 20  # tokens of earlier turns
+_REMEMBERED = 1 << 20  # tokens of earlier turns
 _STORED = 256 << 20  # characters of earlier conversations
 
 
