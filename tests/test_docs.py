@@ -59,6 +59,7 @@ def test_options_in_the_docs_exist():
         "--group-size",
         "--bits",
         "--oss",
+        "--local-provider",
         "--hosts",
         "--dequantize",
         "--model",

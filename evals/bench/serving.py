@@ -20,7 +20,7 @@ from _common import machine, save
 
 from quantkit.demo.build import plain_checkpoint
 
-TOKENS, ROUNDS, CLIENTS = 120, 5, 8
+TOKENS, ROUNDS, CLIENTS = 60, 6, 8
 START = "import sys; import quantkit.backend; from {} import main; sys.argv[1:] = {}; main()"
 SERVERS = {
     "mlx_lm.server": ("mlx_lm.server", ["--port", "8391", "--model"], 8391),
@@ -96,10 +96,11 @@ def main() -> None:
             single = {name: [] for name in SERVERS}
             many = {name: [] for name in SERVERS}
             for number in range(ROUNDS):
-                for name, (_, _, port) in SERVERS.items():
-                    single[name].append(alone(port, number))
-                for name, (_, _, port) in SERVERS.items():
-                    many[name].append(together(port, number))
+                order = list(SERVERS) if number % 2 else list(reversed(SERVERS))
+                for name in order:
+                    single[name].append(alone(SERVERS[name][2], number))
+                for name in order:
+                    many[name].append(together(SERVERS[name][2], number))
         finally:
             for process in processes:
                 process.kill()

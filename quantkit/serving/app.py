@@ -177,22 +177,32 @@ async def _unless_gone(request: Request, work: Awaitable[T]) -> T:
 
 async def _kept_alive(events: AsyncIterator[str]) -> AsyncIterator[str]:
     """Yield events, and a comment where none comes for long; errors become an event."""
-    upcoming: asyncio.Task[str] | None = None
-    try:
+    ready: asyncio.Queue[str | None] = asyncio.Queue()
+
+    async def pump() -> None:
+        try:
+            async for event in events:
+                ready.put_nowait(event)
+        except (OutputError, InputError) as exc:
+            failure = {"message": str(exc), "type": "server_error", "param": None, "code": None}
+            ready.put_nowait(f"data: {json.dumps({'error': failure})}\n\n")
+        finally:
+            ready.put_nowait(None)
+
+    async def tick() -> None:
         while True:
-            upcoming = asyncio.ensure_future(anext(events))
-            while not (await asyncio.wait({upcoming}, timeout=_KEEP_ALIVE))[0]:
-                yield ": keep-alive\n\n"
-            yield await upcoming
-    except StopAsyncIteration:
-        pass
-    except (OutputError, InputError) as exc:
-        failure = {"message": str(exc), "type": "server_error", "param": None, "code": None}
-        yield f"data: {json.dumps({'error': failure})}\n\n"
+            await asyncio.sleep(_KEEP_ALIVE)
+            if ready.empty():
+                ready.put_nowait(": keep-alive\n\n")
+
+    tasks = [asyncio.ensure_future(pump()), asyncio.ensure_future(tick())]
+    try:
+        while (event := await ready.get()) is not None:
+            yield event
     finally:
-        if upcoming is not None and not upcoming.done():
-            upcoming.cancel()
-            await asyncio.wait({upcoming})
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
         await events.aclose()  # type: ignore[attr-defined]
 
 

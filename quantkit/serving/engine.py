@@ -8,6 +8,7 @@ import argparse
 import asyncio
 import contextlib
 import threading
+from collections import deque
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -102,7 +103,7 @@ class Engine:
         context: Any = None
         state: Any = None
         try:
-            while (item := await self._next(inbox)) is not None:
+            while (item := await inbox.get()) is not None:
                 if isinstance(item, Exception):
                     raise OutputError(f"mlx-lm failed to generate ({first_line(item)}).") from item
                 if context is None:
@@ -118,13 +119,6 @@ class Engine:
                     yield Step(item.token, segments, item.finish_reason)
         finally:
             inbox.leave()
-
-    async def _next(self, inbox: "_Inbox") -> Any:
-        while True:
-            with contextlib.suppress(asyncio.TimeoutError):
-                return await asyncio.wait_for(inbox.items.get(), 2.0)
-            if not self.is_alive:
-                raise OutputError("the generation thread of mlx-lm ended.")
 
     def _segments(self, state: Any, response: Any) -> tuple[Any, list[tuple[str, str]]]:
         """Return the text of a response by state, as mlx-lm's server reads it."""
@@ -180,11 +174,15 @@ class Engine:
 
 
 class _Inbox:
-    """Receives the answers of mlx-lm's generation thread for an event loop."""
+    """Receives the answers of mlx-lm's generation thread for an event loop.
+
+    The loop is woken only where it waits: every wake costs the generation thread time.
+    """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self.items: asyncio.Queue[Any] = asyncio.Queue()
+        self._items: deque[Any] = deque()
         self._loop = loop
+        self._waiting: asyncio.Future[None] | None = None
         self._left = False
         self._context: Any = None
 
@@ -194,8 +192,23 @@ class _Inbox:
             self._context = item
             if self._left:
                 item.stop()
-        with contextlib.suppress(RuntimeError):  # the loop has ended
-            self._loop.call_soon_threadsafe(self.items.put_nowait, item)
+        self._items.append(item)
+        if self._waiting is not None:
+            with contextlib.suppress(RuntimeError):  # the loop has ended
+                self._loop.call_soon_threadsafe(self._wake)
+
+    def _wake(self) -> None:
+        if self._waiting is not None and not self._waiting.done():
+            self._waiting.set_result(None)
+
+    async def get(self) -> Any:
+        """Return the next item. The server ends if the generation thread does, see `app`."""
+        while not self._items:
+            self._waiting = self._loop.create_future()
+            if not self._items:  # none came before the future was there to be seen
+                await self._waiting
+            self._waiting = None
+        return self._items.popleft()
 
     def leave(self) -> None:
         """Stop the generation, even one that has not begun."""
