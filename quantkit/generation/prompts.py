@@ -4,8 +4,9 @@ import base64
 import hashlib
 import json
 import os
+import re
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -23,6 +24,8 @@ from quantkit.generation.harmony import ANALYSIS, COMMENTARY, FINAL
 # The vocabulary of gpt-oss, as tiktoken names it.
 _O200K = "446a9538cb6c348e3516120d7c08b09f57c36495e2acfffe59a5bf8b0cfb1a2d"
 _INSTRUCTIONS = ("system", "developer")
+_LONG, _ENDLESS = re.compile(r"\S{2000}|\s{2000}"), re.compile(r"\S{8000}|\s{8000}")
+_MOST, _BLOCK = 1 << 20, 400_000  # tokens of a prompt, letters that are encoded at once
 Functions = Sequence[Mapping[str, Any]]
 """Functions by `name`, `description` and `parameters` (a JSON schema)."""
 
@@ -56,8 +59,8 @@ class Wishes:
 class TurnMemory(Protocol):
     """The tokens of earlier turns by the id of the call that they ended with."""
 
-    def tokens(self, call: str) -> list[int] | None:
-        """Return the tokens of a turn; None if they are forgotten."""
+    def tokens(self, call: str, name: str, arguments: str) -> list[int] | None:
+        """Return the tokens of a turn; None if they are forgotten, or its call was edited."""
         ...
 
 
@@ -122,7 +125,10 @@ class HarmonyPrompts:
     ) -> Prompt:
         """Return the prompt of a conversation, with the turns that `memory` still has."""
         chat = normalize_messages(messages)
+        for message, given in zip(chat, messages, strict=True):
+            _keep_arguments(message, given)
         count = next((n for n, m in enumerate(chat) if m["role"] not in _INSTRUCTIONS), len(chat))
+        _require_words([message["content"] for message in chat[:count]], wishes)
         tokens = self._instructions([message["content"] for message in chat[:count]], wishes)
         shared = [len(tokens)]
         turns = chat[count:]
@@ -131,6 +137,8 @@ class HarmonyPrompts:
         names: dict[str, str] = {}
         for number, message in enumerate(turns):
             tokens += self._turn(message, number > last, names, memory)
+            if len(tokens) > _MOST:
+                break  # no context is so long
         shared.append(len(tokens))
         begun = self._begun(wishes)
         return Prompt(tokens + self._start + begun, tuple(shared), len(begun))
@@ -172,7 +180,7 @@ class HarmonyPrompts:
             return self._render("user", content)
         calls = [_call(call) for call in message.get("tool_calls") or ()]
         names.update({identity: name for identity, name, _ in calls})
-        if unfinished and memory and len(calls) == 1 and (turn := memory.tokens(calls[0][0])):
+        if unfinished and memory and len(calls) == 1 and (turn := memory.tokens(*calls[0])):
             return self._start + turn
         tokens: list[int] = []
         if unfinished and message.get("thinking"):
@@ -192,10 +200,29 @@ class HarmonyPrompts:
 
         `header` has its channel, its recipient, and the name of its author.
         """
+        if isinstance(content, str):
+            return self._spoken(role, content, header)
+        return self._framed(role, content, offers, header)
+
+    def _spoken(self, role: str, text: str, header: Mapping[str, str | None]) -> list[int]:
+        """Return the tokens of a message of plain text, which is encoded piece by piece.
+
+        openai-harmony needs time that is quadratic in the length of a word.
+        """
+        frame = self._framed(role, "", False, header)
+        tokens: list[int] = []
+        text = text.encode("utf-8", "replace").decode()
+        for word in _pieces(text):
+            tokens += self._encoding.encode(word, disallowed_special=())
+            if len(tokens) > _MOST:
+                break
+        return frame[:-1] + tokens + frame[-1:]
+
+    def _framed(
+        self, role: str, content: Any, offers: bool, header: Mapping[str, str | None]
+    ) -> list[int]:
         from openai_harmony import Author, Message, RenderOptions, Role
 
-        if isinstance(content, str):
-            content = content.encode("utf-8", "replace").decode()
         author = Author(role=Role(role), name=header.get("author"))
         message = Message.from_author_and_content(author, content)
         message.channel = header.get("channel")
@@ -219,6 +246,34 @@ class HarmonyPrompts:
 
     def _marks(self, text: str) -> list[int]:
         return list(self._encoding.encode(text, allowed_special="all"))
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """Yield a text in pieces that a tokenizer takes apart anyway, and too long words in several."""
+    for first in range(0, len(text), _BLOCK):
+        block, start = text[first : first + _BLOCK], 0
+        for match in _LONG.finditer(block):
+            yield block[start : match.end()]
+            start = match.end()
+        yield block[start:]
+
+
+def _require_words(texts: Sequence[str], wishes: Wishes) -> None:
+    """Check that instructions and tools have no endless words. Raises InputError."""
+    described = json.dumps([list(wishes.functions), wishes.schema], ensure_ascii=False)
+    if any(_ENDLESS.search(text) for text in (*texts, described)):
+        raise InputError("instructions and tools cannot have words of more than 8,000 letters")
+
+
+def _keep_arguments(message: Message, given: Mapping[str, Any]) -> None:
+    """Take the arguments of calls as they were given: the model wrote them so."""
+    calls = given.get("tool_calls")
+    if not isinstance(calls, list):
+        return
+    for call, original in zip(message.get("tool_calls") or (), calls, strict=True):
+        arguments = original.get("function", original).get("arguments")
+        if isinstance(arguments, str):
+            call.get("function", call)["arguments"] = arguments
 
 
 def _is_final(message: Message) -> bool:

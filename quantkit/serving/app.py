@@ -81,14 +81,17 @@ class Guard:
         allowed = origin is not None and origin in self._address.origins
         refusal = self._refusal(headers, allowed)
         if refusal is None and scope["method"] == "OPTIONS" and allowed:
-            refusal = Response(status_code=204)
+            refusal = Response(status_code=204)  # browsers send no key with it
+        elif refusal is None and not self._has_key(headers):
+            refusal = error(401, "the API key is wrong or missing.", code="invalid_api_key")
         app = self._app if refusal is None else refusal
         if not allowed:
             await app(scope, receive, send)
             return
+        asked = headers.get("access-control-request-headers", "authorization, content-type")
         cors = [
             (b"access-control-allow-origin", str(origin).encode()),
-            (b"access-control-allow-headers", b"authorization, content-type"),
+            (b"access-control-allow-headers", asked.encode("latin-1")),
             (b"access-control-allow-methods", b"GET, POST, OPTIONS"),
             (b"vary", b"origin"),
         ]
@@ -115,9 +118,13 @@ class Guard:
                 403, "web pages of this origin are not allowed; see --allow-origin.",
                 code="forbidden_origin",
             )  # fmt: skip
-        if address.api_key is not None and not allowed_key(headers, address.api_key):
-            return error(401, "the API key is wrong or missing.", code="invalid_api_key")
         return None
+
+    def _has_key(self, headers: Headers) -> bool:
+        """Return whether a request has the key, in constant time."""
+        key = self._address.api_key
+        given = headers.get("authorization", "").removeprefix("Bearer ")
+        return key is None or hmac.compare_digest(given.encode("utf-8", "replace"), key.encode())
 
 
 def _name(host: str) -> str:
@@ -125,12 +132,6 @@ def _name(host: str) -> str:
     if host.startswith("["):
         return host.partition("]")[0] + "]"
     return host.partition(":")[0].lower()
-
-
-def allowed_key(headers: Headers, key: str) -> bool:
-    """Return whether a request has the key, in constant time."""
-    given = headers.get("authorization", "").removeprefix("Bearer ")
-    return hmac.compare_digest(given.encode("utf-8", "replace"), key.encode())
 
 
 async def _body(request: Request, kind: type[Asked]) -> Asked:
@@ -141,7 +142,7 @@ async def _body(request: Request, kind: type[Asked]) -> Asked:
         if len(body) > _MOST:
             raise HTTPException(413, f"a request has at most {_MOST >> 20} MB.")
     try:
-        data = json.loads(bytes(body).decode("utf-8"))
+        data = _clean(json.loads(bytes(body).decode("utf-8")))
     except (ValueError, RecursionError) as exc:
         raise RequestError(f"the body is not JSON ({first_line(exc)}).") from exc
     if not isinstance(data, dict):
@@ -154,6 +155,12 @@ async def _body(request: Request, kind: type[Asked]) -> Asked:
         raise RequestError(f"{place}: {first['msg']}."[:400], place or None) from exc
     except RecursionError as exc:
         raise RequestError("the body is nested too deeply.") from exc
+
+
+def _clean(data: Any) -> Any:
+    """Return JSON without lone surrogates. Raises ValueError for infinities and NaN."""
+    text = json.dumps(data, ensure_ascii=False, allow_nan=False)
+    return json.loads(text.encode("utf-8", "replace"))
 
 
 async def _unless_gone(request: Request, work: Awaitable[T]) -> T:
@@ -183,7 +190,7 @@ async def _kept_alive(events: AsyncIterator[str]) -> AsyncIterator[str]:
         try:
             async for event in events:
                 ready.put_nowait(event)
-        except (OutputError, InputError) as exc:
+        except Exception as exc:  # noqa: BLE001  (a stream has to end legally)
             failure = {"message": str(exc), "type": "server_error", "param": None, "code": None}
             ready.put_nowait(f"data: {json.dumps({'error': failure})}\n\n")
         finally:

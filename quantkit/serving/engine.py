@@ -7,6 +7,7 @@ ResponseGenerator with an inbox of ours in the place of a queue, so that no thre
 import argparse
 import asyncio
 import contextlib
+import sys
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -72,7 +73,7 @@ class Engine:
         server = _server_module()
         options = _options(repo, cache_bytes)
         self._provider = _provider(server, options, repo, trust_remote_code)
-        cache = _prompt_cache(server)
+        cache = _prompt_cache(server, cache_bytes)
         self._server = server
         self._generator = _generator(server, self._provider, cache)
         self._provider.loaded.wait()
@@ -81,6 +82,8 @@ class Engine:
             raise self._provider.failure
         self.tokenizer = self._provider.tokenizer
         self.vocabulary: int = max(self.tokenizer.get_vocab().values()) + 1
+        args = getattr(self._provider.model, "args", None)
+        self.vocabulary = min(self.vocabulary, getattr(args, "vocab_size", self.vocabulary))
         self.context: int = _context(self._provider.model)
 
     @property
@@ -97,7 +100,8 @@ class Engine:
 
         An iterator that is closed early stops the generation. Raises OutputError.
         """
-        inbox = _Inbox(asyncio.get_running_loop())
+        alone = sampling.seed is not None or not self._provider.is_batchable
+        inbox = _Inbox(asyncio.get_running_loop(), alone)
         request = self._server.CompletionRequest("text", prompt, [], None, None)
         self._generator.requests.put((inbox, request, self._arguments(sampling)))
         context: Any = None
@@ -176,10 +180,12 @@ class Engine:
 class _Inbox:
     """Receives the answers of mlx-lm's generation thread for an event loop.
 
-    The loop is woken only where it waits: every wake costs the generation thread time.
+    The loop is woken only where it waits: every wake costs the generation thread time. A request
+    that is served `alone` looks for its context's stop only after its prompt.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, alone: bool) -> None:
+        self._alone = alone
         self._items: deque[Any] = deque()
         self._loop = loop
         self._waiting: asyncio.Future[None] | None = None
@@ -187,7 +193,9 @@ class _Inbox:
         self._context: Any = None
 
     def put(self, item: Any) -> None:
-        """Take an item from the generation thread."""
+        """Take an item from the generation thread, which an exception here stops if `alone`."""
+        if self._left and self._alone and not (item is None or isinstance(item, Exception)):
+            raise ConnectionAbortedError
         if self._context is None and hasattr(item, "stop"):
             self._context = item
             if self._left:
@@ -304,7 +312,7 @@ def _generator(server: Any, provider: Any, cache: Any) -> Any:
     return Generator(provider, cache)
 
 
-def _prompt_cache(server: Any) -> Any:
+def _prompt_cache(server: Any, most: int | None) -> Any:
     class PromptCache(server.LRUPromptCache):  # type: ignore[misc]
         """Always leaves a token to read: without one, nothing can be generated."""
 
@@ -312,7 +320,7 @@ def _prompt_cache(server: Any) -> Any:
             cache, unread = super().fetch_nearest_cache(model, tokens[:-1])
             return cache, [*unread, tokens[-1]]
 
-    return PromptCache(_SEQUENCES)
+    return PromptCache(_SEQUENCES, most or sys.maxsize)
 
 
 def _state(tokenizer: Any, tokens: list[int]) -> str:

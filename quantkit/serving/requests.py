@@ -1,7 +1,7 @@
 """Requests of OpenAI's two protocols, validated. Unknown fields are ignored."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
@@ -48,6 +48,8 @@ class _Sampled(_Body):
         asked = min(most or service.defaults.max_tokens, room)
         given = {name: value for name in _SAMPLED if (value := getattr(self, name)) is not None}
         bias = self._biases(service.engine.vocabulary)
+        if given.get("top_k", 0) >= service.engine.vocabulary:
+            given["top_k"] = 0  # all of them
         return replace(service.defaults, max_tokens=asked, logit_bias=bias, **given)
 
     def _biases(self, vocabulary: int) -> dict[int, float] | None:
@@ -223,6 +225,7 @@ class _Item(_Body):
     role: Literal["system", "developer", "user", "assistant"] | None = None
     content: Content = None
     summary: list[_Part] | None = None
+    id: str | None = None
     call_id: str | None = None
     name: str | None = None
     namespace: str | None = None
@@ -230,12 +233,16 @@ class _Item(_Body):
     output: Any = None
 
 
-class _ResponseTool(_Body):
-    type: str
+class _SpaceTool(_Body):
+    type: str = "function"
     name: str | None = None
     description: str | None = None
     parameters: dict[str, Any] | None = None
-    tools: list[dict[str, Any]] | None = None
+
+
+class _ResponseTool(_SpaceTool):
+    type: str
+    tools: list[_SpaceTool] | None = None
 
 
 class _Reasoning(_Body):
@@ -260,14 +267,25 @@ class ResponsesRequest(_Sampled):
     reasoning: _Reasoning | None = None
     text: _TextOptions | None = None
     metadata: dict[str, Any] | None = None
+    top_logprobs: Literal[0] | None = None
+    include: list[str] | None = None
 
-    def chat(self) -> list[Message]:
-        """Return the conversation that the input adds."""
+    def chat(
+        self, stored: Callable[[str], dict[str, Any] | None] = lambda _: None
+    ) -> list[Message]:
+        """Return the conversation that the input adds; `stored` knows earlier items by id."""
+        if any("logprobs" in one for one in self.include or ()):
+            raise RequestError("log-probabilities are not served.", "include")
         if isinstance(self.input, str):
             return [{"role": "user", "content": self.input}]
         chat: list[Message] = []
         thinking = ""
-        for item in self.input:
+        for given in self.input:
+            item = given
+            if given.type == "item_reference":
+                if (earlier := stored(given.id or "")) is None:
+                    raise RequestError(f"the item {given.id!r:.80} is not stored.", "input")
+                item = _Item.model_validate(earlier)
             thinking = _add(chat, item, thinking)
         return chat
 
@@ -283,12 +301,10 @@ class ResponsesRequest(_Sampled):
                 functions.append(function_of(tool.model_dump()))
             elif tool.type == "namespace" and tool.name:
                 for one in tool.tools or ():
-                    if one.get("type", "function") == "function" and isinstance(
-                        one.get("name"), str
-                    ):
-                        joined = f"{tool.name}__{one['name']}"
-                        functions.append({**function_of(one), "name": joined})
-                        spaces[joined] = (one["name"], tool.name)
+                    if one.type == "function" and one.name:
+                        joined = f"{tool.name}__{one.name}"
+                        functions.append({**function_of(one.model_dump()), "name": joined})
+                        spaces[joined] = (one.name, tool.name)
         return functions, spaces
 
     def wishes(self, functions: list[dict[str, Any]]) -> Wishes:
@@ -307,8 +323,10 @@ def _add(chat: list[Message], item: _Item, thinking: str) -> str:
         name = f"{item.namespace}__{name}" if item.namespace else name
         call = _call(item.call_id or "", name, item.arguments or "{}")
         last = chat[-1] if chat else {}
-        if last.get("role") == "assistant" and not thinking:
+        if last.get("role") == "assistant" and not (thinking and last.get("tool_calls")):
             last.setdefault("tool_calls", []).append(call)
+            if thinking:
+                last["thinking"] = last.get("thinking", "") + thinking
         else:
             chat.append(_assistant("", thinking, [call]))
     elif item.type == "function_call_output":
@@ -322,7 +340,6 @@ def _add(chat: list[Message], item: _Item, thinking: str) -> str:
         chat.append(_assistant(_text(item.content, "input"), thinking, []))
     elif item.role is not None:
         chat.append({"role": item.role, "content": _text(item.content, "input")})
-        return thinking
     else:
         return thinking  # an item of a hosted tool
     return ""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from quantkit.calibration.chat_template import Message
-from quantkit.errors import OutputError
+from quantkit.errors import first_line
 from quantkit.serving.engine import Prefill
 from quantkit.serving.requests import ResponsesRequest
 from quantkit.serving.turns import CALL, REASONING, Ended, Piece, RequestError, Service, Turn, Usage
@@ -40,7 +40,7 @@ async def response_turn(service: Service, request: ResponsesRequest) -> Response
                 "previous_response_not_found",
             )
         chat = earlier
-    chat += request.chat()
+    chat += request.chat(service.store.item)
     functions, spaces = request.functions()
     wishes = request.wishes(functions)
     instructed = [{"role": "system", "content": request.instructions}, *chat]
@@ -76,11 +76,12 @@ async def response_events(service: Service, turn: ResponseTurn) -> AsyncIterator
                 yield numbered(event)
             response = _response(service, turn, status, writer.output, item)
             if turn.request.store is not False:
-                service.store.put(turn.identity, turn.chat + _spoken(writer.output))
+                chat = turn.chat + _spoken(writer.output)
+                service.store.put(turn.identity, chat, writer.output)
             yield numbered({"type": f"response.{status}", "response": response})
-    except OutputError as exc:
+    except Exception as exc:  # noqa: BLE001  (a stream has to end legally)
         failed = _response(service, turn, "failed", writer.output, None)
-        failed["error"] = {"code": "server_error", "message": str(exc)}
+        failed["error"] = {"code": "server_error", "message": first_line(exc)}
         yield numbered({"type": "response.failed", "response": failed})
 
 

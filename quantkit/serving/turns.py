@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from quantkit.calibration.chat_template import Message
-from quantkit.errors import InputError
+from quantkit.errors import InputError, first_line
 from quantkit.generation.chat_model import repo_folder
 from quantkit.generation.harmony import COMMENTARY, FINAL, Channels, Delta, HarmonyReader
 from quantkit.generation.prompts import (
@@ -91,26 +91,31 @@ class Memory:
     """The tokens of turns that ended in a call, by its id; the oldest are forgotten first."""
 
     def __init__(self, most: int = _REMEMBERED) -> None:
-        self._turns: OrderedDict[str, list[int]] = OrderedDict()
+        self._turns: OrderedDict[str, tuple[list[int], str, str]] = OrderedDict()
         self._most, self._size = most, 0
 
-    def tokens(self, call: str) -> list[int] | None:
-        """Return the tokens of the turn that ended in a call."""
-        return self._turns.get(call)
+    def tokens(self, call: str, name: str, arguments: str) -> list[int] | None:
+        """Return the tokens of the turn that ended in this call, unless it was edited since."""
+        tokens, *written = self._turns.get(call) or (None, "", "")
+        return tokens if written == [name, arguments] else None
 
-    def remember(self, call: str, tokens: list[int]) -> None:
+    def remember(self, call: "MadeCall", tokens: list[int]) -> None:
         """Keep the tokens of a turn."""
-        self._turns[call] = tokens
+        self._turns[call.identity] = (tokens, call.name, call.arguments)
         self._size += len(tokens)
         while self._size > self._most and len(self._turns) > 1:
-            self._size -= len(self._turns.popitem(last=False)[1])
+            self._size -= len(self._turns.popitem(last=False)[1][0])
 
 
 class Store:
-    """Conversations by the id of the response that they led to; the oldest are dropped first."""
+    """Conversations by the id of the response that they led to; the oldest are dropped first.
+
+    Clients may refer to their items by id, too.
+    """
 
     def __init__(self, most: int = _STORED) -> None:
-        self._chats: OrderedDict[str, tuple[list[Message], int]] = OrderedDict()
+        self._chats: OrderedDict[str, tuple[list[Message], int, list[str]]] = OrderedDict()
+        self._items: dict[str, dict[str, Any]] = {}
         self._most, self._size = most, 0
 
     def get(self, identity: str) -> list[Message] | None:
@@ -118,13 +123,30 @@ class Store:
         entry = self._chats.get(identity)
         return None if entry is None else list(entry[0])
 
-    def put(self, identity: str, chat: list[Message]) -> None:
-        """Store a conversation."""
-        size = len(json.dumps(chat))
-        self._chats[identity] = (chat, size)
+    def item(self, identity: str) -> dict[str, Any] | None:
+        """Return an item of a stored response."""
+        return self._items.get(identity)
+
+    def put(self, identity: str, chat: list[Message], output: list[dict[str, Any]]) -> None:
+        """Store a conversation, and the items that it ends with."""
+        size = len(json.dumps([chat, output]))
+        self._items |= {item["id"]: item for item in output}
+        self._chats[identity] = (chat, size, [item["id"] for item in output])
         self._size += size
         while self._size > self._most and self._chats:
-            self._size -= self._chats.popitem(last=False)[1][1]
+            _, (_, size, items) = self._chats.popitem(last=False)
+            self._size -= size
+            for item in items:
+                self._items.pop(item, None)
+
+
+@dataclass
+class MadeCall:
+    """A call that a model makes, with the `arguments` so far."""
+
+    identity: str
+    name: str
+    arguments: str = ""
 
 
 @dataclass
@@ -144,8 +166,8 @@ class Service:
         """Return the prompt of a conversation. Raises RequestError if it cannot be read."""
         try:
             prompt = await asyncio.to_thread(self.prompts.prompt, messages, wishes, self.memory)
-        except InputError as exc:
-            raise RequestError(str(exc), "messages") from exc
+        except (InputError, ValueError, RecursionError) as exc:
+            raise RequestError(first_line(exc), "messages") from exc
         if len(prompt.tokens) >= self.engine.context:
             raise RequestError(
                 f"the prompt has {len(prompt.tokens):,} tokens, and the model's context "
@@ -225,7 +247,7 @@ class AnswerReader:
         self._tail = self._tool = ""
         self.stopped = False
         """Whether a stop string was reached."""
-        self.calls: list[str] = []
+        self.calls: list[MadeCall] = []
         self.reasoning = 0
 
     def begin(self, tokens: Sequence[int]) -> list[Piece]:
@@ -253,19 +275,29 @@ class AnswerReader:
             pieces = [piece for delta in deltas for piece in self._of_delta(delta)]
         else:
             pieces = self._of_text("", "")
-        if self._tail:
-            tail, self._tail = self._tail, ""
-            pieces.append(self._piece(TEXT, (TEXT,), tail))
-        return pieces
+        return pieces + self._flushed(())
 
     def _of_delta(self, delta: Delta) -> list[Piece]:
         recipient = delta.recipient
-        if recipient and recipient not in ("assistant", "all", "user"):
-            key = (CALL, delta.message, recipient)
-            return [self._piece(CALL, key, delta.text, recipient.removeprefix("functions."))]
-        if delta.channel in (FINAL, COMMENTARY):
+        called = recipient and recipient not in ("assistant", "all", "user")
+        if called and self._functions:
+            key: tuple[Any, ...] = (CALL, delta.message, recipient)
+            name = str(recipient).removeprefix("functions.")
+            return [*self._flushed(key), self._piece(CALL, key, delta.text, name)]
+        if delta.channel in (FINAL, COMMENTARY) and not called:
             return self._text(delta.text, (TEXT, delta.message))
-        return [self._piece(REASONING, (REASONING, delta.message), delta.text)]
+        if not delta.text:
+            return []
+        # A call where there is nothing to call is a thought.
+        key = (REASONING, delta.message)
+        return [*self._flushed(key), self._piece(REASONING, key, delta.text)]
+
+    def _flushed(self, key: tuple[Any, ...]) -> list[Piece]:
+        """Return the text that waited for a stop string, if another item follows it."""
+        if not self._tail or key == self._kind:
+            return []
+        tail, self._tail = self._tail, ""
+        return [self._piece(TEXT, self._kind, tail)]
 
     def _of_text(self, state: str, text: str) -> list[Piece]:
         """Return the pieces of some text of a model without channels."""
@@ -293,15 +325,19 @@ class AnswerReader:
             self._kind, self._number, self._name = key, self._number + 1, name
             self._identity = f"call_{uuid.uuid4().hex}" if kind == CALL else ""
             if kind == CALL:
-                self.calls.append(self._identity)
+                self.calls.append(MadeCall(self._identity, name))
+        if kind == CALL:
+            self.calls[-1].arguments += text
         return Piece(kind, self._number, text, self._name, self._identity)
 
     def _text(self, text: str, key: tuple[Any, ...]) -> list[Piece]:
         """Return text up to a stop string; an end that may become one waits."""
         if not self._stops:
             return [self._piece(TEXT, key, text)]
-        if self.stopped:
+        if self.stopped or not text:
             return []
+        if key != self._kind and self._tail:
+            return [*self._flushed(key), *self._text(text, key)]
         text, self._tail = self._tail + text, ""
         places = [place for stop in self._stops if (place := text.find(stop)) >= 0]
         if places:
@@ -313,7 +349,7 @@ class AnswerReader:
                 if any(stop.startswith(text[-length:]) for stop in self._stops):
                     text, self._tail = text[:-length], text[-length:]
                     break
-        return [self._piece(TEXT, key, text)] if text else []
+        return [self._piece(TEXT, key, text)] if text or self._kind != key else []
 
 
 def function_of(tool: Mapping[str, Any]) -> dict[str, Any]:

@@ -345,6 +345,15 @@ def test_clients_that_leave_stop_their_generation(client, server, script):
 
 
 ASKED = [{"role": "user", "content": "x"}]
+
+
+def nested(depth):
+    schema = {"type": "string"}
+    for _ in range(depth):
+        schema = {"type": "object", "properties": {"a": schema}}
+    return schema
+
+
 HOSTILE = [
     b"", b"{", b"[]", b"null", b"\xff\xfe", b"[" * 100_000, b'{"messages": NaN}',
     {}, {"messages": []}, {"messages": "x"}, {"messages": [1]}, {"messages": [{"role": "wizard"}]},
@@ -360,6 +369,10 @@ HOSTILE = [
     {"messages": ASKED, "tools": [{"type": "function", "function": {"name": "a b\n"}}]},
     {"messages": ASKED, "response_format": {"type": "json_schema"}},
     {"messages": ASKED, "reasoning_effort": "extreme"},
+    b'{"messages": [{"role": "user", "content": "x"}], "temperature": 1e999}',
+    {"messages": [{"role": "user", "content": "\u4e2d" * 2_000_000}]},
+    {"messages": [{"role": "system", "content": "a" * 9_000}]},
+    {"messages": ASKED, "tools": [{"type": "function", "function": {"name": "f", "parameters": nested(200)}}]},
     {"messages": [{"role": "user", "content": "word " * 140_000}]},
 ]  # fmt: skip
 
@@ -371,10 +384,88 @@ def test_a_hostile_request_gets_an_error_in_openais_form(server, number):
     assert set(answer["error"]) == {"message", "type", "param", "code"}
 
 
-def test_a_lone_surrogate_is_answered(server):
-    status, answer = raw(server, b'{"messages": [{"role": "user", "content": "\\ud800 \\udc00"}]}')
+@pytest.mark.parametrize("role", ["user", "system", "assistant"])
+def test_a_lone_surrogate_is_answered(server, role):
+    body = b'{"messages": [{"role": "ROLE", "content": "\\ud800 \\udc00"}, {"role": "user", "content": "x"}]}'
+    status, answer = raw(server, body.replace(b"ROLE", role.encode()))
     assert status == 200
     assert answer["choices"][0]["message"]["content"]
+
+
+def test_a_top_k_above_the_vocabulary_is_all_of_it(server):
+    """mlx-lm would end its thread."""
+    assert raw(server, {"messages": ASKED, "top_k": 10**9})[0] == 200
+
+
+def test_long_words_are_read_fast(server):
+    """openai-harmony needs quadratic time for them."""
+    began = time.monotonic()
+    assert raw(server, {"messages": [{"role": "user", "content": "a" * 200_000}]})[0] == 200
+    assert time.monotonic() - began < 30
+
+
+def test_a_seeded_client_that_leaves_stops_its_prompt(client, server):
+    connection = http.client.HTTPConnection(server.url.removeprefix("http://"), timeout=60)
+    text = " ".join(str(number) for number in range(30_000))
+    body = json.dumps({"messages": [{"role": "user", "content": text}], "seed": 1})
+    connection.request("POST", "/v1/chat/completions", body, {"content-type": "application/json"})
+    time.sleep(1)
+    connection.close()
+    began = time.monotonic()
+    assert chat(client, "say blue").choices[0].message.content == "blue"
+    assert time.monotonic() - began < 10
+
+
+def test_a_preflight_of_an_allowed_page(server):
+    import urllib.request
+
+    asked = {
+        "Origin": "http://allowed.example",
+        "Access-Control-Request-Headers": "x-stainless-os, authorization",
+    }
+    request = urllib.request.Request(f"{server.url}/v1/responses", method="OPTIONS", headers=asked)
+    with urllib.request.urlopen(request, timeout=10) as reply:
+        assert reply.status == 204
+        assert "x-stainless-os" in reply.headers["access-control-allow-headers"]
+
+
+def test_an_edited_call_is_read_as_edited(client, script):
+    prompts = []
+    first = chat(client, "weather?", tools=CHAT_TOOLS).choices[0].message.tool_calls[0].model_dump()
+    first["function"]["arguments"] = '{"city": "Oslo", "day": null}'
+    messages = [
+        {"role": "user", "content": "weather?"},
+        {"role": "assistant", "content": None, "tool_calls": [first]},
+        {"role": "tool", "tool_call_id": first["id"], "content": "cold"},
+    ]
+    script.answer = lambda prompt: prompts.append(prompt) or FINAL.format("ok")
+    client.chat.completions.create(model="m", messages=messages, tools=CHAT_TOOLS)
+    assert '{"city": "Oslo", "day": null}<|call|>' in prompts[0]
+
+
+def test_a_preamble_between_thoughts_belongs_to_its_call(client, script):
+    prompts = []
+    said = THINK.format("t1") + "<|channel|>commentary<|message|>First.<|end|><|start|>assistant"
+    script.answer = lambda prompt: said + THINK.format("t2") + CALL.format("weather", "{}")
+    first = client.responses.create(model="m", input="go", tools=TOOLS)
+    script.answer = lambda prompt: prompts.append(prompt) or FINAL.format("ok")
+    output = {"type": "function_call_output", "call_id": first.output[-1].call_id, "output": "warm"}
+    references = [{"type": "item_reference", "id": item.id} for item in first.output]
+    user = {"type": "message", "role": "user", "content": "go"}
+    client.responses.create(model="m", input=[output], tools=TOOLS, previous_response_id=first.id)
+    client.responses.create(model="m", input=[user, *references, output], tools=TOOLS)
+    for prompt in prompts:
+        assert prompt.count("First.") == prompt.count("t1<|end|>") == prompt.count("t2<|end|>") == 1
+        assert "<|channel|>final" not in prompt
+    with pytest.raises(openai.BadRequestError, match="not stored"):
+        client.responses.create(model="m", input=[{"type": "item_reference", "id": "fc_none"}])
+
+
+def test_without_tools_there_are_no_calls(client, script):
+    script.answer = lambda prompt: CALL.format("weather", '{"a": 1}')
+    choice = chat(client, "x", tools=CHAT_TOOLS, tool_choice="none").choices[0]
+    assert choice.message.tool_calls is None
+    assert choice.finish_reason == "stop"
 
 
 def test_a_huge_body_is_refused(server):
