@@ -319,6 +319,8 @@ def run(service: Service, address: Address) -> None:
             """End the process: the generation thread may be deep in a prompt."""
             os._exit(0)
 
+    # The generation thread should not wait 5 ms for the interpreter while answers are written.
+    sys.setswitchinterval(0.0005)
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("quantkit.serve").setLevel(logging.INFO)
     config = uvicorn.Config(
