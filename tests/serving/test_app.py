@@ -370,7 +370,7 @@ HOSTILE = [
     {"messages": ASKED, "response_format": {"type": "json_schema"}},
     {"messages": ASKED, "reasoning_effort": "extreme"},
     b'{"messages": [{"role": "user", "content": "x"}], "temperature": 1e999}',
-    {"messages": [{"role": "user", "content": "\u4e2d" * 2_000_000}]},
+    {"messages": [{"role": "user", "content": "\u4e2d" * 600_000}]},
     {"messages": [{"role": "system", "content": "a" * 9_000}]},
     {"messages": ASKED, "tools": [{"type": "function", "function": {"name": "f", "parameters": nested(200)}}]},
     {"messages": [{"role": "user", "content": "word " * 140_000}]},
