@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import date
 from typing import Any
 
@@ -10,6 +10,7 @@ from quantkit.artifacts.scores import Answer, Call
 from quantkit.calibration.chat_template import has_chat_template, normalize_messages, render_chat
 from quantkit.errors import InputError
 from quantkit.generation.harmony import FINAL, Channels, Delta, read_calls
+from quantkit.generation.prompts import Functions
 
 _FINAL_HEADER = "<|channel|>final<|message|>"
 _THOUGHT = re.compile(r".*</think>", re.DOTALL)
@@ -19,7 +20,6 @@ _FUNCTIONS = """You can call these functions, given as JSON schemas:
 
 To answer, write only the call, in this form, and no other text:
 [function_name(parameter_1=value_1, parameter_2=value_2)]"""
-Functions = Sequence[Mapping[str, Any]]
 
 
 class AnswerFormat:
@@ -100,14 +100,19 @@ class AnswerFormat:
         calls: list[Call] = []
         for piece in text.split(start)[1:]:
             body = piece.partition(end)[0] if end else piece
-            try:
-                tools = [{"type": "function", "function": function} for function in functions]
-                parsed = self._tokenizer.tool_parser(body, tools)
-            except Exception:  # noqa: BLE001  (a malformed call is the model's fault, and no call)
-                continue
-            for call in parsed if isinstance(parsed, list) else [parsed]:
+            for call in parse_calls(self._tokenizer, body, functions):
                 calls.append((str(call["name"]), dict(call["arguments"])))
         return calls
+
+
+def parse_calls(tokenizer: Any, text: str, functions: Functions) -> list[Any]:
+    """Return the calls in a text by mlx-lm's parser for a model without channels."""
+    try:
+        tools = [{"type": "function", "function": dict(function)} for function in functions]
+        parsed = tokenizer.tool_parser(text, tools)
+    except Exception:  # noqa: BLE001  (a malformed call is the model's fault, and no call)
+        return []
+    return parsed if isinstance(parsed, list) else [parsed]
 
 
 def _json_calls(deltas: Sequence[Delta]) -> list[Call]:

@@ -97,13 +97,19 @@ class TemplatePrompts:
         return Prompt(list(self._tokenizer.encode(text, add_special_tokens=False)))
 
 
+def _split(chat: Sequence[Message]) -> tuple[list[str], Sequence[Message]]:
+    """Return the instructions before the first turn, and the turns."""
+    count = next((n for n, m in enumerate(chat) if m["role"] not in _INSTRUCTIONS), len(chat))
+    return [message["content"] for message in chat[:count]], chat[count:]
+
+
 def _one_instruction(chat: Sequence[Message]) -> list[Message]:
     """Join the instructions before the first turn, since most templates take one."""
-    count = next((n for n, m in enumerate(chat) if m["role"] not in _INSTRUCTIONS), len(chat))
-    text = "\n\n".join(message["content"] for message in chat[:count])
+    texts, turns = _split(chat)
+    text = "\n\n".join(texts)
     others = [
         {**message, "role": "system"} if message["role"] == "developer" else message
-        for message in chat[count:]
+        for message in turns
     ]
     return [{"role": "system", "content": text}, *others] if text else others
 
@@ -127,11 +133,10 @@ class HarmonyPrompts:
         chat = normalize_messages(messages)
         for message, given in zip(chat, messages, strict=True):
             _keep_arguments(message, given)
-        count = next((n for n, m in enumerate(chat) if m["role"] not in _INSTRUCTIONS), len(chat))
-        _require_words([message["content"] for message in chat[:count]], wishes)
-        tokens = self._instructions([message["content"] for message in chat[:count]], wishes)
+        texts, turns = _split(chat)
+        _require_words(texts, wishes)
+        tokens = self._instructions(texts, wishes)
         shared = [len(tokens)]
-        turns = chat[count:]
         answered = [n for n, m in enumerate(turns) if m["role"] == "assistant" and _is_final(m)]
         last = answered[-1] if answered else -1
         names: dict[str, str] = {}

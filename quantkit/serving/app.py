@@ -56,9 +56,14 @@ def error(
     status: int, message: str, param: str | None = None, code: str | None = None
 ) -> JSONResponse:
     """Return an error in OpenAI's form."""
+    return JSONResponse(_error_body(status, message, param, code), status)
+
+
+def _error_body(
+    status: int, message: str, param: str | None = None, code: str | None = None
+) -> dict[str, Any]:
     kind = "invalid_request_error" if status < 500 else "server_error"
-    body = {"message": message, "type": kind, "param": param, "code": code}
-    return JSONResponse({"error": body}, status)
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
 class Guard:
@@ -191,8 +196,7 @@ async def _kept_alive(events: AsyncIterator[str]) -> AsyncIterator[str]:
             async for event in events:
                 ready.put_nowait(event)
         except Exception as exc:  # noqa: BLE001  (a stream has to end legally)
-            failure = {"message": str(exc), "type": "server_error", "param": None, "code": None}
-            ready.put_nowait(f"data: {json.dumps({'error': failure})}\n\n")
+            ready.put_nowait(f"data: {json.dumps(_error_body(500, str(exc)))}\n\n")
         finally:
             ready.put_nowait(None)
 

@@ -29,13 +29,12 @@ async def chat_completion(service: Service, turn: Turn) -> dict[str, Any]:
         if isinstance(item, Ended):
             ended = item
         elif isinstance(item, Piece) and item.kind == CALL:
-            call = calls.setdefault(item.number, _call(item, ""))
+            call = calls.setdefault(item.number, _call(item))
             call["function"]["arguments"] += item.text
         elif isinstance(item, Piece):
             texts[item.kind] += item.text
-    message: dict[str, Any] = {"role": "assistant", "content": texts[TEXT] or None}
-    if not calls:
-        message["content"] = texts[TEXT]
+    content = (texts[TEXT] or None) if calls else texts[TEXT]
+    message: dict[str, Any] = {"role": "assistant", "content": content}
     if texts[REASONING]:
         message |= dict.fromkeys(("reasoning", "reasoning_content"), texts[REASONING])
     if calls:
@@ -65,7 +64,7 @@ async def chat_stream(service: Service, turn: Turn, *, usage: bool) -> AsyncIter
         elif item.kind == CALL:
             if item.number not in numbers:
                 numbers[item.number] = len(numbers)
-                yield event({"tool_calls": [{"index": numbers[item.number], **_call(item, "")}]})
+                yield event({"tool_calls": [{"index": numbers[item.number], **_call(item)}]})
             if item.text:
                 arguments = {"index": numbers[item.number], "function": {"arguments": item.text}}
                 yield event({"tool_calls": [arguments]})
@@ -81,8 +80,9 @@ def _head(service: Service, kind: str) -> dict[str, Any]:
     return {"id": identity, "object": kind, "created": int(time.time()), "model": service.name}
 
 
-def _call(piece: Piece, arguments: str) -> dict[str, Any]:
-    function = {"name": piece.name, "arguments": arguments}
+def _call(piece: Piece) -> dict[str, Any]:
+    """Return the beginning of a call, without its arguments."""
+    function = {"name": piece.name, "arguments": ""}
     return {"id": piece.identity, "type": "function", "function": function}
 
 

@@ -95,10 +95,13 @@ class Engine:
         """End the generation thread."""
         self._generator.stop_and_join()
 
-    async def steps(self, prompt: Prompt, sampling: Sampling) -> AsyncIterator[Prefill | Step]:
+    async def steps(
+        self, prompt: Prompt, sampling: Sampling, *, by_state: bool
+    ) -> AsyncIterator[Prefill | Step]:
         """Yield the progress of the prompt, then the tokens of its answer.
 
-        An iterator that is closed early stops the generation. Raises OutputError.
+        `by_state` has their text by state, which models with channels do not need. An iterator
+        that is closed early stops the generation. Raises OutputError.
         """
         alone = sampling.seed is not None or not self._provider.is_batchable
         inbox = _Inbox(asyncio.get_running_loop(), alone)
@@ -106,20 +109,21 @@ class Engine:
         self._generator.requests.put((inbox, request, self._arguments(sampling)))
         context: Any = None
         state: Any = None
+        cached = 0
         try:
             while (item := await inbox.get()) is not None:
                 if isinstance(item, Exception):
                     raise OutputError(f"mlx-lm failed to generate ({first_line(item)}).") from item
                 if context is None:
-                    context = item
+                    context, cached = item, max(item.prompt_cache_count, 0)
                     state = context.text_sm.make_state(context.initial_state)
-                    cached = max(context.prompt_cache_count, 0)
                     yield Prefill(cached, len(prompt.tokens), cached)
                 elif isinstance(item, tuple):
-                    cached = max(context.prompt_cache_count, 0)
                     yield Prefill(cached + item[0], len(prompt.tokens), cached)
                 else:
-                    state, segments = self._segments(state, item)
+                    segments: Sequence[tuple[str, str]] = ()
+                    if by_state:
+                        state, segments = self._segments(state, item)
                     yield Step(item.token, segments, item.finish_reason)
         finally:
             inbox.leave()
@@ -135,16 +139,6 @@ class Engine:
             state, flushed, current = machine.flush(state)
             segments = [*segments, (current, flushed)]
         return state, segments
-
-    def parse_calls(self, text: str, functions: Sequence[Mapping[str, Any]]) -> list[Any]:
-        """Return the calls in a text by the tool parser of a model without channels."""
-        tools = [{"type": "function", "function": dict(one)} for one in functions]
-        try:
-            parsed = self.tokenizer.tool_parser(text, tools)
-        except Exception:  # noqa: BLE001  (a malformed call is the model's fault)
-            return []
-        calls = parsed if isinstance(parsed, list) else [parsed]
-        return [call for call in calls if isinstance(call, dict) and call.get("name")]
 
     def _arguments(self, sampling: Sampling) -> Any:
         server = self._server

@@ -233,5 +233,4 @@ def _usage(usage: Usage) -> Json:
 
 def _spoken(output: list[Json]) -> list[Message]:
     """Return an output as messages of the conversation."""
-    items = [{**item, "output": None} for item in output]
-    return ResponsesRequest.model_validate({"input": items}).chat()
+    return ResponsesRequest.model_validate({"input": output}).chat()

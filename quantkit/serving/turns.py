@@ -13,6 +13,7 @@ from typing import Any
 
 from quantkit.calibration.chat_template import Message
 from quantkit.errors import InputError, first_line
+from quantkit.generation.answers import parse_calls
 from quantkit.generation.chat_model import repo_folder
 from quantkit.generation.harmony import COMMENTARY, FINAL, Channels, Delta, HarmonyReader
 from quantkit.generation.prompts import (
@@ -184,7 +185,8 @@ class Service:
         for piece in reader.begin(spoken):
             yield piece
         cached, count, finish, began = 0, 0, "stop", time.monotonic()
-        steps = self.engine.steps(turn.prompt, turn.sampling)
+        by_state = not self.channels.has_channels
+        steps = self.engine.steps(turn.prompt, turn.sampling, by_state=by_state)
         try:
             async for step in steps:
                 if isinstance(step, Prefill):
@@ -237,7 +239,7 @@ class AnswerReader:
     """Reads the pieces of one answer from its tokens."""
 
     def __init__(self, service: Service, turn: Turn) -> None:
-        self._engine = service.engine
+        self._tokenizer = service.engine.tokenizer
         self._functions = turn.functions
         self._harmony = HarmonyReader(service.channels) if service.channels.has_channels else None
         self._stops = [stop for stop in turn.stops if stop]
@@ -307,7 +309,8 @@ class AnswerReader:
         pieces: list[Piece] = []
         if self._tool:
             tool, self._tool = self._tool, ""
-            calls = self._engine.parse_calls(tool, self._functions)
+            parsed = parse_calls(self._tokenizer, tool, self._functions)
+            calls = [call for call in parsed if isinstance(call, dict) and call.get("name")]
             for number, call in enumerate(calls):
                 arguments = json.dumps(call.get("arguments") or {}, ensure_ascii=False)
                 key = (CALL, self._number, number, tool)
