@@ -109,7 +109,7 @@ REFUSED = {
     "no such text": ("--calibration", "nowhere.jsonl"),
     "too long a sequence": ("--sequence-length", "1000000"),
     "no text": ("--calibration", "EMPTY"),
-    "no such tier": ("--tiers", "q1g64"),
+    "no such tier": ("--tiers", "q7g64"),
     "no such method": ("--method", "guess"),
 }
 

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from quantkit.artifacts.calibration import CalibrationText
+from quantkit.artifacts.experts import KeptExperts, Pruning
 from quantkit.artifacts.inventory import SourceId, is_count, source_id
 from quantkit.artifacts.memory import MemoryTarget
 from quantkit.artifacts.roles import ROLES
@@ -59,13 +60,15 @@ class Optimality:
 
     `limits` describe the budget as text. No plan within it has a predicted KL divergence below
     `bound`; `gap` is the relative distance of this plan to the bound. `shadow_prices` are the KL
-    decrease per additional byte, in nats per token, one for each limit.
+    decrease per additional byte, in nats per token, one for each limit. With expert pruning,
+    `expert_counts` are the numbers of experts for which the knapsack was solved.
     """
 
     limits: tuple[str, ...]
     bound: float
     gap: float
     shadow_prices: tuple[float, ...]
+    expert_counts: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,7 @@ class Plan:
     quantizer, `tuning_steps` the steps of scale tuning after it. `measured_kl` is the measured KL
     divergence of the whole plan, rounded to nearest; the predictions are for `kl_quantizer`.
     `memory_target` is the memory that the plan was made for, None if its bytes were given
-    otherwise.
+    otherwise. `pruning` are the experts that it keeps, None for all.
     """
 
     source: SourceId
@@ -92,11 +95,14 @@ class Plan:
     tuning_steps: int = 0
     measured_kl: float | None = None
     memory_target: MemoryTarget | None = None
+    pruning: Pruning | None = None
 
     @property
     def predicted_kl(self) -> float | None:
         """The sum of the predicted KL costs, in nats per token; None without a profile."""
         costs = [assignment.kl for assignment in self.assignments]
+        if self.pruning is not None:
+            costs.append(self.pruning.kl)
         return None if None in costs else sum(kl for kl in costs if kl is not None)
 
     @property
@@ -110,6 +116,12 @@ class Plan:
 
     @property
     def parameters(self) -> int:
+        """The parameters of the source, over which bits per weight are counted."""
+        return self.pruning.source_parameters if self.pruning else self.kept_parameters
+
+    @property
+    def kept_parameters(self) -> int:
+        """The parameters that the plan stores."""
         return sum(assignment.parameters for assignment in self._all)
 
     @property
@@ -128,8 +140,9 @@ class Plan:
 
     @property
     def tiers_sha256(self) -> str:
-        """A hash of the assignments, which detects edited plans."""
-        return tiers_sha256((assignment.name, assignment.tier) for assignment in self.assignments)
+        """A hash of the assignments and the kept experts, which detects edited plans."""
+        pairs = ((assignment.name, assignment.tier) for assignment in self.assignments)
+        return tiers_sha256(pairs, self.pruning.kept if self.pruning else None)
 
     @property
     def _all(self) -> tuple[Assignment, ...]:
@@ -155,7 +168,7 @@ class Plan:
             roles=tuple(role for role in (*ROLES, self.unquantized.role) if role in present),
             weights=len(assignments),
             parameters=parameters,
-            parameters_percent=100 * parameters / max(1, self.parameters),
+            parameters_percent=100 * parameters / max(1, self.kept_parameters),
             bytes=stored,
             bits_per_weight=bits_per_weight(stored, parameters),
         )
@@ -170,6 +183,7 @@ class Plan:
             "origin": self.origin,
             "tiers_sha256": self.tiers_sha256,
             "parameters": self.parameters,
+            "kept_parameters": self.kept_parameters,
             "total_bytes": self.total_bytes,
             "bits_per_weight": self.bits_per_weight,
             "active_bytes_per_token": self.active_bytes,
@@ -178,6 +192,7 @@ class Plan:
             "measured_kl": self.measured_kl,
             "memory_target": None if self.memory_target is None else asdict(self.memory_target),
             "optimality": None if self.optimality is None else asdict(self.optimality),
+            "pruning": None if self.pruning is None else self.pruning.to_json(),
             "quantizer": self.quantizer,
             "tuning_steps": self.tuning_steps,
             "calibration_texts": [text.to_json() for text in self.calibration_texts],
@@ -206,14 +221,22 @@ class Plan:
                 tuning_steps=int(data.get("tuning_steps", 0)),
                 measured_kl=_kl(data.get("measured_kl")),
                 memory_target=_memory_target(data.get("memory_target")),
+                pruning=read_pruning(data),
             )
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as exc:
             raise PlanError(f"{where}: not a complete plan ({fault(exc)}). Make it again.") from exc
 
 
-def tiers_sha256(tiers: Iterable[tuple[str, str]]) -> str:
-    """Return a hash of (weight, tier) pairs in their order."""
-    return digest(list(tiers))
+def tiers_sha256(tiers: Iterable[tuple[str, str]], kept: KeptExperts | None = None) -> str:
+    """Return a hash of (weight, tier) pairs in their order, and of the experts that are kept."""
+    pairs = list(tiers)
+    return digest(pairs if kept is None else [pairs, sorted(kept.items())])
+
+
+def read_pruning(data: Mapping[str, Any]) -> Pruning | None:
+    """Read the pruning in the JSON object of a plan. Raises MalformedError, KeyError, TypeError."""
+    pruning = data.get("pruning")
+    return None if pruning is None else Pruning.from_json(pruning)
 
 
 def _optimality(data: Mapping[str, Any] | None) -> Optimality | None:
@@ -223,7 +246,8 @@ def _optimality(data: Mapping[str, Any] | None) -> Optimality | None:
     bound, gap = float(data["bound"]), float(data["gap"])
     if not prices or not all(0 <= number < math.inf for number in (bound, gap, *prices)):
         raise MalformedError("its optimality holds impossible numbers")
-    return Optimality(limits, bound, gap, prices)
+    counts = tuple(map(int, data.get("expert_counts", ())))
+    return Optimality(limits, bound, gap, prices, counts)
 
 
 def _memory_target(data: Mapping[str, Any] | None) -> MemoryTarget | None:

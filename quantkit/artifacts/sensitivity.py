@@ -7,6 +7,7 @@ from statistics import median
 from typing import Any
 
 from quantkit.artifacts.calibration import CalibrationText
+from quantkit.artifacts.experts import ExpertRanking
 from quantkit.artifacts.inventory import SourceId, is_count, source_id
 from quantkit.errors import MalformedError, ProfileError, fault
 from quantkit.storage.json_files import FORMAT_VERSION
@@ -65,7 +66,8 @@ class SensitivityProfile:
 
     `method` is `fisher` (predicted from one backward pass) or `kl` (measured). `expert_tokens` maps
     the module path of a stack of experts to the number of tokens that each expert received.
-    `quantizer_ratios` correct the costs for other quantizers.
+    `quantizer_ratios` correct the costs for other quantizers. `expert_rankings` are the rankings of
+    all blocks of experts, empty if they were not measured.
     """
 
     source: SourceId
@@ -79,6 +81,7 @@ class SensitivityProfile:
     expert_tokens: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     quantizer_ratios: QuantizerRatios = field(default_factory=dict)
+    expert_rankings: Mapping[str, ExpertRanking] = field(default_factory=dict)
 
     def quantized_by(self, quantizer: str) -> "SensitivityProfile":
         """Return the profile with the KL costs that are predicted for a quantizer.
@@ -98,6 +101,14 @@ class SensitivityProfile:
             )
             weights.append(replace(weight, costs=costs))
         return replace(self, quantizer=quantizer, weights=tuple(weights), quantizer_ratios={})
+
+    @property
+    def removal_costs(self) -> dict[int, float]:
+        """The KL cost of every measured number of experts to keep, summed over the blocks."""
+        costs: dict[int, float] = {}
+        for ranking in self.expert_rankings.values():
+            costs = {n: costs.get(n, 0.0) + kl for n, kl in ranking.kl.items()}
+        return costs
 
     @property
     def is_measured(self) -> bool:
@@ -129,6 +140,7 @@ class SensitivityProfile:
             "versions": dict(self.versions),
             "expert_tokens": {name: list(seen) for name, seen in self.expert_tokens.items()},
             "quantizer_ratios": self.quantizer_ratios,
+            "expert_rankings": {b: r.to_json() for b, r in self.expert_rankings.items()},
             "weights": weights,
         }
 
@@ -155,6 +167,10 @@ class SensitivityProfile:
                 expert_tokens={k: tuple(v) for k, v in data["expert_tokens"].items()},
                 versions=dict(data["versions"]),
                 quantizer_ratios=_ratios(data.get("quantizer_ratios", {})),
+                expert_rankings={
+                    str(block): ExpertRanking.from_json(ranking)
+                    for block, ranking in data.get("expert_rankings", {}).items()
+                },
             )
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as exc:
             raise ProfileError(

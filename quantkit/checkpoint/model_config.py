@@ -16,6 +16,7 @@ _DTYPE_KEYS = ("torch_dtype", "dtype")
 _LARGEST = 1e30  # base of RoPE
 _BESIDE = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
 _CACHE_BYTES = 2  # of a key or a value: mlx-lm caches 16 bits
+EXPERT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts")
 _COUNTS = {
     "layers": ("num_hidden_layers", "n_layers", "n_layer"),
     "hidden_size": ("hidden_size", "n_embd", "d_model"),
@@ -26,7 +27,7 @@ _COUNTS = {
     "vocabulary": ("vocab_size",),
     "context": ("max_position_embeddings", "n_positions"),
     "sliding_window": ("sliding_window",),
-    "experts": ("num_local_experts", "num_experts", "n_routed_experts"),
+    "experts": EXPERT_KEYS,
     "experts_per_token": ("num_experts_per_tok", "experts_per_token", "num_experts_per_token"),
 }
 

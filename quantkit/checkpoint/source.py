@@ -26,13 +26,15 @@ _BLOCK_BYTES = 2_000_000  # larger ones cost more in page faults than they save 
 class Source:
     """The input of all later stages: the inventory, and the rows of every tensor in it.
 
-    `floats` is the float type of its tensors, see `open_source`.
+    `floats` is the float type of its tensors, see `open_source`. `whole` is the source before
+    experts were removed, None if none were.
     """
 
     checkpoint: Checkpoint
     inventory: Inventory
     views: Mapping[str, View]
     floats: str
+    whole: "Source | None" = None
 
     def blocks(self, name: str) -> Iterator[tuple[int, int]]:
         """Yield row ranges that cover tensor `name`, each of about 2 MB as stored."""

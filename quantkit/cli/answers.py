@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from quantkit.cli import console
-from quantkit.cli.options import SamplingOptions
+from quantkit.cli.sampling import SamplingOptions
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -15,7 +15,8 @@ from quantkit.cli.answers import (
     system_messages,
     warn_if_cut,
 )
-from quantkit.cli.options import Model, SamplingOptions, TrustRemoteCode, known_effort
+from quantkit.cli.options import Model, TrustRemoteCode
+from quantkit.cli.sampling import SamplingOptions, known_effort
 from quantkit.errors import InputError
 
 

@@ -12,15 +12,13 @@ from quantkit.cli.options import (
     INPUT,
     OUTPUT,
     RUNTIME,
-    SAMPLING,
     Json,
     Model,
-    Reasoning,
     Record,
     TrustRemoteCode,
-    known_effort,
     named_path,
 )
+from quantkit.cli.sampling import SAMPLING, Reasoning, known_effort
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -13,7 +13,8 @@ from quantkit.cli.answers import (
     system_messages,
     warn_if_cut,
 )
-from quantkit.cli.options import Json, Model, OneAnswerSampling, TrustRemoteCode
+from quantkit.cli.options import Json, Model, TrustRemoteCode
+from quantkit.cli.sampling import OneAnswerSampling
 
 
 def generate(

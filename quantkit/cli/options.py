@@ -11,11 +11,10 @@ from quantkit.storage.paths import user_path
 if TYPE_CHECKING:
     from quantkit.calibration.calibration_set import CalibrationSpec
     from quantkit.checkpoint.source import Source
-    from quantkit.generation.chat_model import SamplingParameters
     from quantkit.jobs.planning import PlanRequest
 
 INPUT, BUDGET, CONSTRAINTS = "Input", "Budget", "Constraints"
-QUANTIZER, TEXT, OUTPUT, SAMPLING = "Quantizer", "Calibration text", "Output", "Sampling"
+QUANTIZER, TEXT, OUTPUT = "Quantizer", "Calibration text", "Output"
 RUNTIME = "Runtime"
 
 
@@ -105,6 +104,18 @@ Plot = Annotated[
         rich_help_panel=OUTPUT,
         help="Save a plot (needs the extra `plot`).",
     ),
+]
+Experts = Annotated[
+    str | None,
+    typer.Option(
+        metavar="N",
+        rich_help_panel=CONSTRAINTS,
+        help="Remove experts: keep the best N in every layer, or `auto`, as many as is best under "
+        "the budget.",
+    ),
+]
+Prune = Annotated[
+    bool, typer.Option("--prune", rich_help_panel=CONSTRAINTS, help="The same as --experts auto.")
 ]
 Force = Annotated[
     bool,
@@ -262,6 +273,8 @@ class TierOptions:
             "and solve again, N times.",
         ),
     ] = 0
+    experts: Experts = None
+    prune: Prune = False
 
     def request(self) -> "PlanRequest":
         """Return the request that these options state. Raises InputError."""
@@ -283,6 +296,7 @@ class TierOptions:
             reserve=self.reserve,
             quantizer=self.quantizer,
             refine=self.refine,
+            experts=requested_experts(self.experts, self.prune),
         )
 
 
@@ -307,78 +321,13 @@ class TextOptions:
         return CalibrationSpec(self.calibration, self.tokens, self.sequence_length, self.seed)
 
 
-MaxTokens = Annotated[
-    int, typer.Option(min=1, rich_help_panel=SAMPLING, help="Longest answer, with its reasoning.")
-]
-
-
-Reasoning = Annotated[
-    str | None,
-    typer.Option(
-        metavar="EFFORT",
-        rich_help_panel=SAMPLING,
-        help="Reasoning effort of gpt-oss: low, medium or high.",
-    ),
-]
-
-
-def known_effort(reasoning: str | None) -> str | None:
-    """Return the effort of `--reasoning`. Raises InputError for one that gpt-oss lacks."""
+def requested_experts(experts: str | None, prune: bool) -> str | None:
+    """Return the request of `--experts` and `--prune`. Raises InputError if they disagree."""
     from quantkit.errors import InputError
-    from quantkit.generation.chat_model import EFFORTS
 
-    if reasoning is not None and reasoning not in EFFORTS:
-        raise InputError(
-            f"unknown `reasoning` effort {reasoning!r}. Use one of {', '.join(EFFORTS)}."
-        )
-    return reasoning
-
-
-TopP = Annotated[
-    float,
-    typer.Option(
-        min=0.0,
-        max=1.0,
-        rich_help_panel=SAMPLING,
-        help="Nucleus sampling: keep the smallest set of tokens whose probability reaches P.",
-    ),
-]
-
-
-@dataclass(frozen=True)
-class SamplingOptions:
-    """How to sample an answer."""
-
-    max_tokens: MaxTokens = 4096
-    temp: Annotated[
-        float,
-        typer.Option(
-            "--temp",
-            min=0.0,
-            rich_help_panel=SAMPLING,
-            help="Temperature; 0 takes the most probable token.",
-        ),
-    ] = 0.0
-    top_p: TopP = 1.0
-    reasoning: Reasoning = None
-    seed: Annotated[
-        int,
-        typer.Option(min=0, max=2**64 - 1, rich_help_panel=SAMPLING, help="Seed of the sampling."),
-    ] = 0
-
-    def parameters(self) -> "SamplingParameters":
-        """Return the sampling parameters. Raises InputError."""
-        from quantkit.generation.chat_model import SamplingParameters
-
-        effort = known_effort(self.reasoning)
-        return SamplingParameters(self.max_tokens, effort, self.temp, self.top_p, self.seed)
-
-
-@dataclass(frozen=True)
-class OneAnswerSampling(SamplingOptions):
-    """How to sample a single answer."""
-
-    max_tokens: MaxTokens = 1024
+    if prune and experts not in (None, "auto"):
+        raise InputError("`prune` stands for `experts` auto; leave out one of them.")
+    return "auto" if prune else experts
 
 
 def memory_bytes(memory: str | None) -> int | None:

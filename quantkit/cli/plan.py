@@ -165,17 +165,22 @@ def _frontier(
 ) -> None:
     from quantkit.planning.frontier import frontier, recipe_plans
 
-    plans = frontier(source.inventory, profile, request.constraints(), request.active_limit)
-    recipes = recipe_plans(source.inventory, profile)
+    inventory, constraints, active = source.inventory, request.constraints(), request.active_limit
+    plans = frontier(inventory, profile, constraints, active)
+    pruned = []
+    if counts := request.expert_counts(source):
+        pruned = frontier(inventory, profile, constraints, active, expert_counts=counts)
+    recipes = recipe_plans(inventory, profile)
     if plot is not None:
         from quantkit.publish.plot import plot_frontier
 
-        plot_frontier(plans, recipes, plot)
+        plot_frontier(plans, recipes, plot, pruned)
     if json:
         rows = {
             "frontier": [tables.plan_row(p) for p in plans],
+            "pruned": [tables.plan_row(p) for p in pruned],
             "recipes": [tables.plan_row(p) for p in recipes],
         }
         console.print_json(rows)
     else:
-        tables.print_frontier(plans, recipes)
+        tables.print_frontier(plans, recipes, pruned)

@@ -11,15 +11,18 @@ from quantkit.cli import console, tables
 from quantkit.cli.options import (
     OUTPUT,
     QUANTIZER,
+    Experts,
     Force,
     Json,
     Memory,
     Plot,
+    Prune,
     SourceOptions,
     Src,
     TextOptions,
     memory_bytes,
     named_path,
+    requested_experts,
 )
 
 if TYPE_CHECKING:
@@ -97,6 +100,8 @@ class ProfileOptions:
             help="Validate: measure N random entries on other documents.",
         ),
     ] = 0
+    experts: Experts = None
+    prune: Prune = False
     memory: Memory = None
 
 
@@ -169,6 +174,7 @@ def _measured(
         options.quantizer,
         options.draws,
         routers=options.routers,
+        experts=requested_experts(options.experts, options.prune),
     )
     console.note(speed_hint())
     profiling = prepare_profile(source, options.output, settings, options.force)

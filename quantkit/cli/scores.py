@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantkit.artifacts.fidelity import Interval
 from quantkit.artifacts.scores import RIGHT, VERDICTS, Difference, Score
-from quantkit.cli.tables import plain_table, print_table
+from quantkit.cli.plain_table import plain_table, print_table
 
 if TYPE_CHECKING:
     from quantkit.jobs.evaluate import EvaluatedBenchmark

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from quantkit.cli import console
-from quantkit.cli.options import SAMPLING, MaxTokens, Model, TopP, TrustRemoteCode
+from quantkit.cli.options import Model, TrustRemoteCode
+from quantkit.cli.sampling import SAMPLING, MaxTokens, TopP
 
 if TYPE_CHECKING:
     from quantkit.serving.app import Address

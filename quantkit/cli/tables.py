@@ -1,10 +1,8 @@
 """Results for a person: tables and a few lines."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
-from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 from quantkit.artifacts.fidelity import Fidelity, Interval
@@ -14,19 +12,18 @@ from quantkit.artifacts.report import Report
 from quantkit.artifacts.roles import ROLES, group_roles
 from quantkit.artifacts.sensitivity import SensitivityProfile
 from quantkit.artifacts.speed import Speed
-from quantkit.formats.tiers import parse_tier
+from quantkit.cli.plain_table import plain_table, print_table
+from quantkit.formats.tiers import parse_tier, required_mlx
 from quantkit.units import bits_per_weight, count, gb, gib, plural, size
 
 if TYPE_CHECKING:
-    from rich.table import Column, Table
+    from rich.table import Table
 
     from quantkit.planning.explain import Difference, Explanation
     from quantkit.publish.upload import Upload
 
 _MOST_FILES = 8
 _LARGE = 10_000_000  # bytes, below which gigabytes would be shown as 0.00
-_LEAST_TEXT = 14  # characters of a heading, or a column of text, over several lines
-_BETWEEN = 2  # characters between two columns
 
 
 def print_inventory(inventory: Inventory) -> None:
@@ -69,10 +66,21 @@ def print_plan(plan: Plan, bandwidth: int | None = None) -> None:
     """Print the tier table of a plan, its totals, and its predictions."""
     print_table(_tier_table(plan), f"{plan.source.name}: {plan.origin}")
     _totals(plan.total_bytes, plan.parameters, plan.active_bytes)
+    _experts(plan)
     _predictions(plan)
     if bandwidth and plan.active_bytes:
         rate = bandwidth / plan.active_bytes
         print(f"speed             {rate:.0f} tokens/s at most, at {gb(bandwidth)}/s (no KV cache)")
+
+
+def _experts(plan: Plan) -> None:
+    """Print the experts that a plan keeps, and the version of mlx that it needs."""
+    if (pruning := plan.pruning) is not None:
+        cost = "" if pruning.kl is None else f", at a predicted KL divergence of {pruning.kl:.4g}"
+        print(f"experts           {pruning.count} of {pruning.experts} kept in every layer{cost}")
+        print(f"                  {count(plan.kept_parameters)} parameters remain")
+    if least := required_mlx(assignment.storage for assignment in plan.assignments):
+        print(f"needs             mlx {least} or later")
 
 
 def _predictions(plan: Plan) -> None:
@@ -88,6 +96,9 @@ def _predictions(plan: Plan) -> None:
         bound, gap = plan.optimality.bound, plan.optimality.gap
         print(f"within            {' and '.join(plan.optimality.limits)}")
         print(f"proven            no plan within is predicted below {bound:.4g}; gap {gap:.2g}")
+        if plan.optimality.expert_counts:
+            solved = ", ".join(map(str, plan.optimality.expert_counts))
+            print(f"                  solved for {solved} experts kept")
 
 
 def print_explanation(explanation: "Explanation") -> None:
@@ -130,15 +141,20 @@ def plan_row(plan: Plan) -> dict[str, Any]:
         "total_bytes": plan.total_bytes,
         "bits_per_weight": plan.bits_per_weight,
         "predicted_kl": plan.predicted_kl,
+        "experts_kept": plan.pruning.count if plan.pruning else None,
     }
 
 
-def print_frontier(plans: Sequence[Plan], recipes: Sequence[Plan]) -> None:
-    """Print plans and recipes by size, each recipe beside the best plan of no more bytes."""
+def print_frontier(
+    plans: Sequence[Plan], recipes: Sequence[Plan], pruned: Sequence[Plan] = ()
+) -> None:
+    """Print plans by size: the best, the `pruned` ones, and recipes."""
     table = plain_table("plan", "#bytes", "#bpw", "#KL predicted")
-    for plan in sorted([*plans, *recipes], key=lambda p: p.total_bytes):
+    for plan in sorted([*plans, *pruned, *recipes], key=lambda p: p.total_bytes):
         kl = "tiers not in the profile" if plan.predicted_kl is None else f"{plan.predicted_kl:.4g}"
         name = plan.origin if plan.origin.startswith("recipe") else "best"
+        if plan.pruning is not None:
+            name = f"best, {plan.pruning.count} of {plan.pruning.experts} experts"
         table.add_row(name, size(plan.total_bytes), f"{plan.bits_per_weight:.3f}", kl)
     print_table(table, f"{plans[0].source.name}: the least KL at every size")
 
@@ -148,6 +164,7 @@ def print_report(report: Report, where: str) -> None:
     plan = report.plan
     print_table(_tier_table(plan), f"{where}: {plan.origin}, from {plan.source.name}")
     _totals(report.total_bytes, plan.parameters, plan.active_bytes)
+    _experts(plan)
     _predictions(plan)
     if report.inputs_per_expert is not None:
         print(f"inputs            {report.inputs_per_expert}")
@@ -196,6 +213,9 @@ def print_profile(profile: SensitivityProfile) -> None:
     )
     if profile.relative_error is not None:
         print(f"standard error    {100 * profile.relative_error:.0f}% of an entry (median)")
+    if removal := profile.removal_costs:
+        kept = ", ".join(f"{n}: {kl:.3g}" for n, kl in removal.items())
+        print(f"KL of experts     kept per layer: {kept}")
     counts = [n for seen in profile.expert_tokens.values() for n in seen]
     if counts:
         print(f"tokens per expert {min(counts)} to {max(counts)}, median {median(counts):.0f}")
@@ -305,72 +325,3 @@ def _totals(total: int, parameters: int, active: int | None) -> None:
     print(f"bits per weight   {bits:.3f} over {count(parameters)} parameters")
     if active is not None:
         print(f"read per token    {size(active)}")
-
-
-def plain_table(*columns: str) -> "Table":
-    """Return a plain table; a leading # aligns a column right and keeps its cells whole."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False, collapse_padding=True)
-    for column in columns:
-        number = column.startswith("#")
-        table.add_column(
-            Text(column.removeprefix("#")),
-            justify="right" if number else "left",
-            no_wrap=number,
-            overflow="fold",
-        )
-    return table
-
-
-def print_table(table: "Table", title: str | None = None) -> None:
-    """Print a table.
-
-    On a narrow terminal headings take several lines, and a table that is still too wide is printed
-    in pieces that repeat the first column.
-    """
-    from rich.console import Console
-
-    console = Console(markup=False, highlight=False)
-    if title:
-        print(title)
-    for piece in _parts_that_fit(table, console.width):
-        console.print(piece)
-        print()
-
-
-def _parts_that_fit(table: "Table", width: int) -> "Iterator[Table]":
-    """Yield tables of some of the columns of `table`, which together hold all of them."""
-    from rich.text import Text
-
-    columns = table.columns
-    if _width(columns, _longest_line) > width:
-        for column in columns:
-            if column.no_wrap:
-                column.header = Text("\n".join(wrap(str(column.header), _LEAST_TEXT)))
-    groups = [columns[:1]]
-    for column in columns[1:]:
-        if len(groups[-1]) > 1 and _width([*groups[-1], column], _least_width) > width:
-            groups.append(columns[:1])
-        groups[-1].append(column)
-    for group in groups:
-        piece = plain_table()
-        piece.columns = [replace(column, _index=number) for number, column in enumerate(group)]
-        piece.rows = table.rows
-        yield piece
-
-
-def _width(columns: Sequence["Column"], of_one: Callable[["Column"], int]) -> int:
-    return sum(of_one(column) + _BETWEEN for column in columns) - _BETWEEN
-
-
-def _longest_line(column: "Column") -> int:
-    cells = (str(cell) for cell in (column.header, *column.cells))
-    return max((len(line) for cell in cells for line in cell.splitlines()), default=0)
-
-
-def _least_width(column: "Column") -> int:
-    longest = _longest_line(column)
-    return longest if column.no_wrap else min(longest, _LEAST_TEXT)

@@ -7,16 +7,8 @@ from typing import Annotated
 import typer
 
 from quantkit.cli import console
-from quantkit.cli.options import (
-    OUTPUT,
-    TEXT,
-    Force,
-    Json,
-    Model,
-    SamplingOptions,
-    TrustRemoteCode,
-    named_path,
-)
+from quantkit.cli.options import OUTPUT, TEXT, Force, Json, Model, TrustRemoteCode, named_path
+from quantkit.cli.sampling import SamplingOptions
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from quantkit.artifacts.experts import expert_blocks
 from quantkit.artifacts.plan import Assignment
 from quantkit.artifacts.report import Report
 from quantkit.backend import mx, on_cpu
@@ -14,6 +15,7 @@ from quantkit.checkpoint.checkpoint import INDEX_FILE, Checkpoint, open_folder
 from quantkit.checkpoint.generic import build_model
 from quantkit.checkpoint.headers import StoredTensor
 from quantkit.checkpoint.model_config import mlx_quantization
+from quantkit.checkpoint.source import open_source
 from quantkit.checkpoint.stock import load_stock
 from quantkit.errors import InputError, OutputError, SourceError, first_line
 from quantkit.formats.dtypes import FLOATS, nan_scales, nonfinite
@@ -84,9 +86,12 @@ def _check_files(
         "index and shards": lambda: _check_index(repo, checkpoint),
         "config": lambda: _check_config(checkpoint),
         "bytes as planned": lambda: _check_bytes(checkpoint, report),
+        "experts as planned": lambda: _check_experts(repo, report),
         "hashes": lambda: _check_hashes(repo, report, progress),
         "finite values": lambda: _check_finite(checkpoint),
     }
+    if report.plan.pruning is None:
+        del looks["experts as planned"]
     for name, look in looks.items():
         yield _check(name, look)
 
@@ -196,6 +201,24 @@ def _check_bytes(checkpoint: Checkpoint, report: Report) -> str:
             f"norms and biases take {unquantized} bytes, planned were {plan.unquantized.bytes}."
         )
     return f"{plan.total_bytes:,} bytes"
+
+
+def _check_experts(repo: Path, report: Report) -> str:
+    """Compare the experts of every block, and those in the config, to the plan's pruning."""
+    pruning = report.plan.pruning
+    assert pruning is not None
+    inventory = open_source(str(repo), quantized=True).inventory
+    if inventory.experts != pruning.count:
+        raise _WrongError(
+            f"config.json: {inventory.experts} experts, planned were {pruning.count}."
+        )
+    try:
+        blocks = expert_blocks(inventory)
+    except InputError as exc:
+        raise _WrongError(str(exc)) from exc
+    if wrong := blocks.keys() ^ pruning.kept.keys():
+        raise _WrongError(f"{min(wrong)}: has experts in the repo or in the plan, but not in both.")
+    return f"{pruning.count} of {pruning.experts} kept in {plural(len(blocks), 'block')}"
 
 
 def _suffixes(assignment: Assignment) -> tuple[str, ...]:

@@ -3,14 +3,16 @@
 Sizes are arithmetic; this module does not import mlx.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Literal
 
 from quantkit.errors import TierError
 from quantkit.formats.dtypes import nbytes
 
 Mode = Literal["float", "affine", "mxfp4", "mxfp8", "nvfp4", "native"]
+_ONE_BIT_MLX = "0.32.4"  # the first mlx that has affine tiers of one bit
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,11 @@ class Tier:
     @property
     def quantized(self) -> bool:
         return self.mode not in ("float", "native")
+
+    @property
+    def mlx_version(self) -> str | None:
+        """The first version of mlx that has the tier; None if every supported version has it."""
+        return _ONE_BIT_MLX if self.bits == 1 else None
 
     def fits(self, shape: tuple[int, ...]) -> bool:
         """Return whether a weight of `shape` can be stored in this tier."""
@@ -100,7 +107,7 @@ NVFP4 = Tier("nvfp4", 4, 16, "nvfp4")
 
 
 def _affine() -> Iterator[Tier]:
-    for bits in (8, 6, 5, 4, 3, 2):
+    for bits in (8, 6, 5, 4, 3, 2, 1):
         for group_size in (128, 64, 32):
             yield Tier(f"q{bits}g{group_size}", bits, group_size, "affine")
 
@@ -115,8 +122,8 @@ def parse_tier(name: str) -> Tier:
     tier = TIERS.get(name.strip().lower())
     if tier is None:
         raise TierError(
-            f"unknown tier {name!r}. Write it like q4g64 (2, 3, 4, 5, 6 or 8 bits; g32, g64 or "
-            "g128), or mxfp4, mxfp8, nvfp4, bf16, f16, native."
+            f"unknown tier {name!r}. Write it like q4g64 (1, 2, 3, 4, 5, 6 or 8 bits; g32, g64 "
+            "or g128), or mxfp4, mxfp8, nvfp4, bf16, f16, native."
         )
     return tier
 
@@ -139,3 +146,28 @@ def native_name(storage: str) -> str:
     """Return the canonical name of leaving a weight in its `storage` tier."""
     tier = parse_tier(storage)
     return canonical(tier, tier).name
+
+
+def is_available(tier: Tier) -> bool:
+    """Return whether the installed mlx has a tier."""
+    return tier.mlx_version is None or _numbers(version("mlx")) >= _numbers(tier.mlx_version)
+
+
+def require_available(tier: Tier) -> None:
+    """Check that the installed mlx has a tier. Raises TierError."""
+    if not is_available(tier):
+        raise TierError(
+            f"tier {tier} needs mlx {tier.mlx_version}, installed is {version('mlx')}. Upgrade: "
+            "pip install -U mlx"
+        )
+
+
+def required_mlx(names: Iterable[str]) -> str | None:
+    """Return the first version of mlx that has all the tiers called `names`, None for any."""
+    versions = {tier.mlx_version for tier in map(parse_tier, names)} - {None}
+    return max((v for v in versions if v is not None), key=_numbers, default=None)
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    """Return the leading numbers of a version, to compare it."""
+    return tuple(int(number) for number in text.split(".")[:3] if number.isdigit())

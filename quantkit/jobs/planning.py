@@ -3,9 +3,11 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from quantkit.artifacts.experts import parse_expert_counts
 from quantkit.artifacts.memory import MemoryTarget
 from quantkit.artifacts.plan import Plan
 from quantkit.artifacts.sensitivity import SensitivityProfile
+from quantkit.checkpoint.pruned import require_prunable
 from quantkit.checkpoint.source import Source
 from quantkit.errors import InputError, PlanError, in_field
 from quantkit.formats.tiers import parse_tier
@@ -32,7 +34,8 @@ class PlanRequest:
 
     The other fields are the options of `quantkit plan`, as a user writes them: `profile` is a
     folder or a Hub id, `pins` are `PATTERN=TIER`, `tiers` is a list such as `q4g64,q3g64`, `refine`
-    the number of rounds in which the plan is measured and corrected.
+    the number of rounds in which the plan is measured and corrected. `experts` are numbers of
+    experts to keep such as `96`, or `auto`: all, or as many as is best.
     """
 
     budget: str | None = None
@@ -50,6 +53,7 @@ class PlanRequest:
     reserve: str | None = None
     quantizer: str | None = None
     refine: int = 0
+    experts: str | None = None
 
     def require_consistent(self) -> None:
         """Check that there is exactly one way to choose tiers, and no option for another way.
@@ -70,6 +74,10 @@ class PlanRequest:
                 raise InputError("`active_bytes` and `speed` need a `budget`.")
             if self.refine:
                 raise InputError("`refine` needs a `budget`.")
+            if self.experts is not None:
+                raise InputError("`experts` needs a `budget`.")
+        if self.experts is not None and self.refine:
+            raise InputError("`refine` measures bits alone; leave out `experts`.")
         if self.plan is not None and (self.context, self.reserve) != (None, None):
             raise InputError("`context` and `reserve` are part of the `plan`; leave them out.")
         if self.active_bytes is not None and self.speed is not None:
@@ -126,6 +134,15 @@ class PlanRequest:
         with in_field("active_bytes"):
             return None if self.active_bytes is None else parse_bytes(self.active_bytes)
 
+    def expert_counts(self, source: Source) -> tuple[int, ...]:
+        """Return the numbers of experts to choose from, none for all of them. Raises InputError."""
+        if self.experts is None:
+            return ()
+        require_prunable(source)
+        counts = parse_expert_counts(self.experts, source.inventory)
+        everything = source.inventory.experts or 0
+        return (everything, *counts) if self.experts.strip() == "auto" else counts
+
     def parsed_budget(self, source: Source) -> Budget:
         """Return the budget for a checkpoint. Raises InputError."""
         assert self.budget is not None
@@ -162,7 +179,9 @@ def choose_plan(
         raise InputError("a `budget` needs a `profile`.")
     budget, constraints = request.parsed_budget(source), request.constraints()
     if not request.refine:
-        return Planned(plan_by_budget(source.inventory, profile, budget, constraints), profile)
+        counts = request.expert_counts(source)
+        plan = plan_by_budget(source.inventory, profile, budget, constraints, counts)
+        return Planned(plan, profile)
     from quantkit.jobs.refine import refine  # runs the model
 
     measured = refine(source, profile, budget, constraints, request.refine, progress)

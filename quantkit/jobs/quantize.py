@@ -20,6 +20,7 @@ from quantkit.calibration.calibration_set import (
 from quantkit.calibration.splits import CALIBRATE, VALIDATE
 from quantkit.checkpoint.hub import is_repo_id
 from quantkit.checkpoint.provenance import versions
+from quantkit.checkpoint.pruned import pruned_source
 from quantkit.checkpoint.source import Source, with_values
 from quantkit.errors import CalibrationError, InputError, UntrustedCodeError, in_field
 from quantkit.jobs.open_model import open_model
@@ -159,11 +160,13 @@ def _profile_for(
         options.profile_text,
         more_tiers=tuple(tier.name for tier in named if tier.quantized),
         routers=constraints.routers,
+        experts=request.experts,
     )
     # Sizes need no measurement: refuse an impossible budget before hours of work.
     entries = settings.entries(source.inventory.weights)
     sizes = size_table(source.inventory, entries, settings.tier_names)
-    plan_by_budget(source.inventory, sizes, budget, constraints)
+    counts = request.expert_counts(source)
+    plan_by_budget(source.inventory, sizes, budget, constraints, counts)
     folder = out.with_name(f"{out.name}-profile")
     try:
         profiling = prepare_profile(source, folder, settings)
@@ -194,6 +197,8 @@ def write_plan(
     if source.checkpoint.folder is None:
         _require_output(source, plain_path(out), options.force)  # before the download
         source = with_values(source)
+    if plan.pruning is not None:
+        source = pruned_source(source, plan.pruning.kept)
     companions(source.checkpoint.path(""), source.inventory)  # refuses missing files
     _require_tunable(plan.tuning_steps, plan.quantizer)
     plan, quantization, hashes = _quantization(source, plan, options, progress)

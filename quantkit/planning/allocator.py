@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from quantkit.artifacts.experts import Pruning, expert_blocks, first_experts, pruned_inventory
 from quantkit.artifacts.inventory import Inventory
 from quantkit.artifacts.plan import Optimality, Plan
 from quantkit.artifacts.sensitivity import SensitivityProfile
@@ -18,25 +19,88 @@ _FACTOR = 10.0  # the most by which a measurement corrects the predictions of a 
 
 
 def plan_by_budget(
-    inventory: Inventory, profile: SensitivityProfile, budget: Budget, constraints: Constraints
+    inventory: Inventory,
+    profile: SensitivityProfile,
+    budget: Budget,
+    constraints: Constraints,
+    expert_counts: Sequence[int] = (),
 ) -> Plan:
-    """Return the plan of least predicted KL within `budget`. Raises PlanError if no plan is."""
+    """Return the plan of least predicted KL within `budget`. Raises PlanError if no plan is.
+
+    The plan keeps one of `expert_counts` experts in every block: the best of them, each solved for
+    itself. Without numbers it keeps all experts.
+    """
     profile = profile.quantized_by(constraints.quantizer)
-    groups = groups_of(inventory, profile, budget, constraints)
+    if not expert_counts:
+        return _plan(inventory, profile, budget, constraints, None)
+    if budget.bytes is None and set(expert_counts) != {inventory.experts}:
+        expert_counts = [count for count in expert_counts if count == inventory.experts]
+        if not expert_counts:
+            raise PlanError(f"budget {budget.label}: to remove experts is never lossless.")
+    plans, refused = [], []
+    for count in sorted(expert_counts, reverse=True):
+        pruning = _pruning(inventory, profile, count)
+        try:
+            plans.append(_plan(inventory, profile, budget, constraints, pruning))
+        except PlanError as exc:
+            refused.append(exc)
+    if not plans:
+        raise refused[-1]  # that of the fewest experts
+    best = min(plans, key=lambda plan: (plan.predicted_kl or 0.0, -plan.kept_parameters))
+    bounds = [plan.optimality.bound for plan in plans if plan.optimality is not None]
+    assert best.optimality is not None
+    kl, bound = best.predicted_kl or 0.0, min(bounds)
+    gap = (kl - bound) / kl if kl > bound else 0.0
+    solved = tuple(sorted(expert_counts, reverse=True))
+    optimality = replace(best.optimality, bound=bound, gap=gap, expert_counts=solved)
+    return replace(best, optimality=optimality)
+
+
+def _pruning(inventory: Inventory, profile: SensitivityProfile, count: int) -> Pruning | None:
+    """Return the best experts of every block by the profile, None for all. Raises PlanError."""
+    experts, rankings = inventory.experts or 0, profile.expert_rankings
+    if count == experts:
+        return None
+    if not profile.is_measured:
+        kept = first_experts(inventory, count)
+        return Pruning(experts, kept, inventory.parameters, 0.0)
+    blocks = expert_blocks(inventory)
+    if not all(block in rankings and count in rankings[block].kl for block in blocks):
+        raise PlanError(
+            f"the profile lacks the cost of keeping {count} of {experts} experts. Measure it with: "
+            f"quantkit profile SRC -o PROFILE --experts {count}"
+        )
+    kept = {block: rankings[block].kept(count) for block in blocks}
+    kl = sum(rankings[block].kl[count] for block in blocks)
+    return Pruning(experts, kept, inventory.parameters, kl)
+
+
+def _plan(
+    inventory: Inventory,
+    profile: SensitivityProfile,
+    budget: Budget,
+    constraints: Constraints,
+    pruning: Pruning | None,
+) -> Plan:
+    """Return the best plan that keeps the experts of `pruning`."""
+    kept = inventory if pruning is None else pruned_inventory(inventory, pruning.kept)
+    groups = groups_of(kept, profile, budget, constraints)
     if budget.bytes is None:
         groups = [_lossless(group) for group in groups]
-    solution = _solve(inventory, groups, budget, profile.is_measured)
+    solution = _solve(kept, groups, budget, profile.is_measured)
     tiers = {
         weight.name: parse_tier(group.tiers[number])
         for group, number in zip(groups, solution.chosen, strict=True)
         for weight in group.weights
     }
-    plan = make_plan(inventory, tiers, f"budget {budget.label}")
+    plan = make_plan(inventory, tiers, f"budget {budget.label}", pruning)
     plan = replace(plan, quantizer=constraints.quantizer)
     assert budget.bytes is None or plan.total_bytes <= budget.bytes, "more bytes than allowed"
+    bound = solution.bound + (pruning.kl or 0.0 if pruning else 0.0)
     return replace(
         with_predictions(plan, profile),
-        optimality=Optimality(budget.limits, solution.bound, solution.gap, solution.prices),
+        pruning=pruning,
+        optimality=Optimality(budget.limits, bound, solution.gap, solution.prices),
         calibration_texts=(profile.calibration,),
         memory_target=budget.memory_target,
     )

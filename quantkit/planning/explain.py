@@ -3,6 +3,7 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from quantkit.artifacts.experts import pruned_inventory
 from quantkit.artifacts.inventory import Inventory
 from quantkit.artifacts.plan import Assignment, Plan
 from quantkit.artifacts.sensitivity import SensitivityProfile
@@ -76,6 +77,8 @@ def explain(
 
     `profile` and `constraints` are the inputs of the plan. Raises InputError if no weight matches.
     """
+    if plan.pruning is not None:
+        inventory = pruned_inventory(inventory, plan.pruning.kept)
     chosen = [c for c in plan.assignments if matches(pattern, c.name, c.role)]
     if not chosen:
         raise InputError(f"`explain` pattern {pattern!r} matches no weight.")

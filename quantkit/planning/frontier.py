@@ -1,8 +1,10 @@
 """The frontier: the best plans by budget, and the shipped recipes beside them."""
 
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 
+from quantkit.artifacts.experts import first_experts, pruned_inventory
 from quantkit.artifacts.inventory import Inventory
 from quantkit.artifacts.plan import Plan
 from quantkit.artifacts.sensitivity import SensitivityProfile
@@ -10,7 +12,7 @@ from quantkit.errors import InputError, PlanError
 from quantkit.planning.allocator import plan_by_budget
 from quantkit.planning.budget import Budget
 from quantkit.planning.constraints import Constraints, allowed_tiers, groups_of
-from quantkit.planning.plan import with_predictions
+from quantkit.planning.plan import unquantized_assignment, with_predictions
 from quantkit.planning.recipe import load_recipe, plan_by_recipe, recipe_names
 from quantkit.quantizers.registry import RTN
 from quantkit.units import bits_per_weight
@@ -24,25 +26,31 @@ def frontier(
     constraints: Constraints,
     active_bytes: int | None = None,
     points: int = 24,
+    expert_counts: Sequence[int] = (),
 ) -> list[Plan]:
     """Return the best plans at evenly spaced budgets.
 
     The budgets range from the smallest possible size to the smallest size of least KL; each plan
-    reads at most `active_bytes` per token. Raises PlanError.
+    reads at most `active_bytes` per token, and keeps one of `expert_counts` experts, or all. Raises
+    PlanError.
     """
     everything = Budget(inventory.total_bytes, "native", active_bytes)
-    largest = plan_by_budget(inventory, profile, everything, constraints)
+    largest = plan_by_budget(inventory, profile, everything, constraints, expert_counts)
     if largest.predicted_kl == 0 and active_bytes is None:
         largest = plan_by_budget(inventory, profile, Budget(None, "lossless"), constraints)
-    groups = groups_of(inventory, profile, Budget(0), constraints)
-    least = sum(min(o.costs[0] for o in g.options) for g in groups) + largest.unquantized.bytes
+    fewest = inventory
+    if expert_counts:
+        fewest = pruned_inventory(inventory, first_experts(inventory, min(expert_counts)))
+    groups = groups_of(fewest, profile, Budget(0), constraints)
+    least = sum(min(o.costs[0] for o in g.options) for g in groups)
+    least += unquantized_assignment(fewest).bytes
     plans: list[Plan] = []
     for step in range(points - 1):
         limit = least + (largest.total_bytes - least) * step // (points - 1)
         label = f"{bits_per_weight(limit, inventory.parameters):.3f}bpw"
         try:
             budget = Budget(limit, label, active_bytes)
-            plan = plan_by_budget(inventory, profile, budget, constraints)
+            plan = plan_by_budget(inventory, profile, budget, constraints, expert_counts)
         except PlanError:  # the smallest possible plan may read too much
             continue
         if not plans or plan.total_bytes != plans[-1].total_bytes:

@@ -4,24 +4,30 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from quantkit.artifacts.experts import Pruning, pruned_inventory, require_fitting
 from quantkit.artifacts.inventory import Inventory, UnquantizedTensor, Weight
-from quantkit.artifacts.plan import Assignment, Plan, tiers_sha256
+from quantkit.artifacts.plan import Assignment, Plan, read_pruning, tiers_sha256
 from quantkit.artifacts.sensitivity import SensitivityProfile
 from quantkit.errors import PlanError, TierError, fault
-from quantkit.formats.tiers import Tier, canonical, parse_tier, resolve
+from quantkit.formats.tiers import Tier, canonical, parse_tier, require_available, resolve
 from quantkit.storage.json_files import require_kind
 from quantkit.units import like_others
 
 UNQUANTIZED = "unquantized"
 
 
-def make_plan(inventory: Inventory, tiers: Mapping[str, Tier], origin: str) -> Plan:
-    """Return the plan that stores each weight in `tiers[name]`.
+def make_plan(
+    inventory: Inventory, tiers: Mapping[str, Tier], origin: str, pruning: Pruning | None = None
+) -> Plan:
+    """Return the plan that stores each weight of a checkpoint in `tiers[name]`.
 
-    Raises TierError for a tier that does not fit, PlanError if `tiers` names other weights than the
-    inventory.
+    `pruning` are the experts to keep, None for all. Raises TierError for a tier that does not fit,
+    PlanError if `tiers` or `pruning` are for another inventory.
     """
     _require_same_weights(inventory, tiers)
+    if pruning is not None:
+        require_fitting(pruning, inventory, "plan")
+        inventory = pruned_inventory(inventory, pruning.kept)
     assignments = tuple(_assignment(inventory, w, tiers[w.name]) for w in inventory.weights)
     return Plan(
         inventory.source,
@@ -29,6 +35,7 @@ def make_plan(inventory: Inventory, tiers: Mapping[str, Tier], origin: str) -> P
         origin,
         assignments,
         unquantized_assignment(inventory),
+        pruning=pruning,
     )
 
 
@@ -36,7 +43,8 @@ def with_predictions(plan: Plan, profile: SensitivityProfile) -> Plan:
     """Return `plan` with the KL costs of a profile for its quantizer, None for tiers that are not
     in it.
 
-    Optimality and measured KL are dropped, since they belong to other predictions.
+    The same holds for the experts that it removes. Optimality and measured KL are dropped, since
+    they belong to other predictions.
     """
     profile = profile.quantized_by(plan.quantizer)
     costs = {w.name: {cost.tier: cost.kl for cost in w.costs} for w in profile.weights}
@@ -47,7 +55,21 @@ def with_predictions(plan: Plan, profile: SensitivityProfile) -> Plan:
         kl_quantizer=profile.quantizer,
         optimality=None,
         measured_kl=None,
+        pruning=_predicted(plan.pruning, profile),
     )
+
+
+def _predicted(pruning: Pruning | None, profile: SensitivityProfile) -> Pruning | None:
+    """Return a pruning with the KL cost of a profile, None if it keeps other experts."""
+    if pruning is None:
+        return None
+    rankings, count = profile.expert_rankings, pruning.count
+    same = all(
+        block in rankings and count in rankings[block].kl and rankings[block].kept(count) == numbers
+        for block, numbers in pruning.kept.items()
+    )
+    kl = sum(rankings[block].kl[count] for block in pruning.kept) if same else None
+    return replace(pruning, kl=kl)
 
 
 def read_plan(data: Mapping[str, Any], inventory: Inventory, where: str) -> Plan:
@@ -62,7 +84,9 @@ def read_plan(data: Mapping[str, Any], inventory: Inventory, where: str) -> Plan
         origin, unquantized = str(data.get("origin", "plan")), data.get("unquantized", {})
         named = [(weight["name"], weight["tier"]) for weight in data["weights"]]
         tiers = {name: _parse_tier(where, name, tier) for name, tier in named}
-        edited = tiers_sha256(named) != data["tiers_sha256"]
+        pruning = read_pruning(data)
+        kept = None if pruning is None else pruning.kept
+        edited = tiers_sha256(named, kept) != data["tiers_sha256"]
         if unquantized.get("tier", UNQUANTIZED) != UNQUANTIZED:
             raise PlanError(
                 f"{where}: norms, biases and sinks are never quantized; no tier applies to them."
@@ -79,10 +103,18 @@ def read_plan(data: Mapping[str, Any], inventory: Inventory, where: str) -> Plan
     if edited and not origin.startswith("edited"):
         origin = f"edited from {origin}"
     try:
-        plan = make_plan(inventory, tiers, origin)
+        plan = make_plan(inventory, tiers, origin, _counted(pruning, inventory, edited))
     except PlanError as exc:
         raise PlanError(f"{where}: {exc}") from exc
     return _with_saved(plan, Plan.from_json(data, where), edited)
+
+
+def _counted(pruning: Pruning | None, inventory: Inventory, edited: bool) -> Pruning | None:
+    """Return a saved pruning over the parameters of `inventory`, without prediction if edited."""
+    if pruning is None:
+        return None
+    kl = None if edited else pruning.kl
+    return replace(pruning, source_parameters=inventory.parameters, kl=kl)
 
 
 def unedited_plan(data: Mapping[str, Any], where: str) -> Plan:
@@ -128,6 +160,7 @@ def _parse_tier(where: str, weight: str, name: str) -> Tier:
 def _assignment(inventory: Inventory, weight: Weight, tier: Tier) -> Assignment:
     storage = parse_tier(weight.storage)
     physical = resolve(tier, storage)
+    require_available(physical)
     physical.require_fit(weight.name, weight.shape)
     stored = stored_bytes(weight, tier)
     return Assignment(

@@ -7,9 +7,11 @@ from pathlib import Path
 import yaml
 
 from quantkit.artifacts.fidelity import Fidelity, Interval
+from quantkit.artifacts.plan import Plan
 from quantkit.artifacts.report import License, Report
 from quantkit.artifacts.roles import group_roles
 from quantkit.artifacts.scores import Score
+from quantkit.formats.tiers import required_mlx
 from quantkit.publish.pictures import SCORES_PICTURE, TIERS_PICTURE
 from quantkit.units import count, gib, size
 
@@ -26,7 +28,8 @@ def card(report: Report, pictures: Sequence[str] = ()) -> str:
     active = plan.active_bytes
     facts = [
         f"- Size: {size(report.total_bytes)} ({gib(report.total_bytes)})",
-        f"- Bits per weight, everything stored counted: {plan.bits_per_weight:.3f}",
+        f"- Bits per weight, everything stored counted: {plan.bits_per_weight:.3f}{_over(plan)}",
+        *_experts(plan),
         *([] if active is None else [f"- Read per generated token: {size(active)}"]),
         *_memory(report),
         *_origin_of_tiers(report),
@@ -38,6 +41,7 @@ def card(report: Report, pictures: Sequence[str] = ()) -> str:
         f"{report.versions['quantkit']} ({_plain(plan.origin)}).",
         "\n".join(facts),
         _tiers(report),
+        *_removed(plan),
         *_picture(TIERS_PICTURE, "Bits per weight by role and layer", pictures),
         *_fidelity(report),
         *_scores(report),
@@ -97,6 +101,35 @@ def _linked(report: Report) -> str:
 def _plain(text: str) -> str:
     """Escape foreign text, so that Markdown shows it verbatim on one line."""
     return re.sub(r"([\\`*\[\]<>|#])", r"\\\1", " ".join(text.split()))
+
+
+def _over(plan: Plan) -> str:
+    """Return over which parameters bits are counted, if some were removed."""
+    return f" over the source's {count(plan.parameters)} parameters" if plan.pruning else ""
+
+
+def _experts(plan: Plan) -> list[str]:
+    """Return a line on the experts that were removed."""
+    pruning = plan.pruning
+    if pruning is None:
+        return []
+    cost = "" if pruning.kl is None else f"; {pruning.kl:.4g} of the predicted KL divergence"
+    return [
+        f"- Experts: {pruning.count} of {pruning.experts} kept in every layer, "
+        f"{count(plan.kept_parameters)} parameters in all{cost}"
+    ]
+
+
+def _removed(plan: Plan) -> list[str]:
+    """Return the list of the experts that were removed."""
+    pruning = plan.pruning
+    if pruning is None:
+        return []
+    rows = [
+        f"| `{block}` | {', '.join(map(str, pruning.removed(block)))} |" for block in pruning.kept
+    ]
+    table = "\n".join(["| block | removed experts, numbered from 0 |", "|---|---|", *rows])
+    return [f"<details><summary>Removed experts</summary>\n\n{table}\n\n</details>"]
 
 
 def _memory(report: Report) -> list[str]:
@@ -249,12 +282,14 @@ def _speed(report: Report) -> list[str]:
 
 def _usage(report: Report) -> str:
     name = report.repo or "path/to/this/folder"
+    least = required_mlx(assignment.storage for assignment in report.plan.assignments)
+    needed = f' "mlx>={least}"' if least else ""
     return "\n".join(
         [
             "## Use",
             "",
             "```sh",
-            "pip install mlx-lm",
+            f"pip install mlx-lm{needed}",
             f'mlx_lm.generate --model {name} --prompt "Hello"',
             f"mlx_lm.chat --model {name}",
             f"mlx_lm.server --model {name}",

@@ -73,13 +73,18 @@ def plot_fidelity(results: Sequence[Fidelity], path: Path) -> None:
     _save(figure, path)
 
 
-def plot_frontier(plans: Sequence[Plan], recipes: Sequence[Plan], path: Path) -> None:
-    """Plot predicted KL against size: the best plans as a line, recipes as points. Raises
-    OutputError.
+def plot_frontier(
+    plans: Sequence[Plan], recipes: Sequence[Plan], path: Path, pruned: Sequence[Plan] = ()
+) -> None:
+    """Plot predicted KL against size: the best plans as a line, recipes as points.
+
+    `pruned` are the best plans that may remove experts, a second line. Raises OutputError.
     """
     figure, axes = pyplot().subplots(figsize=(8, 5), layout="constrained")
-    points = [(plan.total_bytes / 1e9, plan.predicted_kl) for plan in plans if plan.predicted_kl]
-    axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label="the best plan")
+    for label, line in (("the best plan", plans), ("experts removed, too", pruned)):
+        points = [(plan.total_bytes / 1e9, plan.predicted_kl) for plan in line if plan.predicted_kl]
+        if points:
+            axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=label)
     for plan in recipes:
         if plan.predicted_kl:
             name = plan.origin.removeprefix("recipe ")

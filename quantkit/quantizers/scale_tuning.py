@@ -81,9 +81,10 @@ def _product(q: mx.array, tier: Tier, scales: mx.array, biases: mx.array) -> Pro
 class ScaleTuner:
     """Tunes the scales and biases of the quantized layers in `files`.
 
-    `tiers` are the tiers of all changed weights. Weights without calibrated tensors, the embedding
-    and the head take part as rounded to nearest. Every step leaves its state in the work directory,
-    from which an interrupted run resumes.
+    The target is the native model, with the experts that a plan removes. `tiers` are the tiers of
+    all changed weights. Weights without calibrated tensors, the embedding and the head take part as
+    rounded to nearest. Every step leaves its state in the work directory, from which an interrupted
+    run resumes.
     """
 
     def __init__(
@@ -96,6 +97,8 @@ class ScaleTuner:
         progress: Stage,
     ) -> None:
         self._model = model
+        whole = model.source.whole
+        self._native_model = model if whole is None else StreamingModel(whole)
         self._tiers = tiers
         self._files = files
         self._tuning = tuning
@@ -173,10 +176,10 @@ class ScaleTuner:
     def _native(self, key: str | None, tokens: mx.array) -> mx.array:
         """Return the native model's last layer output, cached under `key`."""
         if key is None:
-            return self._model.run(tokens, lambda *_: None)
+            return self._native_model.run(tokens, lambda *_: None)
         name = f"native-{key}.npy"
         if not self._work.has(name):
-            self._work.save_array(name, self._model.run(tokens, lambda *_: None))
+            self._work.save_array(name, self._native_model.run(tokens, lambda *_: None))
         return self._work.array(name)
 
     def _forward(

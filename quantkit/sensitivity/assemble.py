@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from quantkit.artifacts.experts import ExpertRanking
 from quantkit.artifacts.inventory import Weight
 from quantkit.artifacts.sensitivity import (
     QuantizerRatios,
@@ -57,7 +58,20 @@ class Assembly:
             weights=tuple(rows),
             expert_tokens=counts,
             quantizer_ratios=ratios,
+            expert_rankings=self._expert_rankings(),
         )
+
+    def _expert_rankings(self) -> Mapping[str, ExpertRanking]:
+        """Return the new rankings, or else the existing ones."""
+        rankings = {}
+        for table in self.tables:
+            for block, order in table.rankings.items():
+                costs = {c: _mean(kl) for (b, c), kl in table.removal.items() if b == block}
+                kl, stderr = ({c: cost[i] for c, cost in costs.items()} for i in (0, 1))
+                rankings[block] = ExpertRanking(tuple(map(int, order)), kl, stderr)
+        if not rankings and self.existing is not None:
+            return self.existing.expert_rankings
+        return dict(reversed(rankings.items()))  # in the order of the model
 
     def _quantizer_ratios(self) -> QuantizerRatios:
         """Return the ratios of the existing profile, and of the new entries."""
@@ -130,6 +144,14 @@ def _cost(entry: Entry, values: np.ndarray, unseen: tuple[int, int]) -> TierCost
     if not np.isfinite(values).all():
         raise SourceError(f"{entry.weight.name}: its KL cost in {entry.tier} is not finite.")
     more = 1 + unseen[0] / max(1, unseen[1])
-    kl = float(values.mean(dtype=np.float64)) * more
+    kl, stderr = _mean(values)
+    if len(values) == 1:
+        stderr *= more
+    return TierCost(entry.tier.name, entry.bytes, max(0.0, kl * more), stderr)
+
+
+def _mean(values: np.ndarray) -> tuple[float, float]:
+    """Return mean and standard error of costs (sequences,); of a single one, the cost itself."""
+    kl = float(values.mean(dtype=np.float64))
     spread = values.std(ddof=1, dtype=np.float64) if len(values) > 1 else abs(kl)
-    return TierCost(entry.tier.name, entry.bytes, max(0.0, kl), float(spread) / len(values) ** 0.5)
+    return kl, float(spread) / len(values) ** 0.5

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from quantkit.artifacts.calibration import CalibrationText
 from quantkit.artifacts.inventory import Inventory, Weight
+from quantkit.artifacts.roles import EXPERT_ROLES
 from quantkit.artifacts.sensitivity import (
     UNMEASURED,
     SensitivityProfile,
@@ -12,10 +13,13 @@ from quantkit.artifacts.sensitivity import (
     WeightSensitivity,
 )
 from quantkit.errors import TierError, in_field
-from quantkit.formats.tiers import Tier, native_name, parse_tier
+from quantkit.formats.tiers import Tier, is_available, native_name, parse_tier, require_available
 
 AFFINE_TIERS = ("q8g64", "q6g64", "q5g64", "q4g32", "q4g64", "q3g32", "q3g64", "q2g32", "q2g64")
-DEFAULT_TIERS = (*AFFINE_TIERS, "nvfp4", "mxfp4")
+ONE_BIT_TIERS = ("q1g32", "q1g64", "q1g128")
+_EMBEDDING_TIERS = (*AFFINE_TIERS, "nvfp4", "mxfp4")
+_EXPERT_TIERS = (*AFFINE_TIERS, *ONE_BIT_TIERS)
+DEFAULT_TIERS = (*AFFINE_TIERS, *ONE_BIT_TIERS, "nvfp4", "mxfp4")
 ALL_TIERS = (*DEFAULT_TIERS, "mxfp8")
 _ROUTER_TIERS = ("q8g64",)
 
@@ -48,6 +52,7 @@ def parse_tiers(text: str | None) -> tuple[str, ...] | None:
     with in_field("tiers"):
         tiers = [parse_tier(name) for name in text.split(",") if name.strip()]
     for tier in tiers:
+        require_available(tier)
         if not tier.quantized:
             raise TierError(
                 f"tier {tier.name} needs no measurement, since it is lossless. Name tiers such as "
@@ -62,12 +67,14 @@ def default_tiers(role: str, routers: bool = False) -> tuple[str, ...]:
     """Return the tiers that are measured by default for weights of a role.
 
     Calibrated quantizers have affine tiers only, save for embeddings. mxfp8 is left out: q6g64 is
-    smaller, and by measurement nearly always better. Routers have 8 bits, as in all recipes, unless
-    `routers` may get fewer.
+    smaller, and by measurement nearly always better. Only experts may get a single bit. Routers
+    have 8 bits, as in all recipes, unless `routers` may get fewer.
     """
     if role == "router" and not routers:
         return _ROUTER_TIERS
-    return DEFAULT_TIERS if role == "embedding" else AFFINE_TIERS
+    if role == "embedding":
+        return _EMBEDDING_TIERS
+    return _EXPERT_TIERS if role in EXPERT_ROLES else AFFINE_TIERS
 
 
 def default_entries(
@@ -85,13 +92,13 @@ def default_entries(
 
 
 def candidate_entries(weights: Iterable[Weight], tiers: Iterable[str]) -> list[Entry]:
-    """Return every fitting tier that is smaller than the native tier: larger ones are never
-    better.
+    """Return every fitting tier of the installed mlx that is smaller than the native tier: larger
+    ones are never better.
     """
     entries = []
     for weight in weights:
         for tier in map(parse_tier, tiers):
-            if tier.fits(weight.shape):
+            if is_available(tier) and tier.fits(weight.shape):
                 stored = tier.stored_bytes(weight.shape, weight.dtype)
                 if stored < weight.bytes:
                     entries.append(Entry(weight, tier, stored))

@@ -15,8 +15,10 @@ from quantkit.progress import Stage
 from quantkit.quantizers.input_sums import Inputs
 from quantkit.quantizers.registry import RTN
 from quantkit.sensitivity.entries import Entry, EntryKey
-from quantkit.sensitivity.probe import LayerProbe, ProbeResult, predicted_kl
+from quantkit.sensitivity.expert_probe import ExpertProbe
+from quantkit.sensitivity.probe import LayerProbe, ProbeResult
 from quantkit.sensitivity.quantizer_losses import Losses, sampled_layers, sampled_losses
+from quantkit.sensitivity.second_order import predicted_kl
 from quantkit.sensitivity.work import ProfileWork
 from quantkit.streaming.layer_runner import StreamingModel
 from quantkit.streaming.lm_head import ChangedModel, divergence, label_gradients
@@ -32,18 +34,24 @@ class StageTable:
 
     `costs` (sequences,) are KL costs per entry, `importance` (experts, in) the sums of squared
     inputs, `seen` (experts,) the number of inputs, both by weight; `losses` are those of
-    quantizers.
+    quantizers. `rankings` (experts,) are experts by block, best first, `removal` (sequences,) the
+    KL costs of keeping so many of them.
     """
 
     costs: dict[EntryKey, np.ndarray]
     importance: dict[str, np.ndarray] = field(default_factory=dict)
     seen: dict[str, np.ndarray] = field(default_factory=dict)
     losses: Losses = field(default_factory=dict)
+    rankings: dict[str, np.ndarray] = field(default_factory=dict)
+    removal: dict[tuple[str, int], np.ndarray] = field(default_factory=dict)
 
 
 @dataclass
 class Sweep:
-    """A fisher profile in progress, over `tokens` (sequences, length) of all processes."""
+    """A fisher profile in progress, over `tokens` (sequences, length) of all processes.
+
+    `experts` ranks the experts of every layer, None if none is to be removed.
+    """
 
     model: StreamingModel
     tokens: np.ndarray
@@ -52,6 +60,7 @@ class Sweep:
     draws: int
     seed: int
     quantizer: str = RTN
+    experts: ExpertProbe | None = None
 
     def __post_init__(self) -> None:
         self._group = mx.distributed.init()
@@ -122,7 +131,9 @@ class Sweep:
         dry = self.model.calls(self._tokens[:1])[number]
         weights = [w for n, w in self.model.weights.items() if n.startswith(f"{layer.path}.")]
         compares = self._compares and number in sampled_layers(self._head)
-        probe = LayerProbe(layer, weights, self.model.values, self.quantizer, compares)
+        probe = LayerProbe(
+            layer, weights, self.model.values, self.quantizer, compares, self.experts
+        )
         return probe.run(
             Call(self.work.array(f"x-{number}.npy"), dry.args, dry.kwargs),
             self.work.array(f"g-{number + 1}.npy"),
@@ -178,11 +189,15 @@ class Sweep:
                 arrays[f"{kind}.{weight}"] = np.array(self._summed(mx.array(whole)))
         for key, loss in result.losses.items():
             arrays["losses." + "\t".join(key)] = np.array(loss)
+        arrays |= {f"ranking.{block}": order for block, order in result.rankings.items()}
+        for (block, count), kl in result.removal.items():
+            arrays[f"removal.{block}\t{count}"] = kl
         self.work.save_arrays(f"stage-{number}.npz", arrays)
         self.work.save_costs(f"stage-{number}.json", costs, seconds)
 
     def _table(self, number: int) -> StageTable:
-        arrays: dict[str, dict[str, np.ndarray]] = {"importance": {}, "seen": {}, "losses": {}}
+        kinds = ("importance", "seen", "losses", "ranking", "removal")
+        arrays: dict[str, dict[str, np.ndarray]] = {kind: {} for kind in kinds}
         for key, values in self.work.arrays(f"stage-{number}.npz").items():
             kind, _, name = key.partition(".")
             arrays[kind][name] = values
@@ -190,8 +205,18 @@ class Sweep:
         for key, loss in arrays["losses"].items():
             quantizer, role, tier = key.split("\t")
             losses[quantizer, role, tier] = float(loss)
-        costs = self.work.costs(f"stage-{number}.json")
-        return StageTable(costs, arrays["importance"], arrays["seen"], losses)
+        removal = {}
+        for key, kl in arrays["removal"].items():
+            block, count = key.split("\t")
+            removal[block, int(count)] = kl
+        return StageTable(
+            self.work.costs(f"stage-{number}.json"),
+            arrays["importance"],
+            arrays["seen"],
+            losses,
+            arrays["ranking"],
+            removal,
+        )
 
     def _gathered(self, kl: np.ndarray) -> list[float]:
         """Return the KL costs of all sequences, in order, from all processes."""

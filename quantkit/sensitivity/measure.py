@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from quantkit.artifacts.experts import expert_counts, parse_expert_counts
 from quantkit.artifacts.inventory import Weight, with_hashes
 from quantkit.artifacts.sensitivity import (
     IMPORTANCE_FILE,
@@ -20,6 +21,7 @@ from quantkit.calibration.calibration_set import (
 )
 from quantkit.calibration.splits import VALIDATE
 from quantkit.checkpoint.provenance import input_key, versions
+from quantkit.checkpoint.pruned import require_prunable
 from quantkit.checkpoint.source import Source, file_hashes
 from quantkit.errors import InputError, SourceError, in_field
 from quantkit.formats.files import write_file
@@ -34,6 +36,7 @@ from quantkit.sensitivity.entries import (
     default_entries,
 )
 from quantkit.sensitivity.exact import measure_resumably
+from quantkit.sensitivity.expert_probe import ExpertProbe
 from quantkit.sensitivity.fisher import StageTable, Sweep
 from quantkit.sensitivity.store import load_profile
 from quantkit.sensitivity.validation import ProfileValidation, validate
@@ -55,7 +58,8 @@ class ProfileSettings:
 
     `draws` labels are drawn per token and averaged. `tiers` are measured for all weights; None
     stands for the default tiers of each role, beside which `more_tiers` are measured for all
-    weights, and few bits for `routers`.
+    weights, and few bits for `routers`. `experts` are the numbers of experts to keep whose cost is
+    measured, as `parse_expert_counts` reads them; None to measure none.
     """
 
     text: CalibrationSpec = field(default_factory=CalibrationSpec)
@@ -65,6 +69,7 @@ class ProfileSettings:
     draws: int = 2
     more_tiers: tuple[str, ...] = ()
     routers: bool = False
+    experts: str | None = None
 
     def entries(self, weights: Iterable[Weight]) -> list[Entry]:
         """Return the entries to measure."""
@@ -84,7 +89,8 @@ class ProfileSettings:
 class Profiling:
     """A profile of `source` to be made in the folder `out`, with all inputs checked.
 
-    `existing` is the profile in `out`, to which `entries` are added.
+    `existing` is the profile in `out`, to which `entries` are added. `experts` ranks experts, None
+    if that is not requested, or done.
     """
 
     source: Source
@@ -94,6 +100,7 @@ class Profiling:
     calibration: CalibrationSet
     existing: SensitivityProfile | None
     entries: tuple[Entry, ...]
+    experts: ExpertProbe | None = None
 
     @property
     def steps(self) -> int:
@@ -137,10 +144,28 @@ def prepare(source: Source, out: Path, settings: ProfileSettings, force: bool = 
         {(w.name, cost.tier) for w in existing.weights for cost in w.costs} if existing else set()
     )
     weights = source.inventory.weights
-    missing = [e for e in settings.entries(weights) if e.key not in present]
-    return Profiling(
-        source, out, settings, force or existing is not None, text, existing, tuple(missing)
-    )
+    missing = tuple(e for e in settings.entries(weights) if e.key not in present)
+    experts = _expert_probe(source, settings, existing)
+    force = force or existing is not None
+    return Profiling(source, out, settings, force, text, existing, missing, experts)
+
+
+def _expert_probe(
+    source: Source, settings: ProfileSettings, existing: SensitivityProfile | None
+) -> ExpertProbe | None:
+    """Return what ranks experts; None if that is not requested, or if a profile has it all."""
+    counts = parse_expert_counts(settings.experts, source.inventory)
+    if not counts:
+        return None
+    if settings.method != "fisher" or mx.distributed.init().size() > 1:
+        raise InputError("`experts` are ranked by `method` fisher, and in one process.")
+    require_prunable(source)
+    before = {} if existing is None else existing.expert_rankings
+    if before and all(count in ranking.kl for ranking in before.values() for count in counts):
+        return None
+    more = {count for ranking in before.values() for count in ranking.kl}
+    wanted = sorted({*counts, *more, *expert_counts(source.inventory)}, reverse=True)
+    return ExpertProbe.of(source.inventory, tuple(wanted))
 
 
 def make(profiling: Profiling, progress: Progress) -> SensitivityProfile:
@@ -148,7 +173,7 @@ def make(profiling: Profiling, progress: Progress) -> SensitivityProfile:
 
     Among several processes only the first one writes.
     """
-    if profiling.existing is not None and not profiling.entries:
+    if profiling.existing is not None and not (profiling.entries or profiling.experts):
         return profiling.existing
     group, first, out = mx.distributed.init(), is_first(), profiling.out
     _require_sequences(profiling, group.size())
@@ -269,6 +294,7 @@ def _input_key(profiling: Profiling, processes: int) -> InputKey:
     hashes = {
         **{setting: digest(value) for setting, value in _identity(described).items()},
         "set of tiers": digest([entry.key for entry in profiling.entries]),
+        "numbers of experts": digest(profiling.experts.counts if profiling.experts else ()),
         "number of processes": str(processes),
         "device": "cpu" if on_cpu() else "gpu",
     }
@@ -290,8 +316,9 @@ def _tables(
     settings, tokens = profiling.settings, profiling.calibration.tokens
     if settings.method == "fisher":
         seed = settings.text.seed
+        quantizer, experts = settings.quantizer, profiling.experts
         sweep = Sweep(
-            model, tokens, profiling.entries, work, settings.draws, seed, settings.quantizer
+            model, tokens, profiling.entries, work, settings.draws, seed, quantizer, experts
         )
         tables = sweep.run(progress)
         return tables, sweep.seconds()

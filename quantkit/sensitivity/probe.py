@@ -22,12 +22,14 @@ from quantkit.quantizers.input_sums import Inputs, InputSums, MemorySpool, has_i
 from quantkit.quantizers.matrix import quantize_weight
 from quantkit.quantizers.registry import RTN, find_quantizer
 from quantkit.sensitivity.entries import Entry, EntryKey
+from quantkit.sensitivity.expert_probe import ExpertProbe
 from quantkit.sensitivity.quantizer_losses import (
     Losses,
     add_losses,
     inputs_of,
     sampled_losses,
 )
+from quantkit.sensitivity.second_order import predicted_kl
 from quantkit.streaming.layer_trace import HookedLayer, LayerTrace, hooked
 from quantkit.streaming.weight_loader import Call, StreamedModule
 
@@ -39,6 +41,8 @@ class ProbeResult:
     `costs` (sequences,) are KL costs per entry; `importance` (experts, in) the sum of squared
     inputs per channel and `seen` (experts,) the number of inputs, both by weight; `g` (draws,
     batch, tokens, hidden) the gradients at the layer's input; `losses` are those of quantizers.
+    `rankings` (experts,) and `removal` (sequences,) are the ranking of a block's experts, best
+    first, and the KL costs of keeping so many of them.
     """
 
     costs: dict[EntryKey, np.ndarray] = field(default_factory=dict)
@@ -46,6 +50,8 @@ class ProbeResult:
     seen: dict[str, np.ndarray] = field(default_factory=dict)
     g: mx.array = field(default_factory=lambda: mx.zeros(0))
     losses: Losses = field(default_factory=dict)
+    rankings: dict[str, np.ndarray] = field(default_factory=dict)
+    removal: dict[tuple[str, int], np.ndarray] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -53,7 +59,8 @@ class LayerProbe:
     """Probes the `weights` of a layer.
 
     `values` returns a weight's values (..., out, in) by name; `quantizer` quantizes affine tiers.
-    If the probe `compares`, all quantizers are tried on a sample of each weight.
+    If the probe `compares`, all quantizers are tried on a sample of each weight. `experts` are the
+    blocks to rank.
     """
 
     layer: StreamedModule
@@ -61,6 +68,7 @@ class LayerProbe:
     values: Callable[[str], mx.array]
     quantizer: str = RTN
     compares: bool = False
+    experts: ExpertProbe | None = None
 
     def run(
         self, call: Call, g: mx.array, entries: Sequence[Entry], done: Callable[[str], None]
@@ -87,6 +95,11 @@ class LayerProbe:
                 free_memory()
             if self.compares:
                 self._compare_quantizers(traces, entries, result)
+            if self.experts is not None:
+                for ranked in self.experts.run(self.layer.path, module, traces, g):
+                    result.rankings[ranked.block] = ranked.ranking
+                    for count, kl in ranked.kl.items():
+                        result.removal[ranked.block, count] = kl
         return result
 
     def _compare_quantizers(
@@ -130,14 +143,6 @@ class LayerProbe:
                     slopes.append(_by_token((g * moved).sum(axis=-1), trace, rows))
                     mx.eval(slopes[-1])
                 yield entry, predicted_kl(mx.concatenate(slopes, axis=1))
-
-
-def predicted_kl(slopes: mx.array) -> np.ndarray:
-    """Return 1/2 mean (g . dh)^2 per sequence (sequences,).
-
-    `slopes` (draws, sequences, tokens) are g . dh for every draw of the labels.
-    """
-    return np.array(0.5 * mx.square(slopes).mean(axis=(0, 2)), np.float32)
 
 
 def _tokens_at(readout: str | None, trace: LayerTrace) -> mx.array | None:

@@ -41,14 +41,15 @@ class ModuleCall:
 class LayerTrace:
     """One run of a layer: its call, the calls of its modules, and its output `y`.
 
-    `routes` are the experts (batch, tokens, active) of all tokens, by the path of the module that
-    holds the stacks.
+    `routes` are the experts (batch, tokens, active) of all tokens, and `routed` the inputs (batch,
+    tokens, hidden) of the experts, both by the path of the module that holds the stacks.
     """
 
     call: Call
     steps: tuple[ModuleCall, ...]
     y: mx.array
     routes: Mapping[str, mx.array]
+    routed: Mapping[str, mx.array]
 
     def token_of_rows(self, step: ModuleCall) -> mx.array | None:
         """Return the token (rows,) of every row of the output of a stack, counted over the batch.
@@ -125,6 +126,7 @@ class HookedLayer:
         """Run the layer and record the calls of its modules."""
         steps: list[ModuleCall] = []
         routes: dict[str, mx.array] = {}
+        routed: dict[str, mx.array] = {}
 
         def handle(hook: _Hook, args: tuple[Any, ...], kwargs: dict[str, Any]) -> mx.array:
             y: mx.array = hook.module(*args, **kwargs)
@@ -133,16 +135,16 @@ class HookedLayer:
 
         def route(hook: _Hook, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             if len(args) > 1:
-                routes[hook.name] = args[1]
+                routed[hook.name], routes[hook.name] = args[:2]
             return hook.module(*args, **kwargs)
 
         with self._handled(handle, route):
             y = self._run(call)
-        mx.eval(y, [step.y for step in steps], routes)
+        mx.eval(y, [step.y for step in steps], routes, routed)
         if observer:
             for step in steps:
                 observer(step.name, step.args[0], step.args[1] if len(step.args) > 1 else None)
-        return LayerTrace(call, tuple(steps), y, routes)
+        return LayerTrace(call, tuple(steps), y, routes, routed)
 
     def gradients(
         self, trace: LayerTrace, g: mx.array, names: Sequence[str]

@@ -3,36 +3,47 @@
 Their streams pass through the layers together, so that each layer is loaded once.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 
 import numpy as np
 
+from quantkit.artifacts.experts import expert_blocks
 from quantkit.backend import mx
 from quantkit.backend.memory_limits import memory_limits
 from quantkit.formats.tiers import Tier
-from quantkit.streaming.layer_runner import StreamingModel
+from quantkit.streaming.layer_runner import StreamingModel, submodule
 from quantkit.streaming.layer_trace import HookedLayer, hooked
 from quantkit.streaming.lm_head import ChangedModel, divergence
+from quantkit.streaming.routing import RoutedBlock, routed_block
 from quantkit.streaming.weight_loader import Call
 
 Tiers = Mapping[str, Tier]
 """Weight -> the tier that it is rounded to; other weights stay native."""
+RemovedExperts = Mapping[str, Sequence[int]]
+"""Block -> the numbers of the experts to remove from it."""
 
 
 def measure_kl(
-    model: StreamingModel, tokens: mx.array, changes: Sequence[Tiers], done: Callable[[int], None]
+    model: StreamingModel,
+    tokens: mx.array,
+    changes: Sequence[Tiers],
+    done: Callable[[int], None],
+    removed: Sequence[RemovedExperts] = (),
 ) -> list[np.ndarray]:
     """Return the mean KL divergence of every sequence, an array (sequences,) for each of `changes`.
 
-    `tokens` are (sequences, length). `done` receives the number of each measured change.
+    `tokens` are (sequences, length). `removed` are the experts that each change removes, empty if
+    none does. `done` receives the number of each measured change.
     """
+    removed = removed or [{} for _ in changes]
     start = model.calls(tokens)
     model.run(tokens[:1], lambda *_: None)  # refuse models that cannot be driven layer by layer
     together = max(1, memory_limits().stream_bytes // start[0].x.nbytes)
     divergences: list[np.ndarray] = []
     for first in range(0, len(changes), together):
-        wave = changes[first : first + together]
+        some = slice(first, first + together)
+        wave = list(zip(changes[some], removed[some], strict=True))
         divergences += _wave(model, tokens, start, wave, lambda n, first=first: done(first + n))  # type: ignore[misc]
     return divergences
 
@@ -41,33 +52,48 @@ def _wave(
     model: StreamingModel,
     tokens: mx.array,
     start: Sequence[Call],
-    changes: Sequence[Tiers],
+    changes: Sequence[tuple[Tiers, RemovedExperts]],
     done: Callable[[int], None],
 ) -> list[np.ndarray]:
     x = start[0].x
-    streams = _before_the_layers(model, tokens, changes)
+    tiers_of = [tiers for tiers, _ in changes]
+    streams = _before_the_layers(model, tokens, tiers_of)
+    blocks = expert_blocks(model.source.inventory) if any(gone for _, gone in changes) else {}
     for layer, dry in zip(model.layers, start, strict=True):
         inside = f"{layer.path}."
-        in_layer = [[name for name in tiers if name.startswith(inside)] for tiers in changes]
+        in_layer = [[name for name in tiers if name.startswith(inside)] for tiers in tiers_of]
         with hooked(
             layer, list(dict.fromkeys(name for names in in_layer for name in names))
         ) as module:
-            for number, (tiers, names) in enumerate(zip(changes, in_layer, strict=True)):
-                if names or number in streams:
+            for number, (tiers, gone) in enumerate(changes):
+                names, less = (
+                    in_layer[number],
+                    [block for block in gone if block.startswith(inside)],
+                )
+                if names or less or number in streams:
                     call = Call(streams.get(number, x), dry.args, dry.kwargs)
                     with ExitStack() as stack:
                         for name in names:
                             values = model.values(name)
                             stack.enter_context(module.changed(name, values, tiers[name]))
+                        for block in less:
+                            experts = _routed(module, block, inside, blocks[block])
+                            stack.enter_context(experts.without(gone[block]))
                         streams[number] = _through(module, call)
             x = _through(module, Call(x, dry.args, dry.kwargs))
     divergences = []
-    for number, tiers in enumerate(changes):
+    for number, tiers in enumerate(tiers_of):
         changed = ChangedModel(streams.get(number, x), tiers.get(model.head_weight.name))
         (kl,) = divergence(model, x, [changed])
         divergences.append(np.array(kl.mean(axis=1), np.float32))
         done(number)
     return divergences
+
+
+def _routed(module: HookedLayer, block: str, layer: str, tensors: Collection[str]) -> RoutedBlock:
+    """Return the block of experts `block`, whose layer's path is `layer`."""
+    inner = submodule(module.module, block.removeprefix(layer))
+    return routed_block(inner, tensors, block)
 
 
 def _through(module: HookedLayer, call: Call) -> mx.array:

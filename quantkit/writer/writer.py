@@ -169,7 +169,8 @@ def is_current(job: Rewrite, beside: Sequence[str]) -> bool:
 def _decisions(plan: Plan) -> tuple[object, ...]:
     """Return everything in a plan that the bytes of a repo depend on."""
     quantizer = (plan.quantizer, plan.tuning_steps, plan.calibration_texts)
-    return (plan.source.structure, plan.assignments, plan.unquantized, *quantizer)
+    kept = None if plan.pruning is None else plan.pruning.kept
+    return (plan.source.structure, plan.assignments, plan.unquantized, kept, *quantizer)
 
 
 def _has_hash(path: Path, sha256: str | None) -> bool:
@@ -256,5 +257,5 @@ def _index(shards: tuple[Shard, ...], plan: Plan) -> dict[str, object]:
     names = {
         spec.name: shard.name for shard in shards for unit in shard.units for spec in unit.tensors
     }
-    metadata = {"total_size": plan.total_bytes, "total_parameters": plan.parameters}
+    metadata = {"total_size": plan.total_bytes, "total_parameters": plan.kept_parameters}
     return {"metadata": metadata, "weight_map": dict(sorted(names.items()))}

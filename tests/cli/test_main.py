@@ -199,7 +199,7 @@ BAD_RECIPES = {
     "matches nothing": ("names = ['nothing']\ntier = 'q4g64'", "no rule matches any weight"),
     "leaves a weight": ("roles = ['expert']\ntier = 'q4g64'", "no rule matches model.embed_tokens"),
     "does not fit": ("tier = 'q4g128'", "down_proj: tier q4g128 does not fit shape [4, 128, 192]"),
-    "no such tier": ("tier = 'q1g64'", "rule 1: unknown tier 'q1g64'"),
+    "no such tier": ("tier = 'q7g64'", "rule 1: unknown tier 'q7g64'"),
 }
 
 

@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 
 from quantkit.errors import TierError
+from quantkit.formats import tiers
 from quantkit.formats.tiers import (
     BF16,
     MXFP4,
@@ -37,6 +38,7 @@ def test_tensors_are_what_mlx_makes(tier, shape, dtype):
     [
         *[("q8g64", 8.5), ("q3g64", 3.5), ("q2g32", 3.0), ("q4g128", 4.25), ("mxfp4", 4.25)],
         *[("mxfp8", 8.25), ("nvfp4", 4.5), ("bf16", 16.0)],
+        *[("q1g32", 2.0), ("q1g64", 1.5), ("q1g128", 1.25)],
     ],
 )
 def test_bits_per_weight(name, bits_per_weight):
@@ -78,3 +80,24 @@ def test_native_is_what_the_source_holds():
 def test_config_entry_always_spells_the_mode():
     assert parse_tier("q6g32").config_entry() == {"group_size": 32, "bits": 6, "mode": "affine"}
     assert parse_tier("nvfp4").config_entry() == {"group_size": 16, "bits": 4, "mode": "nvfp4"}
+
+
+def test_one_bit_needs_a_new_mlx(monkeypatch, cli, checkpoint, tmp_path):
+    """An older mlx is not offered such tiers, and named in the error of one who asks for them."""
+    installed = {"mlx": "0.32.3"}
+    monkeypatch.setattr(tiers, "version", lambda package: installed[package])
+    q1 = parse_tier("q1g64")
+    assert not tiers.is_available(q1)
+    assert tiers.is_available(parse_tier("q2g64"))
+    recipe = tmp_path / "one.toml"
+    recipe.write_text('[[rules]]\nroles = ["expert"]\ntier = "q1g64"\n[[rules]]\ntier = "native"\n')
+    refused = cli("plan", checkpoint, "-r", recipe)
+    assert refused.exit_code == 2
+    assert "tier q1g64 needs mlx 0.32.4, installed is 0.32.3" in refused.stderr
+    asked = cli("profile", checkpoint, "-o", tmp_path / "out", "--tiers", "q1g64")
+    assert asked.exit_code == 2
+    assert "needs mlx 0.32.4" in asked.stderr
+    installed["mlx"] = "0.33.0"
+    assert tiers.is_available(q1)
+    assert tiers.required_mlx(["q1g64", "q4g64", "native"]) == "0.32.4"
+    assert tiers.required_mlx(["q4g64", "bf16"]) is None

@@ -4,16 +4,12 @@ import json
 import re
 from dataclasses import replace
 
-import numpy as np
 import pytest
 
-from quantkit.artifacts.calibration import CalibrationText
 from quantkit.artifacts.memory import MemoryTarget
-from quantkit.artifacts.sensitivity import SensitivityProfile, TierCost, WeightSensitivity
 from quantkit.checkpoint.model_config import ModelConfig
 from quantkit.checkpoint.source import open_source
 from quantkit.errors import InputError, PlanError
-from quantkit.formats.tiers import canonical, parse_tier
 from quantkit.planning.allocator import corrected_by, plan_by_budget
 from quantkit.planning.budget import Budget, parse_budget, parse_speed
 from quantkit.planning.constraints import Constraints
@@ -22,45 +18,7 @@ from quantkit.planning.plan import with_predictions
 from quantkit.planning.recipe import load_recipe, plan_by_recipe
 from tests.support import tiny
 from tests.support.families import LLAMA, write
-
-TIERS = ("q8g64", "q6g64", "q4g64", "q4g32", "q3g64", "q2g64")
-
-
-def made_up(inventory, tiers=TIERS, seed=0, dominated=False):
-    """Losses that grow as bits get fewer, and differ between weights."""
-    rng = np.random.default_rng(seed)
-    weights = []
-    for weight in inventory.weights:
-        storage = parse_tier(weight.storage)
-        rows = [TierCost(canonical(storage, storage).name, weight.bytes, 0.0, 0.0)]
-        scale = weight.parameters / inventory.parameters * np.exp(rng.normal())
-        for tier in map(parse_tier, tiers):
-            if tier.fits(weight.shape):
-                size = tier.stored_bytes(weight.shape, weight.dtype)
-                if size < weight.bytes or dominated:
-                    rows.append(TierCost(tier.name, size, float(scale * 4.0**-(tier.bits)), 0.0))
-        weights.append(
-            WeightSensitivity(
-                weight.name,
-                weight.role,
-                weight.layer,
-                weight.storage,
-                weight.parameters,
-                0,
-                tuple(rows),
-            )
-        )
-    text = CalibrationText("default", "", 4, 256, 0, "", "")
-    return SensitivityProfile(
-        inventory.source,
-        inventory.model_type,
-        "fisher",
-        "rtn",
-        2,
-        tuple(tiers),
-        text,
-        tuple(weights),
-    )
+from tests.support.profiles import TIERS, made_up
 
 
 @pytest.fixture(scope="module")

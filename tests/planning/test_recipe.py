@@ -202,7 +202,7 @@ def test_a_fallback_where_a_width_does_not_fit(cli, tmp_path, checkpoint):
         )
 
 
-@pytest.mark.parametrize("fallback", ["q1g64", "3"])
+@pytest.mark.parametrize("fallback", ["q7g64", "3"])
 def test_a_fallback_that_is_no_tier(cli, tmp_path, checkpoint, fallback):
     recipe = tmp_path / "mine.toml"
     recipe.write_text(f'fallback = "{fallback}"\n[[rules]]\ntier = "q4g64"\n')

@@ -71,7 +71,7 @@ def test_search_is_never_worse_than_to_nearest_by_its_own_measure(case, name):
     assert after.sum().item() < 0.95 * before.sum().item()
 
 
-@pytest.mark.parametrize("name", ["q2g32", "q3g64", "q4g64", "q8g64"])
+@pytest.mark.parametrize("name", ["q1g64", "q2g32", "q3g64", "q4g64", "q8g64"])
 def test_each_step_loses_less(case, name):
     tier = parse_tier(name)
     weight, hessian = case

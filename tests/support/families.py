@@ -33,6 +33,46 @@ MOE = {
     "tie_word_embeddings": False,
 }
 
+FAMILIES = {  # mixtures of experts
+    "qwen3-moe": MOE,
+    "olmoe": {
+        **LLAMA,
+        "model_type": "olmoe",
+        "num_key_value_heads": 2,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "norm_topk_prob": False,
+        "tie_word_embeddings": False,
+    },
+    "mixtral": {
+        **LLAMA,
+        "model_type": "mixtral",
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "tie_word_embeddings": False,
+    },
+    "glm4-moe": {
+        **LLAMA,
+        "model_type": "glm4_moe",
+        "head_dim": 32,
+        "max_position_embeddings": 512,
+        "moe_intermediate_size": 64,
+        "norm_topk_prob": True,
+        "n_group": 1,
+        "topk_group": 1,
+        "n_shared_experts": 1,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "routed_scaling_factor": 1.0,
+        "first_k_dense_replace": 1,
+        "use_qk_norm": False,
+        "attention_bias": False,
+        "partial_rotary_factor": 0.5,
+        "rope_scaling": None,
+        "tie_word_embeddings": False,
+    },
+}
+
 
 def specs(config, dtype="BF16"):
     """The tensors of a Hugging Face checkpoint of `config`: llama, with qwen3's experts."""
