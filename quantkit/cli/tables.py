@@ -213,9 +213,8 @@ def print_profile(profile: SensitivityProfile) -> None:
     )
     if profile.relative_error is not None:
         print(f"standard error    {100 * profile.relative_error:.0f}% of an entry (median)")
-    if removal := profile.removal_costs:
-        kept = ", ".join(f"{n}: {kl:.3g}" for n, kl in removal.items())
-        print(f"KL of experts     kept per layer: {kept}")
+    if kept := ", ".join(f"{n}: {kl:.3g}" for n, kl in profile.removal_costs.items()):
+        print(f"experts kept      {kept} (KL divergence, all layers)")
     counts = [n for seen in profile.expert_tokens.values() for n in seen]
     if counts:
         print(f"tokens per expert {min(counts)} to {max(counts)}, median {median(counts):.0f}")
