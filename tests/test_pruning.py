@@ -106,6 +106,8 @@ def test_from_nothing_to_a_repo_that_is_checked(run, source, out):
     for shown in (run("report", out), (out / "README.md").read_text()):
         assert "5 of 8 kept in every layer" in shown
     card = (out / "README.md").read_text()
+    assert {point["recipe"] for point in report["frontier"]} > {None, "mxfp4-q8"}
+    assert "![KL divergence against size](frontier.png)" in card
     for block, kept in pruning["kept"].items():
         removed = ", ".join(str(n) for n in range(8) if n not in kept)
         assert f"| `{block}` | {removed} |" in card

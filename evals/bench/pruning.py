@@ -83,7 +83,7 @@ def model_with_copies(folder: Path, shares: tuple[float, ...]) -> Path:
     for router, x in router_inputs(model, text.tokens).items():
         a = np.array(x @ model.parameter(f"{router}.weight").T)[:, : len(shares)]
         b = [-np.quantile(a[:, pair], share) for pair, share in enumerate(shares)]
-        values = mx.array([*b, *(-x for x in b)]).astype(mx.bfloat16)
+        values = mx.array(np.array([*b, *(-x for x in b)], np.float32)).astype(mx.bfloat16)
         stored = checkpoint.tensors[f"{router}.bias"]
         with open(partial / stored.file, "r+b") as file:
             file.seek(stored.start)

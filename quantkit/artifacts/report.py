@@ -40,6 +40,27 @@ class License:
 
 
 @dataclass(frozen=True)
+class SizePoint:
+    """The size and the predicted KL divergence of a plan that was not written.
+
+    `recipe` is the name of its recipe, None for the best plan of that size.
+    """
+
+    recipe: str | None
+    bytes: int
+    kl: float
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "SizePoint":
+        """Read `asdict` of a point. Raises MalformedError or TypeError for anything else."""
+        point = cls(**data)
+        named = point.recipe is None or isinstance(point.recipe, str)
+        if not (named and is_count(point.bytes) and 0 <= float(point.kl) < 1e9):
+            raise MalformedError("a point of its frontier is malformed")
+        return point
+
+
+@dataclass(frozen=True)
 class Report:
     """The report of a repo, which is `quantkit.json` inside the repo.
 
@@ -49,6 +70,8 @@ class Report:
     is the source's Hub id, `command` the command line, `repo` the Hub id of the upload; like
     `license`, `memory`, `fidelity` and `speed` they are None if unknown. `cards` are the sha256 of
     the generated cards, which detect a card edited by hand. `scores` are those on benchmarks.
+    `frontier` holds other plans for the source, the best by size and recipes, empty without a
+    profile.
     """
 
     plan: Plan
@@ -66,6 +89,7 @@ class Report:
     cards: tuple[str, ...] = ()
     expert_inputs: Mapping[str, ExpertInputs] = field(default_factory=dict)
     scores: tuple[Score, ...] = ()
+    frontier: tuple[SizePoint, ...] = ()
 
     @property
     def total_bytes(self) -> int:
@@ -112,6 +136,7 @@ class Report:
             "fidelity": None if self.fidelity is None else self.fidelity.to_json(),
             "speed": None if self.speed is None else self.speed.to_json(),
             "scores": [score.to_json() for score in self.scores],
+            "frontier": [asdict(point) for point in self.frontier],
             "cards": list(self.cards),
             "expert_inputs": {name: asdict(row) for name, row in self.expert_inputs.items()},
             "tiers": plan["tiers"],
@@ -142,6 +167,7 @@ class Report:
             speed = _optional(data, "speed", Speed.from_json)
             cards = tuple(str(sha256) for sha256 in data.get("cards", ()))
             scores = tuple(Score.from_json(score) for score in data.get("scores", ()))
+            frontier = tuple(SizePoint.from_json(point) for point in data.get("frontier", ()))
             inputs = {str(k): ExpertInputs(**v) for k, v in data.get("expert_inputs", {}).items()}
         except (AttributeError, KeyError, TypeError, ValueError) as exc:
             raise PlanError(f"{where}: not a complete report ({fault(exc)}).") from exc
@@ -159,6 +185,7 @@ class Report:
             cards=cards,
             expert_inputs=inputs,
             scores=scores,
+            frontier=frontier,
         )
 
 

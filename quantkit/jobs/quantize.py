@@ -9,7 +9,7 @@ from pathlib import Path
 from quantkit.artifacts.calibration import ExpertInputs
 from quantkit.artifacts.memory import MemoryTarget
 from quantkit.artifacts.plan import Plan
-from quantkit.artifacts.report import Report
+from quantkit.artifacts.report import Report, SizePoint
 from quantkit.artifacts.sensitivity import SensitivityProfile
 from quantkit.calibration.calibration_set import (
     CalibrationSet,
@@ -27,6 +27,8 @@ from quantkit.jobs.open_model import open_model
 from quantkit.jobs.planning import PlanRequest, choose_plan
 from quantkit.jobs.profile import note_skipped_rows, prepare_profile, run_profiling
 from quantkit.planning.allocator import plan_by_budget
+from quantkit.planning.frontier import frontier as plans_by_size
+from quantkit.planning.frontier import recipe_plans
 from quantkit.planning.mac_memory import memory_needed
 from quantkit.progress import Progress
 from quantkit.publish.card import license_of
@@ -51,6 +53,7 @@ LEAST_QUANTIZER_TOKENS = 16384
 _INPUTS_PER_WIDTH = 4  # inputs of an expert to aim at, over their width
 _FED = 1.0  # the same, below which gptq gains much from more text
 _CALIBRATE_PER_VALIDATE = 4  # sequences for the quantizer, for each that validates its choices
+_POINTS = 12  # of the frontier in the card
 _CALIBRATE_PER_TUNED = 8  # the same, for each that validates scale tuning
 
 
@@ -106,10 +109,28 @@ def quantize(
     source = open_model(source) if isinstance(source, str) else source
     _require_output(source, out, options.force)
     profile = _profile_for(source, out, request, options, progress)
-    plan = choose_plan(source, request, profile, progress).plan
+    planned = choose_plan(source, request, profile, progress)
+    plan, frontier = planned.plan, _frontier(source, request, planned.profile)
     if options.tuning_steps:
         plan = replace(plan, tuning_steps=options.tuning_steps)
-    return write_plan(source, plan, out, options, progress=progress)
+    return write_plan(source, plan, out, options, frontier=frontier, progress=progress)
+
+
+def _frontier(
+    source: Source, request: PlanRequest, profile: SensitivityProfile | None
+) -> tuple[SizePoint, ...]:
+    """Return the best plans by size, and the recipes beside them; none without a profile."""
+    if profile is None or request.budget is None:
+        return ()
+    inventory, constraints = source.inventory, request.constraints()
+    counts = request.expert_counts(source)
+    best = plans_by_size(inventory, profile, constraints, points=_POINTS, expert_counts=counts)
+    points = [SizePoint(None, plan.total_bytes, plan.predicted_kl or 0.0) for plan in best]
+    for plan in recipe_plans(inventory, profile):
+        if plan.predicted_kl is not None:
+            name = plan.origin.removeprefix("recipe ")
+            points.append(SizePoint(name, plan.total_bytes, plan.predicted_kl))
+    return tuple(points)
 
 
 def check_request(out: Path, request: PlanRequest, options: QuantizeOptions) -> None:
@@ -183,9 +204,10 @@ def write_plan(
     out: Path,
     options: QuantizeOptions | None = None,
     *,
+    frontier: tuple[SizePoint, ...] = (),
     progress: Progress | None = None,
 ) -> QuantizeOutcome:
-    """Write the repo of `plan`, its report and card included.
+    """Write the repo of `plan`, its report and card included, which show the `frontier`.
 
     A source on the Hub is downloaded first. Raises the errors of `rewrite`, InputError,
     CalibrationError and HubError.
@@ -202,7 +224,7 @@ def write_plan(
     companions(source.checkpoint.path(""), source.inventory)  # refuses missing files
     _require_tunable(plan.tuning_steps, plan.quantizer)
     plan, quantization, hashes = _quantization(source, plan, options, progress)
-    draft = _draft(source, plan, options)
+    draft = replace(_draft(source, plan, options), frontier=frontier)
 
     def describe(written: Written) -> Mapping[str, str | bytes]:
         inputs = quantization.expert_inputs(written.work) if quantization else {}

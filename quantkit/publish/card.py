@@ -12,7 +12,7 @@ from quantkit.artifacts.report import License, Report
 from quantkit.artifacts.roles import group_roles
 from quantkit.artifacts.scores import Score
 from quantkit.formats.tiers import required_mlx
-from quantkit.publish.pictures import SCORES_PICTURE, TIERS_PICTURE
+from quantkit.publish.pictures import FRONTIER_PICTURE, SCORES_PICTURE, TIERS_PICTURE
 from quantkit.units import count, gib, size
 
 CARD_FILE = "README.md"
@@ -43,6 +43,7 @@ def card(report: Report, pictures: Sequence[str] = ()) -> str:
         _tiers(report),
         *_removed(plan),
         *_picture(TIERS_PICTURE, "Bits per weight by role and layer", pictures),
+        *_picture(FRONTIER_PICTURE, "KL divergence against size", pictures),
         *_fidelity(report),
         *_scores(report),
         *_picture(SCORES_PICTURE, "Accuracy on benchmarks", pictures),

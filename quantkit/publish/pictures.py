@@ -1,4 +1,4 @@
-"""Pictures of the model card: the tier map, and the scores on benchmarks.
+"""Pictures of the model card: the tier map, KL against size, and the scores on benchmarks.
 
 They need matplotlib (extra `plot`); without it a card has no pictures. Their background is white,
 so that they can be read on a light and on a dark page.
@@ -12,7 +12,7 @@ from quantkit.artifacts.fidelity import Interval
 from quantkit.artifacts.report import Report
 from quantkit.artifacts.roles import ROLES
 
-TIERS_PICTURE, SCORES_PICTURE = "tiers.png", "scores.png"
+TIERS_PICTURE, FRONTIER_PICTURE, SCORES_PICTURE = "tiers.png", "frontier.png", "scores.png"
 
 
 def pictures(report: Report) -> dict[str, bytes]:
@@ -23,6 +23,8 @@ def pictures(report: Report) -> dict[str, bytes]:
     if find_spec("matplotlib") is None:
         return {}
     drawn = {TIERS_PICTURE: _tier_map(report)}
+    if report.frontier:
+        drawn[FRONTIER_PICTURE] = _frontier(report)
     if report.scores:
         drawn[SCORES_PICTURE] = _score_plot(report)
     return drawn
@@ -48,6 +50,33 @@ def _tier_map(report: Report) -> bytes:
     figure.colorbar(image, ax=axes, label="bits per weight", extend="both")
     axes.set(xlabel=f"layer ({layers}: outside all layers)", yticks=range(len(roles)))
     axes.set_yticklabels(roles)
+    return _png(figure)
+
+
+def _frontier(report: Report) -> bytes:
+    """Draw predicted KL against size: the best plans, recipes, this quant, and its measured KL."""
+    figure, axes = _figure(8, 4.5)
+    best = [(p.bytes / 1e9, p.kl) for p in report.frontier if p.recipe is None and p.kl > 0]
+    if best:
+        axes.plot(*zip(*best, strict=True), marker="o", markersize=3, label="best plans, predicted")
+    recipes = [p for p in report.frontier if p.recipe is not None and p.kl > 0]
+    for point in recipes:
+        place = point.bytes / 1e9, point.kl
+        axes.plot(*place, "x", color="black")
+        axes.annotate(
+            point.recipe, place, textcoords="offset points", xytext=(5, 3), fontsize="small"
+        )
+    size, predicted = report.total_bytes / 1e9, report.plan.predicted_kl
+    if predicted:
+        axes.plot(size, predicted, "*", markersize=12, label="this quant, predicted")
+    if report.fidelity is not None and report.fidelity.kl_mean.value > 0:
+        mean = report.fidelity.kl_mean
+        ends = [[length] for length in _lengths(mean)]
+        axes.errorbar(
+            [size], [mean.value], yerr=ends, fmt="D", capsize=3, label="this quant, measured"
+        )
+    axes.set(yscale="log", xlabel="size, GB", ylabel="KL divergence, nats per token")
+    axes.legend(fontsize="small")
     return _png(figure)
 
 

@@ -1,11 +1,13 @@
 """Pictures of the card: drawn where matplotlib is, and shown by the card."""
 
+import json
 from dataclasses import replace
 from io import BytesIO
 
 import pytest
 
 from quantkit.artifacts.fidelity import Interval
+from quantkit.artifacts.report import Report, SizePoint
 from quantkit.artifacts.scores import VERDICTS, Difference, Score
 from quantkit.publish import pictures as module
 from quantkit.publish.pictures import pictures
@@ -49,6 +51,19 @@ def test_scores_are_drawn(report):
     assert set(pictures(scored)) == {"tiers.png", "scores.png"} <= set(drawn)
     assert "![Accuracy on benchmarks](scores.png)" in drawn["README.md"]
     assert pixels(drawn["scores.png"]).std() > 0
+
+
+def test_kl_against_size(report):
+    """The best plans, recipes, and this quant: predicted, and measured where it is."""
+    points = (SizePoint(None, 10**8, 0.5), SizePoint(None, 2 * 10**8, 0.1))
+    recipe = SizePoint("uniform-4", 10**8, 0.8)
+    known = replace(report, frontier=(*points, recipe))
+    drawn = documents(known)
+    assert "![KL divergence against size](frontier.png)" in drawn["README.md"]
+    assert pixels(drawn["frontier.png"]).std() > 0
+    assert drawn["frontier.png"] != pictures(replace(known, frontier=points))["frontier.png"]
+    again = Report.from_json(json.loads(drawn["quantkit.json"]), "report")
+    assert again.frontier == known.frontier
 
 
 def test_equal_reports_give_equal_pictures(report):
