@@ -231,3 +231,23 @@ def test_killed_and_resumed(source, tmp_path):
         for name, sha256 in hashes(tmp_path / "whole").items():
             if name not in ("README.md", "quantkit.json"):  # which state the command line
                 assert hashes(out)[name] == sha256, name
+
+
+def test_refined(run, source, out):
+    """The removal is measured, too, and its prediction corrected."""
+    from quantkit.jobs.planning import PlanRequest, choose_plan
+    from quantkit.jobs.refine import refine
+    from quantkit.sensitivity.store import load_profile
+
+    opened = open_source(str(source))
+    profile = load_profile(str(out.with_name("out-profile")), opened.inventory)
+    request = PlanRequest(budget="3.4bpw", experts="5", quantizer="rtn")
+    budget, constraints = request.parsed_budget(opened), request.constraints(opened)
+    measured = refine(opened, profile, budget, constraints)
+    assert len(measured) >= 1
+    assert all(one.kl > 0 and one.plan.pruning.count == 5 for one in measured)
+    assert any(
+        one.profile.removal_costs[5] != pytest.approx(profile.removal_costs[5]) for one in measured
+    )
+    refined = PlanRequest(budget="3.4bpw", experts="5", quantizer="rtn", refine=1)
+    assert choose_plan(opened, refined, profile).plan.measured_kl is not None

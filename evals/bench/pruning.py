@@ -111,7 +111,8 @@ def plans_of(source: Source, profile: SensitivityProfile) -> list[tuple[float, i
         budget = Budget(inventory.total_bytes - int(experts * (1 - share)))
         for counts in (every, *((count,) for count in every)):
             try:
-                plan = plan_by_budget(inventory, profile, budget, constraints, counts)
+                chosen = replace(constraints, expert_counts=counts)
+                plan = plan_by_budget(inventory, profile, budget, chosen)
             except PlanError:
                 continue
             plans.append((share, 0 if counts is every else counts[0], plan))

@@ -168,8 +168,8 @@ def _frontier(
     inventory, constraints, active = source.inventory, request.constraints(), request.active_limit
     plans = frontier(inventory, profile, constraints, active)
     pruned = []
-    if counts := request.expert_counts(source):
-        pruned = frontier(inventory, profile, constraints, active, expert_counts=counts)
+    if request.experts is not None:
+        pruned = frontier(inventory, profile, request.constraints(source), active)
     recipes = recipe_plans(inventory, profile)
     if plot is not None:
         from quantkit.publish.plot import plot_frontier

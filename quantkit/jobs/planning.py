@@ -76,8 +76,6 @@ class PlanRequest:
                 raise InputError("`refine` needs a `budget`.")
             if self.experts is not None:
                 raise InputError("`experts` needs a `budget`.")
-        if self.experts is not None and self.refine:
-            raise InputError("`refine` measures bits alone; leave out `experts`.")
         if self.plan is not None and (self.context, self.reserve) != (None, None):
             raise InputError("`context` and `reserve` are part of the `plan`; leave them out.")
         if self.active_bytes is not None and self.speed is not None:
@@ -88,8 +86,11 @@ class PlanRequest:
         """The quantizer to use unless a plan file names its own: calibrated for a budget."""
         return self.quantizer or (DEFAULT_QUANTIZER if self.budget is not None else RTN)
 
-    def constraints(self) -> Constraints:
-        """Return the parsed constraints. Raises InputError."""
+    def constraints(self, source: Source | None = None) -> Constraints:
+        """Return the parsed constraints. Raises InputError.
+
+        Without a `source` all experts are kept.
+        """
         if self.quantizer is not None:
             find_quantizer(self.quantizer)
         names = () if self.tiers is None else self.tiers.split(",")
@@ -106,6 +107,7 @@ class PlanRequest:
             ties=self.ties,
             routers=self.routers,
             quantizer=self.quantizer or DEFAULT_QUANTIZER,
+            expert_counts=() if source is None else self._expert_counts(source),
         )
 
     @property
@@ -134,7 +136,7 @@ class PlanRequest:
         with in_field("active_bytes"):
             return None if self.active_bytes is None else parse_bytes(self.active_bytes)
 
-    def expert_counts(self, source: Source) -> tuple[int, ...]:
+    def _expert_counts(self, source: Source) -> tuple[int, ...]:
         """Return the numbers of experts to choose from, none for all of them. Raises InputError."""
         if self.experts is None:
             return ()
@@ -177,11 +179,9 @@ def choose_plan(
         return Planned(replace(plan, memory_target=plan.memory_target or target), profile)
     if profile is None:
         raise InputError("a `budget` needs a `profile`.")
-    budget, constraints = request.parsed_budget(source), request.constraints()
+    budget, constraints = request.parsed_budget(source), request.constraints(source)
     if not request.refine:
-        counts = request.expert_counts(source)
-        plan = plan_by_budget(source.inventory, profile, budget, constraints, counts)
-        return Planned(plan, profile)
+        return Planned(plan_by_budget(source.inventory, profile, budget, constraints), profile)
     from quantkit.jobs.refine import refine  # runs the model
 
     measured = refine(source, profile, budget, constraints, request.refine, progress)

@@ -122,9 +122,8 @@ def _frontier(
     """Return the best plans by size, and the recipes beside them; none without a profile."""
     if profile is None or request.budget is None:
         return ()
-    inventory, constraints = source.inventory, request.constraints()
-    counts = request.expert_counts(source)
-    best = plans_by_size(inventory, profile, constraints, points=_POINTS, expert_counts=counts)
+    inventory, constraints = source.inventory, request.constraints(source)
+    best = plans_by_size(inventory, profile, constraints, points=_POINTS)
     points = [SizePoint(None, plan.total_bytes, plan.predicted_kl or 0.0) for plan in best]
     for plan in recipe_plans(inventory, profile):
         if plan.predicted_kl is not None:
@@ -175,7 +174,7 @@ def _profile_for(
             return load_profile(request.profile, source.inventory)
     if request.budget is None:
         return None
-    constraints, budget = request.constraints(), request.parsed_budget(source)
+    constraints, budget = request.constraints(source), request.parsed_budget(source)
     named = [*(constraints.tiers or ()), *(tier for _, tier in constraints.pins)]
     settings = ProfileSettings(
         options.profile_text,
@@ -186,8 +185,7 @@ def _profile_for(
     # Sizes need no measurement: refuse an impossible budget before hours of work.
     entries = settings.entries(source.inventory.weights)
     sizes = size_table(source.inventory, entries, settings.tier_names)
-    counts = request.expert_counts(source)
-    plan_by_budget(source.inventory, sizes, budget, constraints, counts)
+    plan_by_budget(source.inventory, sizes, budget, constraints)
     folder = out.with_name(f"{out.name}-profile")
     try:
         profiling = prepare_profile(source, folder, settings)

@@ -1,5 +1,6 @@
 """Refine: measure plans, and correct the predictions that chose them."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -19,9 +20,10 @@ from quantkit.planning.plan import with_predictions
 from quantkit.progress import Progress, Stage
 from quantkit.quantizers.layerwise import changed_tiers
 from quantkit.streaming.layer_runner import StreamingModel
-from quantkit.streaming.measure_kl import measure_kl
+from quantkit.streaming.measure_kl import RemovedExperts, measure_kl
 
 _TOKENS = 2048
+Change = tuple[Mapping[str, Tier], RemovedExperts]
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,8 @@ def refine(
 
     KL costs are only approximately additive. So the plan is measured, whole and one role at a time;
     the predictions of each role are corrected by the measurements; and the budget is solved again,
-    `rounds` times. Shipped recipes of the same size are measured, too.
+    `rounds` times. So is the removal of experts alone. Shipped recipes of the same size are
+    measured, too.
 
     The text is 2,048 tokens of the shipped documents to validate on, which every plan then lists
     among its calibration texts. Raises InputError.
@@ -75,28 +78,40 @@ def refine(
     measured: list[MeasuredPlan] = []
     for number in range(rounds + 1):
         plan = pending[0]
-        candidates = [changed_tiers(source, p) for p in pending]
+        candidates: list[Change] = [(changed_tiers(source, p), _removed(p)) for p in pending]
         roles: list[str] = []
         if number < rounds:  # nothing is corrected after the last round
-            roles = list(dict.fromkeys(source.weights[name].role for name in candidates[0]))
-        candidates += [changed_tiers(source, plan, role) for role in roles]
+            roles = list(dict.fromkeys(source.weights[name].role for name in candidates[0][0]))
+        candidates += [(changed_tiers(source, plan, role), {}) for role in roles]
+        candidates += [({}, _removed(plan))] if roles and plan.pruning else []
         means = _means(model, calibration.tokens, candidates, stage)
         for p, kl in zip(pending, means, strict=False):
             named = replace(p, measured_kl=kl, calibration_texts=texts)
             nearest = with_predictions(replace(p, quantizer=corrected.quantizer), corrected)
             measured.append(MeasuredPlan(named, kl, nearest.predicted_kl or 0.0, corrected))
         seen = {one.plan.tiers_sha256 for one in measured}
-        by_role = dict(zip(roles, means[len(pending) :], strict=True))
-        corrected = corrected_by(corrected, plan, by_role)
+        by_role = dict(zip(roles, means[len(pending) :], strict=False))
+        removal = means[-1] if roles and plan.pruning else None
+        corrected = corrected_by(corrected, plan, by_role, removal)
         pending = [plan_by_budget(source.inventory, corrected, budget, constraints)]
         if not roles or pending[0].tiers_sha256 in seen:
             break
     return sorted(measured, key=lambda one: one.expected)
 
 
+def _removed(plan: Plan) -> RemovedExperts:
+    """Return the experts that a plan removes."""
+    pruning = plan.pruning
+    return {} if pruning is None else {block: pruning.removed(block) for block in pruning.kept}
+
+
 def _means(
-    model: StreamingModel, tokens: np.ndarray, candidates: list[dict[str, Tier]], stage: Stage
+    model: StreamingModel, tokens: np.ndarray, candidates: list[Change], stage: Stage
 ) -> list[float]:
     """Return the mean KL divergence of each candidate."""
-    divergences = measure_kl(model, mx.array(tokens), candidates, lambda _: stage(1, "measuring"))
+    tiers = [tiers for tiers, _ in candidates]
+    removed = [experts for _, experts in candidates]
+    divergences = measure_kl(
+        model, mx.array(tokens), tiers, lambda _: stage(1, "measuring"), removed
+    )
     return [float(kl.mean(dtype=np.float64)) for kl in divergences]

@@ -19,26 +19,22 @@ _FACTOR = 10.0  # the most by which a measurement corrects the predictions of a 
 
 
 def plan_by_budget(
-    inventory: Inventory,
-    profile: SensitivityProfile,
-    budget: Budget,
-    constraints: Constraints,
-    expert_counts: Sequence[int] = (),
+    inventory: Inventory, profile: SensitivityProfile, budget: Budget, constraints: Constraints
 ) -> Plan:
     """Return the plan of least predicted KL within `budget`. Raises PlanError if no plan is.
 
-    The plan keeps one of `expert_counts` experts in every block: the best of them, each solved for
-    itself. Without numbers it keeps all experts.
+    Every number of experts to keep is solved for itself, and the best plan is returned.
     """
     profile = profile.quantized_by(constraints.quantizer)
-    if not expert_counts:
+    counts = constraints.expert_counts
+    if not counts:
         return _plan(inventory, profile, budget, constraints, None)
-    if budget.bytes is None and set(expert_counts) != {inventory.experts}:
-        expert_counts = [count for count in expert_counts if count == inventory.experts]
-        if not expert_counts:
+    if budget.bytes is None:
+        counts = tuple(count for count in counts if count == inventory.experts)
+        if not counts:
             raise PlanError(f"budget {budget.label}: to remove experts is never lossless.")
     plans, refused = [], []
-    for count in sorted(expert_counts, reverse=True):
+    for count in sorted(counts, reverse=True):
         pruning = _pruning(inventory, profile, count)
         try:
             plans.append(_plan(inventory, profile, budget, constraints, pruning))
@@ -51,7 +47,7 @@ def plan_by_budget(
     assert best.optimality is not None
     kl, bound = best.predicted_kl or 0.0, min(bounds)
     gap = (kl - bound) / kl if kl > bound else 0.0
-    solved = tuple(sorted(expert_counts, reverse=True))
+    solved = tuple(sorted(counts, reverse=True))
     optimality = replace(best.optimality, bound=bound, gap=gap, expert_counts=solved)
     return replace(best, optimality=optimality)
 
@@ -158,26 +154,41 @@ def _lossless(group: Group) -> Group:
 
 
 def corrected_by(
-    profile: SensitivityProfile, plan: Plan, measured: Mapping[str, float]
+    profile: SensitivityProfile,
+    plan: Plan,
+    measured: Mapping[str, float],
+    removal: float | None = None,
 ) -> SensitivityProfile:
     """Scale the KL costs of each role so that its prediction for `plan` equals the measurement.
 
     `measured` maps roles to the KL divergence of `plan` with only that role quantized, by the
-    quantizer of the profile. No factor exceeds ten.
+    quantizer of the profile; `removal` is that of removing its experts alone, which scales the
+    costs of all numbers of experts. No factor exceeds ten.
     """
     by_tier = {weight.name: weight.by_tier for weight in profile.weights}
     predicted: dict[str, float] = {}
     for assignment in plan.assignments:
         kl = by_tier[assignment.name][assignment.tier].kl
         predicted[assignment.role] = predicted.get(assignment.role, 0.0) + kl
-    factors = {
-        role: min(max(kl / predicted[role], 1 / _FACTOR), _FACTOR)
-        for role, kl in measured.items()
-        if predicted[role] > 0
-    }
+    factors = {role: _correction(kl, predicted[role]) for role, kl in measured.items()}
     weights = []
     for weight in profile.weights:
         factor = factors.get(weight.role, 1.0)
         costs = tuple(replace(cost, kl=cost.kl * factor) for cost in weight.costs)
         weights.append(replace(weight, costs=costs))
-    return replace(profile, weights=tuple(weights))
+    profile = replace(profile, weights=tuple(weights))
+    if removal is None or plan.pruning is None:
+        return profile
+    factor = _correction(removal, profile.removal_costs[plan.pruning.count])
+    rankings = {
+        block: replace(ranking, kl={count: kl * factor for count, kl in ranking.kl.items()})
+        for block, ranking in profile.expert_rankings.items()
+    }
+    return replace(profile, expert_rankings=rankings)
+
+
+def _correction(measured: float, predicted: float) -> float:
+    """Return the factor that makes a prediction equal the measurement, within limits."""
+    if predicted <= 0:
+        return 1.0
+    return min(max(measured / predicted, 1 / _FACTOR), _FACTOR)

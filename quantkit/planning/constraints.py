@@ -25,7 +25,8 @@ class Constraints:
     from, in addition to the native one. `ties` are patterns: matching weights of a layer share a
     tier. Routers keep their native tier unless `routers` is set or a pin matches. A pattern is a
     role, a group of roles, or a shell pattern on the end of the module path (`experts.*`). A
-    calibrated `quantizer` allows affine tiers only, save for embeddings.
+    calibrated `quantizer` allows affine tiers only, save for embeddings. A plan keeps one of
+    `expert_counts` experts in every block; without numbers, all.
     """
 
     pins: tuple[tuple[str, Tier], ...] = ()
@@ -34,6 +35,7 @@ class Constraints:
     ties: tuple[str, ...] = ()
     routers: bool = False
     quantizer: str = RTN
+    expert_counts: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

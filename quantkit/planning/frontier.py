@@ -1,6 +1,5 @@
 """The frontier: the best plans by budget, and the shipped recipes beside them."""
 
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 
@@ -26,21 +25,20 @@ def frontier(
     constraints: Constraints,
     active_bytes: int | None = None,
     points: int = 24,
-    expert_counts: Sequence[int] = (),
 ) -> list[Plan]:
     """Return the best plans at evenly spaced budgets.
 
     The budgets range from the smallest possible size to the smallest size of least KL; each plan
-    reads at most `active_bytes` per token, and keeps one of `expert_counts` experts, or all. Raises
-    PlanError.
+    reads at most `active_bytes` per token. Raises PlanError.
     """
     everything = Budget(inventory.total_bytes, "native", active_bytes)
-    largest = plan_by_budget(inventory, profile, everything, constraints, expert_counts)
+    largest = plan_by_budget(inventory, profile, everything, constraints)
     if largest.predicted_kl == 0 and active_bytes is None:
         largest = plan_by_budget(inventory, profile, Budget(None, "lossless"), constraints)
     fewest = inventory
-    if expert_counts:
-        fewest = pruned_inventory(inventory, first_experts(inventory, min(expert_counts)))
+    if constraints.expert_counts:
+        kept = first_experts(inventory, min(constraints.expert_counts))
+        fewest = pruned_inventory(inventory, kept)
     groups = groups_of(fewest, profile, Budget(0), constraints)
     least = sum(min(o.costs[0] for o in g.options) for g in groups)
     least += unquantized_assignment(fewest).bytes
@@ -50,7 +48,7 @@ def frontier(
         label = f"{bits_per_weight(limit, inventory.parameters):.3f}bpw"
         try:
             budget = Budget(limit, label, active_bytes)
-            plan = plan_by_budget(inventory, profile, budget, constraints, expert_counts)
+            plan = plan_by_budget(inventory, profile, budget, constraints)
         except PlanError:  # the smallest possible plan may read too much
             continue
         if not plans or plan.total_bytes != plans[-1].total_bytes:

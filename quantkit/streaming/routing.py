@@ -48,15 +48,18 @@ class RoutedBlock:
             units = indices[..., None] == mx.arange(width)
             return units.astype(mx.float32)
 
-        with ExitStack() as stack:
-            stack.enter_context(self._replaced(self._holder, unit_vectors))
-            for name in list(self._module):
-                if name.startswith("shared_expert") and not name.endswith("gate"):
-                    stack.enter_context(self._replaced(name, mx.zeros_like))
-            stack.enter_context(self.masked(mask))
-            weights: mx.array = self._module(x[None])[0, :, : self.experts]
-        mx.eval(weights)
-        return weights
+        step, pieces = memory_limits().tokens, []
+        for start in range(0, len(x), step):
+            rows = slice(start, start + step)
+            with ExitStack() as stack:
+                stack.enter_context(self._replaced(self._holder, unit_vectors))
+                for name in list(self._module):
+                    if name.startswith("shared_expert") and not name.endswith("gate"):
+                        stack.enter_context(self._replaced(name, mx.zeros_like))
+                stack.enter_context(self.masked(mask if mask.ndim == 1 else mask[rows]))
+                pieces.append(self._module(x[None, rows])[0, :, : self.experts])
+            mx.eval(pieces[-1])
+        return pieces[0] if len(pieces) == 1 else mx.concatenate(pieces)
 
     def outputs(self, x: mx.array, experts: mx.array) -> Iterator[tuple[slice, mx.array]]:
         """Yield slices of `x` (rows, hidden) with the outputs (rows, hidden) of an expert each.

@@ -20,6 +20,8 @@ from tests.support import standin, tiny
 from tests.support.families import LLAMA, MOE, write
 from tests.support.profiles import made_up
 
+KEPT = Constraints(expert_counts=(8, 7, 6, 5, 4))
+
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
@@ -77,11 +79,13 @@ def test_the_best_of_all_numbers_of_experts(inventory, removal, share):
     experts = sum(w.bytes for w in inventory.weights if w.role.startswith("expert"))
     budget = Budget(inventory.total_bytes - int((1 - share) * experts))
     counts = (8, 7, 6, 5, 4)
-    best = plan_by_budget(inventory, profile, budget, Constraints(), counts)
+    best = plan_by_budget(inventory, profile, budget, Constraints(expert_counts=counts))
     single = {}
     for count in counts:
         try:
-            single[count] = plan_by_budget(inventory, profile, budget, Constraints(), (count,))
+            single[count] = plan_by_budget(
+                inventory, profile, budget, Constraints(expert_counts=(count,))
+            )
         except PlanError:
             continue
     assert len(single) > 1
@@ -105,8 +109,7 @@ def test_the_best_of_all_numbers_of_experts(inventory, removal, share):
 def test_cheap_experts_go_and_dear_ones_stay(inventory):
     budget = Budget(int(inventory.total_bytes * 0.8))
     kept = [
-        plan_by_budget(inventory, profile_of(inventory, kl), budget, Constraints(), (8, 7, 6, 5, 4))
-        for kl in (1e-9, 100.0)
+        plan_by_budget(inventory, profile_of(inventory, kl), budget, KEPT) for kl in (1e-9, 100.0)
     ]
     assert kept[0].pruning is not None
     assert kept[1].pruning is None
@@ -115,15 +118,15 @@ def test_cheap_experts_go_and_dear_ones_stay(inventory):
 def test_lossless_keeps_all(inventory):
     profile = profile_of(inventory, 1e-9)
     lossless = Budget(None, "lossless")
-    plan = plan_by_budget(inventory, profile, lossless, Constraints(), (8, 4))
+    plan = plan_by_budget(inventory, profile, lossless, Constraints(expert_counts=(8, 4)))
     assert plan.pruning is None
     with pytest.raises(PlanError, match="never lossless"):
-        plan_by_budget(inventory, profile, lossless, Constraints(), (4,))
+        plan_by_budget(inventory, profile, lossless, Constraints(expert_counts=(4,)))
 
 
 def test_both_curves(cli, source, saved, inventory):
     profile = profile_of(inventory, 1e-4)
-    plans = frontier(inventory, profile, Constraints(), points=6, expert_counts=(8, 7, 6, 5, 4))
+    plans = frontier(inventory, profile, KEPT, points=6)
     alone = frontier(inventory, profile, Constraints(), points=6)
     assert plans[0].total_bytes < alone[0].total_bytes
     losses = [plan.predicted_kl for plan in plans]
@@ -204,7 +207,6 @@ REFUSED = {
     "too few": (("--experts", "3"), "Keep 4 to 8"),
     "too many": (("--experts", "9"), "Keep 4 to 8"),
     "two requests": (("--experts", "6", "--prune"), "leave out one of them"),
-    "refined": (("--prune", "--refine", "1"), "measures bits alone; leave out"),
 }
 
 
@@ -231,7 +233,7 @@ def test_what_the_profile_lacks(cli, source, inventory, tmp_path):
 def test_predictions_are_for_the_same_experts_only(inventory):
     profile = profile_of(inventory, 1.0)
     budget = Budget(int(inventory.total_bytes * 0.6))
-    plan = plan_by_budget(inventory, profile, budget, Constraints(quantizer="rtn"), (6,))
+    plan = plan_by_budget(inventory, profile, budget, Constraints(expert_counts=(6,)))
     assert with_predictions(plan, profile).predicted_kl == plan.predicted_kl
     turned = {
         block: replace(r, ranking=r.ranking[::-1]) for block, r in profile.expert_rankings.items()
