@@ -523,12 +523,14 @@ def test_the_default_tiers_are_those_that_can_matter(checkpoint):
         entries = quantkit.ProfileSettings(**settings).entries(weights)
         return {e.tier.name for e in entries if e.weight.role == role}
 
+    one_bit = {"q1g32", "q1g64", "q1g128"}
     affine = {"q8g64", "q6g64", "q5g64", "q4g32", "q4g64", "q3g32", "q3g64", "q2g32", "q2g64"}
     assert tiers_of("q") == tiers_of("lm_head") == affine
     assert tiers_of("embedding") == affine | {"nvfp4", "mxfp4"}
-    assert tiers_of("expert_up") == {"q3g32", "q3g64", "q2g32", "q2g64"}
+    assert tiers_of("expert_up") == {"q3g32", "q3g64", "q2g32", "q2g64", *one_bit}
     assert tiers_of("router") == {"q8g64"}
     assert tiers_of("router", routers=True) == affine
     assert tiers_of("router", more_tiers=("nvfp4",)) == {"q8g64", "nvfp4"}
-    assert tiers_of("q", tiers=parse_tiers("all")) == affine | {"nvfp4", "mxfp4", "mxfp8"}
+    every = affine | one_bit | {"nvfp4", "mxfp4", "mxfp8"}
+    assert tiers_of("q", tiers=parse_tiers("all")) == every
     assert tiers_of("router", tiers=("q3g64",)) == {"q3g64"}
