@@ -175,11 +175,12 @@ def expert_blocks(inventory: Inventory) -> dict[str, frozenset[str]]:
                 "removes experts only where all layers have the same number."
             )
     return {
-        block: frozenset(blocks[block]) for block in dict.fromkeys(_block(w.name) for w in stacks)
+        block: frozenset(blocks[block]) for block in dict.fromkeys(block_of(w.name) for w in stacks)
     }
 
 
-def _block(stack: str) -> str:
+def block_of(stack: str) -> str:
+    """Return the block that holds the stack of experts called `stack`."""
     return stack.rpartition(".")[0].rpartition(".")[0]
 
 

@@ -332,7 +332,9 @@ def _by_imatrix(
 ) -> tuple[Plan, ImatrixQuantization, dict[str, str]]:
     """Return the same for an imatrix. Raises InputError."""
     _require_tokenizer(source)
-    imatrix = load_imatrix(path, source.inventory)
+    imatrix = load_imatrix(path, (source.whole or source).inventory)
+    if plan.pruning is not None:
+        imatrix = imatrix.pruned(plan.pruning.kept)
     texts = (*plan.calibration_texts, imatrix.text)
     plan = replace(plan, calibration_texts=tuple(dict.fromkeys(texts)))
     hashes = {"quantizer": plan.quantizer, "imatrix": imatrix.text.sha256}

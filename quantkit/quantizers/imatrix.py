@@ -5,13 +5,14 @@ of squared inputs per channel, and `counts` (matrices, 1), the tokens that they 
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from quantkit.artifacts.calibration import CalibrationText, ExpertInputs
+from quantkit.artifacts.experts import KeptExperts, block_of
 from quantkit.artifacts.inventory import Inventory, Weight
 from quantkit.artifacts.plan import Plan
 from quantkit.backend import mx
@@ -57,6 +58,19 @@ class Imatrix:
     importance: Mapping[str, np.ndarray]
     inputs: Mapping[str, np.ndarray]
     text: CalibrationText
+
+    def pruned(self, kept: KeptExperts) -> "Imatrix":
+        """Return the imatrix of a model that holds only the experts `kept`."""
+
+        def cut(name: str, values: np.ndarray) -> np.ndarray:
+            block = block_of(name)
+            return values[list(kept[block])] if len(values) > 1 and block in kept else values
+
+        return replace(
+            self,
+            importance={name: cut(name, x) for name, x in self.importance.items()},
+            inputs={name: cut(name, x) for name, x in self.inputs.items()},
+        )
 
 
 def load_imatrix(path: Path, inventory: Inventory) -> Imatrix:

@@ -1,16 +1,22 @@
 """Quantizing by a published importance matrix, in place of text."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 import quantkit
+from quantkit.artifacts.experts import Pruning, expert_blocks
 from quantkit.backend import mx
 from quantkit.calibration.calibration_set import read_calibration_set
+from quantkit.checkpoint.source import open_source
+from quantkit.formats.tiers import parse_tier
+from quantkit.planning.plan import make_plan
 from quantkit.quantizers.input_sums import Inputs, InputSums
 from quantkit.streaming.layer_runner import StreamingModel
 from quantkit.streaming.layer_trace import hooked
+from tests.support.repo import write_repo
 from tests.support.text import words
 
 GGUF = {
@@ -182,3 +188,23 @@ def test_experts_without_tokens_have_the_others_inputs(imatrix, checkpoint, tmp_
     others = importance[1:].mean(axis=0)
     assert np.corrcoef(importance[0], others)[0, 1] > 0.9
     assert found.text.sequences == 2
+
+
+def test_of_the_experts_that_are_kept(checkpoint, imatrix, tmp_path):
+    """The file has all experts; a plan may keep some of them."""
+    source = open_source(str(checkpoint))
+    kept = dict.fromkeys(expert_blocks(source.inventory), (1, 2, 3))
+    tiers = {
+        w.name: parse_tier("q3g64" if w.role.startswith("expert") else "native")
+        for w in source.inventory.weights
+    }
+    whole = make_plan(source.inventory, tiers, "all")
+    pruning = Pruning(4, kept, source.inventory.parameters)
+    pruned = make_plan(source.inventory, tiers, "three of four", pruning)
+    for name, plan in (("all", whole), ("some", pruned)):
+        write_repo(source, replace(plan, quantizer="search"), tmp_path / name, imatrix=imatrix)
+    everything, some = weights(tmp_path / "all"), weights(tmp_path / "some")
+    stacks = [name for name in everything if ".experts." in name]
+    assert len(stacks) > 20
+    for name in stacks:
+        assert mx.array_equal(everything[name][1:], some[name]).item(), name
