@@ -22,27 +22,19 @@ from quantkit.storage.json_files import dump_json
 from quantkit.streaming.layer_runner import StreamingModel
 from tests.support import standin
 from tests.support.families import FAMILIES, tensors, write_from_model
+from tests.support.killing import WATCH
 from tests.support.repo import write_repo
 
 FEW = ("--tokens", 256, "--quantizer-tokens", 512)
-SCRIPT = """
-import os, signal, sys
-plan, source, out, moment = *sys.argv[1:4], int(sys.argv[4])
-seen = 0
-def watch(event, args):
-    global seen
-    if event in ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir"):
-        if isinstance(args[0], (str, bytes, os.PathLike)) and out in os.fspath(args[0]):
-            seen += 1
-            if seen == moment:
-                os.kill(os.getpid(), signal.SIGKILL)
-sys.addaudithook(watch)
+SCRIPT = f"""{WATCH}
+plan, source, out, moment = sys.argv[1:5]
+seen = watch(out, int(moment))
 from quantkit.cli.main import main
 sys.argv = ["quantkit", "quantize", source, "--plan", plan, "-o", out, "--quantizer-tokens", "512"]
 try:
     main()
 finally:
-    print(seen)
+    print(seen[0])
 """
 
 

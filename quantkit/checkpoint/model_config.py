@@ -5,7 +5,7 @@ transformers 4 writes them. transformers 5 puts both into `rope_parameters`, onc
 `with_rope_settings` makes both forms agree.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ _DTYPE_KEYS = ("torch_dtype", "dtype")
 _LARGEST = 1e30  # base of RoPE
 _BESIDE = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
 _CACHE_BYTES = 2  # of a key or a value: mlx-lm caches 16 bits
-EXPERT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts")
+_EXPERT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts")
 _COUNTS = {
     "layers": ("num_hidden_layers", "n_layers", "n_layer"),
     "hidden_size": ("hidden_size", "n_embd", "d_model"),
@@ -27,7 +27,7 @@ _COUNTS = {
     "vocabulary": ("vocab_size",),
     "context": ("max_position_embeddings", "n_positions"),
     "sliding_window": ("sliding_window",),
-    "experts": EXPERT_KEYS,
+    "experts": _EXPERT_KEYS,
     "experts_per_token": ("num_experts_per_tok", "experts_per_token", "num_experts_per_token"),
 }
 
@@ -115,9 +115,16 @@ def with_rope_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     Settings of a nested `text_config` stay there. mlx-lm's form is always added; an existing
     `rope_parameters` is completed, a missing one is not added.
     """
-    edited = _with_both_forms(config)
+    return _in_both_scopes(config, _with_both_forms)
+
+
+def _in_both_scopes(
+    config: Mapping[str, Any], edit: Callable[[Mapping[str, Any]], dict[str, Any]]
+) -> dict[str, Any]:
+    """Return `config` with its top level and a nested `text_config` edited."""
+    edited = edit(config)
     if isinstance(text := edited.get("text_config"), Mapping):
-        edited["text_config"] = _with_both_forms(text)
+        edited["text_config"] = edit(text)
     return edited
 
 
@@ -217,13 +224,22 @@ def stated_dtype(config: Mapping[str, Any]) -> str | None:
 def with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     """Return `config` with every stated float type replaced by `dtype`."""
     name = next(name for name, stored in DTYPES.items() if stored == dtype)
-    edited = dict(config)
-    for key in _DTYPE_KEYS:
-        if isinstance(edited.get(key), str):
-            edited[key] = name
-    if isinstance(text := edited.get("text_config"), Mapping):
-        edited["text_config"] = with_dtype(text, dtype)
-    return edited
+
+    def edit(scope: Mapping[str, Any]) -> dict[str, Any]:
+        stated = {key: name for key in _DTYPE_KEYS if isinstance(scope.get(key), str)}
+        return {**scope, **stated}
+
+    return _in_both_scopes(config, edit)
+
+
+def with_experts(config: Mapping[str, Any], count: int) -> dict[str, Any]:
+    """Return `config` with another number of experts."""
+
+    def edit(scope: Mapping[str, Any]) -> dict[str, Any]:
+        stated = {key: count for key in _EXPERT_KEYS if isinstance(scope.get(key), int)}
+        return {**scope, **stated}
+
+    return _in_both_scopes(config, edit)
 
 
 def mlx_quantization(config: Mapping[str, Any]) -> Mapping[str, Any] | None:

@@ -3,23 +3,21 @@
 All later stages work on it as on any source. Its inventory keeps the identity of the whole one.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 
 from quantkit.artifacts.experts import KeptExperts, expert_blocks, pruned_inventory
 from quantkit.checkpoint.checkpoint import Checkpoint
-from quantkit.checkpoint.model_config import EXPERT_KEYS, text_scope
+from quantkit.checkpoint.model_config import text_scope, with_experts
 from quantkit.checkpoint.source import Source
 from quantkit.checkpoint.views import View
 from quantkit.errors import SourceError
 
 
 @dataclass(frozen=True)
-class ExpertsView:
-    """The rows of some `experts` of a tensor that holds as many rows for each of `total`."""
+class _ExpertsView:
+    """The values of some `experts` of a tensor that holds as many for each of `total`."""
 
     stored: View
     experts: tuple[int, ...]
@@ -30,16 +28,20 @@ class ExpertsView:
         return self.stored.dtype
 
     @property
+    def step(self) -> int:
+        return self.stored.step
+
+
+class ExpertRowsView(_ExpertsView):
+    """The rows of some experts."""
+
+    @property
     def rows(self) -> int:
         return self._rows_each * len(self.experts)
 
     @property
     def width(self) -> int:
         return self.stored.width
-
-    @property
-    def step(self) -> int:
-        return self.stored.step
 
     @property
     def _rows_each(self) -> int:
@@ -57,16 +59,8 @@ class ExpertsView:
         return np.concatenate(pieces)
 
 
-@dataclass(frozen=True)
-class ExpertColumnsView:
-    """The values of some `experts` of a vector with one value for each."""
-
-    stored: View
-    experts: tuple[int, ...]
-
-    @property
-    def dtype(self) -> str:
-        return self.stored.dtype
+class ExpertColumnsView(_ExpertsView):
+    """The values of some experts in a vector with one value for each."""
 
     @property
     def rows(self) -> int:
@@ -75,10 +69,6 @@ class ExpertColumnsView:
     @property
     def width(self) -> int:
         return len(self.experts)
-
-    @property
-    def step(self) -> int:
-        return self.stored.step
 
     def read(self, checkpoint: Checkpoint, start: int, stop: int) -> np.ndarray:
         """Read rows [start, stop) as an array (stop - start, width)."""
@@ -103,7 +93,7 @@ def pruned_source(source: Source, kept: KeptExperts) -> Source:
                 if tensor in views:
                     views[tensor] = _cut(views[tensor], kept[block], total)
     count = len(next(iter(kept.values())))
-    config = _with_experts(source.checkpoint.stated_config, count)
+    config = with_experts(source.checkpoint.stated_config, count)
     return replace(
         source,
         checkpoint=replace(source.checkpoint, stated_config=config),
@@ -125,17 +115,5 @@ def require_prunable(source: Source) -> None:
 
 
 def _cut(view: View, experts: tuple[int, ...], total: int) -> View:
-    if view.rows % total:
-        return ExpertColumnsView(view, experts)
-    return ExpertsView(view, experts, total)
-
-
-def _with_experts(config: Mapping[str, Any], count: int) -> dict[str, Any]:
-    """Return `config` with another number of experts, in a nested `text_config`, too."""
-    edited = dict(config)
-    for key in EXPERT_KEYS:
-        if isinstance(edited.get(key), int):
-            edited[key] = count
-    if isinstance(text := edited.get("text_config"), Mapping):
-        edited["text_config"] = _with_experts(text, count)
-    return edited
+    by_columns = view.rows % total  # a vector is a single row
+    return (ExpertColumnsView if by_columns else ExpertRowsView)(view, experts, total)
