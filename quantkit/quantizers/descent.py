@@ -9,9 +9,8 @@ from quantkit.backend import mx
 from quantkit.formats.affine import AffineWeight
 from quantkit.formats.tiers import Tier
 from quantkit.quantizers.feedback import column_by_column
-from quantkit.quantizers.hessians import row_objective
 
-_ROUNDS = 4
+_ROUNDS = 2  # two more gain 0.5% of the objective, and take as long as the rest of gptq
 _TINY = 1e-30
 
 
@@ -28,18 +27,20 @@ def descend(
         list(mx.split(x.astype(mx.float32), groups, axis=-1))
         for x in (quantized.q, quantized.scales, quantized.biases)
     )
-    pull = (weight - quantized.dequantized(tier)) @ hessian
+    error = weight - quantized.dequantized(tier)
+    pull = error @ hessian
+    before = (pull * error).sum(axis=-1, keepdims=True)
     for _ in range(_ROUNDS):
         for g in range(groups):
             columns = slice(g * size, (g + 1) * size)
             block = hessian[..., columns, columns]
-            before = q[g] * scales[g] + biases[g]
+            values = q[g] * scales[g] + biases[g]
             q[g], left = _move_integers(pull[..., columns], q[g], scales[g], block, tier)
             ds, db = _scale_step(left, q[g], block)
             scales[g], biases[g] = (
                 (x[g] + d).astype(dtype).astype(mx.float32) for x, d in ((scales, ds), (biases, db))
             )
-            moved = q[g] * scales[g] + biases[g] - before
+            moved = q[g] * scales[g] + biases[g] - values
             pull = pull - moved @ hessian[..., columns, :]
             mx.eval(pull, q[g], scales[g], biases[g])
     new = AffineWeight(
@@ -47,7 +48,7 @@ def descend(
         mx.concatenate(scales, axis=-1).astype(dtype),
         mx.concatenate(biases, axis=-1).astype(dtype),
     )
-    before, after = (row_objective(weight, x.dequantized(tier), hessian) for x in (quantized, new))
+    after = (pull * (weight - new.dequantized(tier))).sum(axis=-1, keepdims=True)
     pairs = ((new.q, quantized.q), (new.scales, quantized.scales), (new.biases, quantized.biases))
     return AffineWeight(*(mx.where(after < before, a, b) for a, b in pairs))
 

@@ -273,12 +273,23 @@ class LayerwiseQuantizer:
         slices: dict[str, list[Tensors]] = {name: [] for name in group.names}
         for experts, moments in group.inputs.moments(choice.prior):
             hessians = Hessians(moments)
-            for weight, stack in zip(weights, values, strict=True):
-                packed = self._packed(weight, stack[experts], hessians, choice.quantizer)
-                slices[weight.name].append(packed)
-                self.progress(0, weight.name)
+            for alike in self._alike(weights):
+                rows = mx.concatenate([values[i][experts] for i in alike], axis=-2)
+                packed = self._packed(weights[alike[0]], rows, hessians, choice.quantizer)
+                ends = np.cumsum([values[i].shape[-2] for i in alike])[:-1]
+                columns = zip(*(np.split(tensor, ends, axis=-2) for tensor in packed), strict=True)
+                for i, tensors in zip(alike, columns, strict=True):
+                    slices[weights[i].name].append(tensors)
+                    self.progress(0, weights[i].name)
             free_memory()
         return {name: _concatenated(tensors) for name, tensors in slices.items()}
+
+    def _alike(self, weights: Sequence[Weight]) -> list[list[int]]:
+        """Return the numbers of the weights that are quantized at once, as rows of one matrix."""
+        alike: dict[tuple[Tier, str], list[int]] = {}
+        for number, weight in enumerate(weights):
+            alike.setdefault((self.tiers[weight.name], weight.dtype), []).append(number)
+        return list(alike.values())
 
     def _packed(
         self, weight: Weight, values: mx.array, hessians: Hessians, quantizer: Quantizer
