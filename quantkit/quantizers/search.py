@@ -107,6 +107,7 @@ class _Weighted:
 
     @classmethod
     def of(cls, w: mx.array, h: mx.array) -> "_Weighted":
+        """Return the sums of values `w` and weights `h` (..., groups, size)."""
         sum_h = h.sum(axis=-1)
         mean = (h * w).sum(axis=-1) / sum_h
         around = w - mean[..., None]
