@@ -53,6 +53,7 @@ COPIES = {"rare": (0.02,) * 4, "even": (0.5,) * 4, "graded": (0.01, 0.05, 0.2, 0
 SHARES = (0.4, 0.5, 0.6, 0.7, 0.8)  # of the native bytes of the experts
 TEXT = CalibrationSpec(tokens=2048)
 SETTINGS = ProfileSettings(TEXT, experts="auto")
+RANKED = CalibrationSpec(tokens=1024)
 
 
 def router_inputs(model: StreamingModel, tokens: np.ndarray) -> dict[str, mx.array]:
@@ -119,9 +120,11 @@ def plans_of(source: Source, profile: SensitivityProfile) -> list[tuple[float, i
     return plans
 
 
-def measured(source: Source, plans: list[Plan], more: list[KeptExperts]) -> list[float]:
+def measured(
+    source: Source, plans: list[Plan], more: list[KeptExperts], spec: CalibrationSpec = TEXT
+) -> list[float]:
     """The KL divergences of plans, rounded to nearest, and of removals of experts alone."""
-    text = read_calibration_set(source.checkpoint, TEXT, EVALUATE)
+    text = read_calibration_set(source.checkpoint, spec, EVALUATE)
     experts = source.inventory.experts
     tiers = [changed_tiers(source, plan) for plan in plans] + [{} for _ in more]
     kept = [plan.pruning.kept if plan.pruning else None for plan in plans] + more
@@ -214,7 +217,7 @@ def rankings(folder: Path) -> str:
     lines = []
     for name, shares in COPIES.items():
         source = open_source(str(model_with_copies(folder / name, shares)))
-        text = read_calibration_set(source.checkpoint, TEXT)
+        text = read_calibration_set(source.checkpoint, RANKED)
         counts = expert_counts(source.inventory)
         kept = []
         for number, saliency in enumerate(SALIENCIES.values()):
@@ -227,14 +230,14 @@ def rankings(folder: Path) -> str:
             orders = {b: order for table in tables for b, order in table.rankings.items()}
             for count in counts:
                 kept.append({b: sorted(map(int, o[:count])) for b, o in orders.items()})
-        kl = measured(source, [], kept)
+        kl = measured(source, [], kept, RANKED)
         for number, label in enumerate(SALIENCIES):
             cells = kl[number * len(counts) : (number + 1) * len(counts)]
             lines.append(f"| `{name}` | {label} | {' | '.join(f'{x:.3g}' for x in cells)} |")
     return "\n".join(
         [
-            f"{machine()}; ranked and measured on {TEXT.tokens:,} tokens each, of other documents. "
-            "KL divergence of the removal alone, in nats per token.",
+            f"{machine()}; ranked and measured on {RANKED.tokens:,} tokens each, of other "
+            "documents. KL divergence of the removal alone, in nats per token.",
             "",
             "| model | ranked by | 7 of 8 kept | 6 | 5 | 4 |",
             "|---|---|---|---|---|---|",
