@@ -1,6 +1,7 @@
 """Experts removed and bits chosen in one optimum, against bits alone and against pruning first.
 
     python evals/bench/pruning.py [FOLDER]          the table of budgets, for three models
+    python evals/bench/pruning.py removal [FOLDER]  predicted and measured cost of removal alone
     python evals/bench/pruning.py rankings [FOLDER] what predicts best which experts to keep
 
 The models are the demo with other biases of its routers: the logits of an expert are a(x) + b,
@@ -53,7 +54,7 @@ COPIES = {"rare": (0.02,) * 4, "even": (0.5,) * 4, "graded": (0.01, 0.05, 0.2, 0
 SHARES = (0.4, 0.5, 0.6, 0.7, 0.8)  # of the native bytes of the experts
 TEXT = CalibrationSpec(tokens=2048)
 SETTINGS = ProfileSettings(TEXT, experts="auto")
-RANKED = CalibrationSpec(tokens=1024)
+RANKED, REMOVED = CalibrationSpec(tokens=1024), CalibrationSpec(tokens=8192)
 
 
 def router_inputs(model: StreamingModel, tokens: np.ndarray) -> dict[str, mx.array]:
@@ -121,7 +122,7 @@ def plans_of(source: Source, profile: SensitivityProfile) -> list[tuple[float, i
 
 
 def measured(
-    source: Source, plans: list[Plan], more: list[KeptExperts], spec: CalibrationSpec = TEXT
+    source: Source, plans: list[Plan], more: list[KeptExperts], spec: CalibrationSpec
 ) -> list[float]:
     """The KL divergences of plans, rounded to nearest, and of removals of experts alone."""
     text = read_calibration_set(source.checkpoint, spec, EVALUATE)
@@ -137,26 +138,18 @@ def measured(
 
 def budgets(folder: Path) -> str:
     """The table of the three models."""
-    lines, ranks, worst = [], [], 0.0
+    lines = []
     for name, shares in COPIES.items():
         source = open_source(str(model_with_copies(folder / name, shares)))
         profile = make_profile(source, folder / f"{name}-profile", SETTINGS)
         counts = expert_counts(source.inventory)
         plans = plans_of(source, profile)
-        alone = [{b: r.kept(k) for b, r in profile.expert_rankings.items()} for k in counts]
-        kl = measured(source, [plan for _, _, plan in plans], alone)
-        predicted = [sum(r.kl[k] for r in profile.expert_rankings.values()) for k in counts]
-        removal = kl[len(plans) :]
-        pairs = ", ".join(
-            f"{k}: {p:.3g} -> {m:.3g}" for k, p, m in zip(counts, predicted, removal, strict=True)
-        )
-        ranks.append(f"`{name}` {spearman([0, *predicted], [0, *removal]):.2f} ({pairs})")
+        kl = measured(source, [plan for _, _, plan in plans], [], TEXT)
         for share in SHARES:
             row = {k: (plan, kl[i]) for i, (s, k, plan) in enumerate(plans) if s == share}
             plan, joint = row.pop(0)
             kept = plan.pruning.count if plan.pruning else source.inventory.experts
             best = min(value for _, value in row.values())
-            worst = max(worst, joint / best)
             cells = [f"{row[k][1]:.3f}" if k in row else "-" for k in (8, *counts)]
             lines.append(
                 f"| `{name}` | {share:.0%} | {kept} of 8 | {plan.predicted_kl:.3f} | {joint:.3f} | "
@@ -171,9 +164,51 @@ def budgets(folder: Path) -> str:
             "alone | 7, then bits | 6 | 5 | 4 | optimum / best |",
             "|---|---|---|---|---|---|---|---|---|---|---|",
             *lines,
+        ]
+    )
+
+
+def ranked(
+    source: Source, work: Path, spec: CalibrationSpec, saliency: Saliency
+) -> tuple[dict[int, float], list[KeptExperts]]:
+    """The predicted cost of every number of experts, and the experts that it keeps."""
+    text = read_calibration_set(source.checkpoint, spec)
+    counts = expert_counts(source.inventory)
+    work.mkdir(exist_ok=True)
+    probe = replace(ExpertProbe.of(source.inventory, counts), saliency=saliency)
+    model = StreamingModel(source)
+    sweep = Sweep(model, text.tokens, (), ProfileWork(work), 2, 0, experts=probe)
+    tables = sweep.run(lambda *_: None)
+    orders = {b: order for table in tables for b, order in table.rankings.items()}
+    costs = {
+        count: sum(
+            float(kl.mean()) for t in tables for (_, c), kl in t.removal.items() if c == count
+        )
+        for count in counts
+    }
+    return costs, [{b: sorted(map(int, o[:k])) for b, o in orders.items()} for k in counts]
+
+
+def removal(folder: Path) -> str:
+    """The cost of keeping the best experts and native bits: predicted and measured."""
+    lines = []
+    for name, shares in COPIES.items():
+        source = open_source(str(model_with_copies(folder / name, shares)))
+        costs, kept = ranked(source, folder / f"{name}-removal", REMOVED, fisher_saliency)
+        kl = measured(source, [], kept, REMOVED)
+        pairs = zip(costs.values(), kl, strict=True)
+        cells = " | ".join(f"{ours:.3g}, {theirs:.3g}" for ours, theirs in pairs)
+        rank = spearman(np.array([0, *costs.values()]), np.array([0, *kl]))
+        lines.append(f"| `{name}` | {cells} | {rank:.2f} |")
+        print(lines[-1], flush=True)
+    return "\n".join(
+        [
+            f"{machine()}; predicted and measured on {REMOVED.tokens:,} tokens each, of other "
+            "documents. KL divergence of the removal alone, in nats per token: predicted, measured.",
             "",
-            "Predicted and measured cost of removal alone, Spearman's rank correlation over the "
-            f"numbers of experts: {'; '.join(ranks)}.",
+            "| model | 7 of 8 kept | 6 | 5 | 4 | Spearman, with all 8 |",
+            "|---|---|---|---|---|---|",
+            *lines,
         ]
     )
 
@@ -217,19 +252,11 @@ def rankings(folder: Path) -> str:
     lines = []
     for name, shares in COPIES.items():
         source = open_source(str(model_with_copies(folder / name, shares)))
-        text = read_calibration_set(source.checkpoint, RANKED)
         counts = expert_counts(source.inventory)
         kept = []
         for number, saliency in enumerate(SALIENCIES.values()):
             work = folder / f"{name}-ranking-{number}"
-            work.mkdir(exist_ok=True)
-            probe = replace(ExpertProbe.of(source.inventory, counts), saliency=saliency)
-            model = StreamingModel(source)
-            sweep = Sweep(model, text.tokens, (), ProfileWork(work), 2, 0, experts=probe)
-            tables = sweep.run(lambda *_: None)
-            orders = {b: order for table in tables for b, order in table.rankings.items()}
-            for count in counts:
-                kept.append({b: sorted(map(int, o[:count])) for b, o in orders.items()})
+            kept += ranked(source, work, RANKED, saliency)[1]
         kl = measured(source, [], kept, RANKED)
         for number, label in enumerate(SALIENCIES):
             cells = kl[number * len(counts) : (number + 1) * len(counts)]
@@ -253,6 +280,7 @@ def main() -> None:
     args = parser.parse_args()
     tables: dict[str, tuple[Callable[[Path], str], str]] = {
         "budgets": (budgets, "pruning"),
+        "removal": (removal, "pruning-removal"),
         "rankings": (rankings, "pruning-rankings"),
     }
     what = args.what[0] if args.what[:1] and args.what[0] in tables else "budgets"
