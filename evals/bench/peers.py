@@ -1,9 +1,9 @@
 """Calibrated quantizers side by side: quantkit, mlx-lm's four, and mlx-optiq.
 
-    python evals/bench/peers.py [FOLDER [ROW ...]]
+    python evals/bench/peers.py [FOLDER [ROW ...]] [--made]
 
 The repos and what they took are kept in FOLDER, where a killed run goes on; with numbers of rows,
-only these are made, and the table is not.
+only these are made, and the table is not. --made tables the rows that are made.
 
 On plain SmolLM2-135M in BF16. Each tool runs in its own process, by its own main(), in float32
 (BLAS on a CPU has no BF16 products), and stores BF16; mlx-lm's read quantkit's text, mlx-optiq its
@@ -188,16 +188,16 @@ def measured(command: list[str], note: Path) -> tuple[float, float]:
     return seconds, peak
 
 
-def table(folder: Path) -> str:
-    """What all rows took, and their KL divergence."""
+def table(folder: Path, numbers: list[int]) -> str:
+    """What these rows took, and their KL divergence."""
     source = open_source(str(plain_checkpoint()))
-    made = rows()
-    for number in range(len(made)):
+    for number in numbers:
         make(folder, number)
-    found = compare(source, [str(folder / str(number)) for number in range(len(made))])
+    found = compare(source, [str(folder / str(number)) for number in numbers])
     profile = measured([], folder / "profile.json")
     lines = []
-    for number, ((label, command), result) in enumerate(zip(made, found, strict=True)):
+    for number, result in zip(numbers, found, strict=True):
+        label, command = rows()[number]
         seconds, peak = measured([], folder / f"{number}.json")
         if "quantkit" in command:
             seconds, peak = seconds + profile[0], max(peak, profile[1])
@@ -229,13 +229,16 @@ def main() -> None:
     if args.what[:1] == ["peer"]:
         peer(args.what[1], args.what[2], options)
         return
+    made = "--made" in options
     with tempfile.TemporaryDirectory() as temporary:
         folder, *numbers = args.what or [temporary]
         Path(folder).mkdir(exist_ok=True)
         for number in numbers:
             make(Path(folder).resolve(), int(number))
         if not numbers:
-            save(table(Path(folder).resolve()), "peers")
+            every = range(len(rows()))
+            wanted = [n for n in every if not made or (Path(folder) / f"{n}.json").exists()]
+            save(table(Path(folder).resolve(), wanted), "peers")
 
 
 if __name__ == "__main__":
