@@ -54,7 +54,7 @@ COPIES = {"rare": (0.02,) * 4, "even": (0.5,) * 4, "graded": (0.01, 0.05, 0.2, 0
 SHARES = (0.4, 0.5, 0.6, 0.7, 0.8, 0.98)  # of the native bytes of the experts
 TEXT = CalibrationSpec(tokens=2048)
 SETTINGS = ProfileSettings(TEXT, experts="auto")
-RANKED, REMOVED = CalibrationSpec(tokens=1024), CalibrationSpec(tokens=8192)
+RANKED, REMOVED = CalibrationSpec(tokens=1024), CalibrationSpec(tokens=4096)
 
 
 def router_inputs(model: StreamingModel, tokens: np.ndarray) -> dict[str, mx.array]:

@@ -12,6 +12,7 @@ from quantkit.errors import SourceError
 from quantkit.sensitivity.expert_ranking import (
     Projections,
     Saliency,
+    cross_fitted,
     fisher_saliency,
     rank_experts,
 )
@@ -78,11 +79,17 @@ class ExpertProbe:
                 first = traces[0].call
                 y = module.run(replace(first, x=first.x[:1]))
             _require_added(name, traces[0].y[:1], y, g[:, :1], ranked.slopes[smallest])
-            kl = {
-                count: predicted_kl(slopes.reshape(g.shape[:-1]))
-                for count, slopes in ranked.slopes.items()
-            }
+            slopes = ranked.slopes
+            if g.shape[1] > 1:
+                halves = [_tokens(g.shape[1:3], first) for first in (0, 1)]
+                slopes = cross_fitted(projections, halves, self.counts, self.active, self.saliency)
+            kl = {n: predicted_kl(slope.reshape(g.shape[:-1])) for n, slope in slopes.items()}
             yield RankedBlock(name, np.array(ranked.ranking), kl)
+
+
+def _tokens(shape: tuple[int, ...], first: int) -> np.ndarray:
+    """Return the numbers (n,) of the tokens of every second sequence, from the `first` on."""
+    return np.arange(shape[0] * shape[1]).reshape(shape)[first::2].reshape(-1)
 
 
 def _routed(trace: LayerTrace, block: str) -> mx.array:

@@ -9,9 +9,13 @@ cost of removing it, summed over its tokens.
 Experts are removed in stages, and ranked again after each of them: the worth of an expert depends
 on which others are left to take its tokens. All costs are against the native output, so that a
 removal that undoes the harm of an earlier one pays.
+
+The experts that seem worth least on some text are worth more on other text. So the cost of keeping
+the best is predicted on text that did not rank them: each half of it by the ranking of the other.
 """
 
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -51,6 +55,14 @@ class Projections:
         self._known = np.zeros(shape, bool)
         self.native = self.block.weights(self.x, self.block.mask([]))
         self.need(self.native)
+
+    def of(self, tokens: np.ndarray) -> "Projections":
+        """Return the same for some `tokens` (n,), with copies of the numbers."""
+        some = copy(self)
+        rows = mx.array(tokens)
+        some.x, some.g, some.native = self.x[rows], self.g[:, rows], self.native[rows]
+        some.values, some._known = self.values[:, rows], self._known[tokens]
+        return some
 
     def need(self, weights: mx.array) -> None:
         """Compute what is missing for routing `weights` (tokens, experts)."""
@@ -120,3 +132,25 @@ def rank_experts(
         slopes[count] = projections.slopes(block.weights(projections.x, mask))
         mx.eval(slopes[count])
     return RankedExperts((*left, *removed), slopes)
+
+
+def cross_fitted(
+    projections: Projections,
+    halves: Sequence[np.ndarray],
+    counts: Sequence[int],
+    active: int,
+    saliency: Saliency = fisher_saliency,
+) -> dict[int, mx.array]:
+    """Return g . dh (draws, tokens) of keeping so many experts, on tokens that did not rank them.
+
+    `halves` are the numbers (n,) of the tokens of two parts, which rank each other's experts.
+    """
+    slopes = {count: mx.zeros(projections.g.shape[:2]) for count in counts}
+    parts = [projections.of(tokens) for tokens in halves]
+    for tokens, part, other in zip(halves, parts, reversed(parts), strict=True):
+        order = rank_experts(other, counts, active, saliency).ranking
+        for count in counts:
+            mask = part.block.mask(order[count:])
+            slopes[count][:, mx.array(tokens)] = part.slopes(part.block.weights(part.x, mask))
+            mx.eval(slopes[count])
+    return slopes

@@ -8,7 +8,7 @@ import pytest
 from quantkit.artifacts.experts import expert_blocks
 from quantkit.backend import mx
 from quantkit.checkpoint.source import open_source
-from quantkit.sensitivity.expert_ranking import Projections, rank_experts
+from quantkit.sensitivity.expert_ranking import Projections, cross_fitted, rank_experts
 from quantkit.streaming.layer_runner import StreamingModel, submodule
 from quantkit.streaming.routing import routed_block
 from tests.support import standin, tiny
@@ -118,3 +118,20 @@ def test_the_same_twice(tmp_path, block_of):
         block, _, x, g = block_of(folder)
         rankings.append(rank_experts(Projections(block, x, g), (6, 4), 4).ranking)
     assert rankings[0] == rankings[1]
+
+
+def test_costs_are_those_on_text_that_did_not_rank(tmp_path, block_of):
+    """What seems cheapest on a few tokens is dearer on others; on the same ones it is as ranked."""
+    block, _, x, g = block_of(gpt_oss(tmp_path / "src", lambda _: None))
+    projections = Projections(block, x, g)
+    halves = [np.arange(0, TOKENS // 2), np.arange(TOKENS // 2, TOKENS)]
+    slopes = cross_fitted(projections, halves, (7, 4), 4)
+    for count in (7, 4):
+        for tokens, others in zip(halves, reversed(halves), strict=True):
+            order = rank_experts(projections.of(others), (7, 4), 4).ranking
+            mask = block.mask(order[count:])
+            part = projections.of(tokens)
+            expected = part.slopes(block.weights(part.x, mask))
+            assert mx.allclose(slopes[count][:, mx.array(tokens)], expected, atol=1e-5).item()
+    kept = mx.square(rank_experts(projections, (7, 4), 4).slopes[7]).mean()
+    assert mx.square(slopes[7]).mean().item() > kept.item()
