@@ -109,6 +109,9 @@ def test_the_judge_compares_it_to_the_whole_model(run, source, out):
     found = json.loads(run("compare", source, out, *FEW[:2], "--seed", 3, "--json"))
     (fidelity,) = found["results"]
     assert 0 < fidelity["kl_mean"] < 20
+    whole = open_source(str(source)).inventory.parameters
+    stored = open_source(str(out), quantized=True).inventory.total_bytes
+    assert fidelity["bits_per_weight"] == 8 * stored / whole
 
 
 def test_stock_mlx_lm_loads_it_and_generates(out):
@@ -190,6 +193,19 @@ def test_a_config_of_more_experts_is_seen(out, tmp_path, cli):
     assert refused.exit_code != 0
     assert "experts as planned" in refused.stdout
     assert refused.stdout.count("FAIL") >= 1
+
+
+def test_an_edited_list_of_experts_is_seen(out, tmp_path, cli):
+    repo = tmp_path / "out"
+    shutil.copytree(out, repo)
+    report = json.loads((repo / "quantkit.json").read_text())
+    kept = report["plan"]["pruning"]["kept"]
+    block = min(kept)
+    kept[block] = next(n for n in ([0, 1, 2, 3, 4], [1, 2, 3, 4, 5]) if n != kept[block])
+    (repo / "quantkit.json").write_text(json.dumps(report))
+    refused = cli("verify", repo, "--no-load")
+    assert refused.exit_code == 1
+    assert "lists of experts were edited" in refused.stdout
 
 
 def hashes(repo):

@@ -164,7 +164,13 @@ def expert_blocks(inventory: Inventory) -> dict[str, frozenset[str]]:
     holders = {w.name.rpartition(".")[0] for w in stacks}
     blocks: dict[str, set[str]] = {holder.rpartition(".")[0]: set() for holder in holders}
     for name, shape in _named_shapes(inventory):
-        holder = _module(name).rpartition(".")[0]
+        module = _module(name)
+        if module in blocks and shape and shape[0] == experts:
+            raise InputError(
+                f"{name}: this architecture keeps a value per expert outside its router, so "
+                "quantkit cannot remove experts; leave out `experts`."
+            )
+        holder = module.rpartition(".")[0]
         block = holder.rpartition(".")[0] if holder in holders else holder
         if block in blocks and shape and shape[0] == experts:
             blocks[block].add(name)
@@ -222,7 +228,9 @@ def first_experts(inventory: Inventory, count: int) -> KeptExperts:
 
 
 def parse_expert_counts(text: str | None, inventory: Inventory) -> tuple[int, ...]:
-    """Parse numbers of experts to keep, such as `96` or `96,64`, or `auto`; none for None.
+    """Parse numbers of experts to keep, such as `96` or `96,64`, largest first; none for None.
+
+    `auto` stands for all, and for those whose cost a profile measures.
 
     Raises InputError.
     """
@@ -231,7 +239,7 @@ def parse_expert_counts(text: str | None, inventory: Inventory) -> tuple[int, ..
     expert_blocks(inventory)  # refuses models without experts
     experts, active = inventory.experts or 0, inventory.experts_per_token or 1
     if text.strip() == "auto":
-        return expert_counts(inventory)
+        return (experts, *expert_counts(inventory))
     try:
         counts = [int(number) for number in text.split(",")]
     except ValueError:
@@ -242,4 +250,4 @@ def parse_expert_counts(text: str | None, inventory: Inventory) -> tuple[int, ..
                 f"`experts` {count}: this model has {experts} experts, of which the router picks "
                 f"{active} per token. Keep {active} to {experts}."
             )
-    return tuple(sorted(set(counts) - {experts}, reverse=True))
+    return tuple(sorted(set(counts), reverse=True))

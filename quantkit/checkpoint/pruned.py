@@ -14,6 +14,8 @@ from quantkit.checkpoint.source import Source
 from quantkit.checkpoint.views import View
 from quantkit.errors import SourceError
 
+_GROUP_KEYS = ("n_group", "num_expert_group")
+
 
 @dataclass(frozen=True)
 class _ExpertsView:
@@ -107,7 +109,7 @@ def require_prunable(source: Source) -> None:
     """Check that the experts of a model can be removed. Raises InputError or SourceError."""
     expert_blocks(source.inventory)
     scope = text_scope(source.checkpoint.config)
-    if (scope.get("n_group") or 1) > 1:
+    if any(scope.get(key) not in (None, 0, 1) for key in _GROUP_KEYS):
         raise SourceError(
             f"{source.inventory.source.name}: its router chooses among groups of experts, which "
             "all need the same size. Leave out `experts`."

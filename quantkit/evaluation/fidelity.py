@@ -248,7 +248,7 @@ def _fidelity(
     )
     _require_finite(name, kl)
     kl = np.maximum(kl, 0)
-    text, inventory = comparison.text, source.inventory
+    text, inventory, native = comparison.text, source.inventory, comparison.native.inventory
     growth = nll - native_nll
     growth[:, -1] = np.nan  # the last token has no target
     rng = np.random.default_rng(0)
@@ -261,11 +261,11 @@ def _fidelity(
         by_text[kind] = in_kind.mean(kl[of_kind].reshape(-1))
     return Fidelity(
         repo=name,
-        native=comparison.native.inventory.source.name,
+        native=native.source.name,
         text=text.text.name,
         seed=text.text.seed,
         bytes=inventory.total_bytes,
-        bits_per_weight=bits_per_weight(inventory.total_bytes, inventory.parameters),
+        bits_per_weight=bits_per_weight(inventory.total_bytes, native.parameters),
         tokens=kl.size,
         sequences=len(kl),
         documents=drawn.count,

@@ -23,6 +23,7 @@ from quantkit.formats.tiers import TIERS, Tier
 from quantkit.progress import Stage
 from quantkit.storage.hashing import hash_file
 from quantkit.storage.json_files import load_json
+from quantkit.storage.paths import REPORT_FILE
 from quantkit.streaming.attention import attention_differences, compared_layers
 from quantkit.units import like_others, plural
 
@@ -205,8 +206,13 @@ def _check_bytes(checkpoint: Checkpoint, report: Report) -> str:
 
 def _check_experts(repo: Path, report: Report) -> str:
     """Compare the experts of every block, and those in the config, to the plan's pruning."""
-    pruning = report.plan.pruning
+    plan, pruning = report.plan, report.plan.pruning
     assert pruning is not None
+    stated = load_json(repo / REPORT_FILE, SourceError).get("plan")
+    if not isinstance(stated, dict) or stated.get("tiers_sha256") != plan.tiers_sha256:
+        raise _WrongError(f"{REPORT_FILE}: its tiers or its lists of experts were edited.")
+    if pruning.source_parameters < plan.kept_parameters or pruning.count > pruning.experts:
+        raise _WrongError(f"{REPORT_FILE}: keeps more than its source had.")
     inventory = open_source(str(repo), quantized=True).inventory
     if inventory.experts != pruning.count:
         raise _WrongError(

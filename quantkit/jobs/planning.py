@@ -141,9 +141,7 @@ class PlanRequest:
         if self.experts is None:
             return ()
         require_prunable(source)
-        counts = parse_expert_counts(self.experts, source.inventory)
-        everything = source.inventory.experts or 0
-        return (everything, *counts) if self.experts.strip() == "auto" else counts
+        return parse_expert_counts(self.experts, source.inventory)
 
     def parsed_budget(self, source: Source) -> Budget:
         """Return the budget for a checkpoint. Raises InputError."""

@@ -22,7 +22,13 @@ from quantkit.checkpoint.hub import is_repo_id
 from quantkit.checkpoint.provenance import versions
 from quantkit.checkpoint.pruned import pruned_source
 from quantkit.checkpoint.source import Source, with_values
-from quantkit.errors import CalibrationError, InputError, UntrustedCodeError, in_field
+from quantkit.errors import (
+    CalibrationError,
+    InputError,
+    PlanError,
+    UntrustedCodeError,
+    in_field,
+)
 from quantkit.jobs.open_model import open_model
 from quantkit.jobs.planning import PlanRequest, choose_plan
 from quantkit.jobs.profile import note_skipped_rows, prepare_profile, run_profiling
@@ -123,7 +129,10 @@ def _frontier(
     if profile is None or request.budget is None:
         return ()
     inventory, constraints = source.inventory, request.constraints(source)
-    best = plans_by_size(inventory, profile, constraints, points=_POINTS)
+    try:
+        best = plans_by_size(inventory, profile, constraints, request.active_limit, points=_POINTS)
+    except PlanError:  # a picture is no reason to refuse a plan
+        return ()
     points = [SizePoint(None, plan.total_bytes, plan.predicted_kl or 0.0) for plan in best]
     for plan in recipe_plans(inventory, profile):
         if plan.predicted_kl is not None:

@@ -8,7 +8,7 @@ from quantkit.artifacts.inventory import Inventory, Weight
 from quantkit.artifacts.roles import ROLE_GROUPS, ROLES
 from quantkit.artifacts.sensitivity import SensitivityProfile, TierCost
 from quantkit.errors import InputError, PlanError, in_field
-from quantkit.formats.tiers import NATIVE, Tier, canonical, native_name, parse_tier
+from quantkit.formats.tiers import NATIVE, Tier, canonical, is_available, native_name, parse_tier
 from quantkit.planning.budget import Budget
 from quantkit.planning.knapsack_items import Option
 from quantkit.planning.plan import active_bytes, stored_bytes
@@ -173,6 +173,8 @@ def _allowed(weight: Weight, costs: Mapping[str, TierCost], constraints: Constra
 
 def _is_allowed(name: str, weight: Weight, constraints: Constraints) -> bool:
     tier = parse_tier(name)
+    if not is_available(tier):
+        return False
     calibrated = find_quantizer(constraints.quantizer).calibrated and weight.role != "embedding"
     if calibrated and tier.mode != "affine":
         return False

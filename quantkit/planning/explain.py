@@ -100,7 +100,11 @@ def explain(
 
 
 def diff(before: Plan, after: Plan) -> list[Difference]:
-    """Return the weights that two plans of one checkpoint store differently. Raises PlanError."""
+    """Return the weights that two plans of one checkpoint store differently.
+
+    Fewer experts take fewer bytes in the same tier; a row without tiers is for the removal itself,
+    with the bytes of biases. Raises PlanError.
+    """
     old = {assignment.name: assignment for assignment in before.assignments}
     if old.keys() != {assignment.name for assignment in after.assignments}:
         raise PlanError(
@@ -110,11 +114,26 @@ def diff(before: Plan, after: Plan) -> list[Difference]:
     differences = []
     for new in after.assignments:
         was = old[new.name]
-        if was.tier != new.tier:
+        if (was.tier, was.bytes) != (new.tier, new.bytes):
             predicted = was.kl is not None and new.kl is not None
             kl = (new.kl or 0) - (was.kl or 0) if predicted else None
             differences.append(Difference(new.name, was.tier, new.tier, new.bytes - was.bytes, kl))
+    if _kept(before) != _kept(after):
+        texts = [_experts(plan) for plan in (before, after)]
+        kls = [plan.pruning.kl if plan.pruning else 0.0 for plan in (before, after)]
+        kl = None if kls[0] is None or kls[1] is None else kls[1] - kls[0]
+        more = after.unquantized.bytes - before.unquantized.bytes
+        differences.append(Difference("experts kept", texts[0], texts[1], more, kl))
     return differences
+
+
+def _kept(plan: Plan) -> dict[str, tuple[int, ...]] | None:
+    return None if plan.pruning is None else dict(plan.pruning.kept)
+
+
+def _experts(plan: Plan) -> str:
+    pruning = plan.pruning
+    return "all" if pruning is None else f"{pruning.count} of {pruning.experts}"
 
 
 def explanation_json(explanation: Explanation) -> dict[str, Any]:

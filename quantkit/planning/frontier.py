@@ -33,7 +33,8 @@ def frontier(
     """
     everything = Budget(inventory.total_bytes, "native", active_bytes)
     largest = plan_by_budget(inventory, profile, everything, constraints)
-    if largest.predicted_kl == 0 and active_bytes is None:
+    all_kept = inventory.experts in (constraints.expert_counts or (inventory.experts,))
+    if largest.predicted_kl == 0 and active_bytes is None and all_kept:
         largest = plan_by_budget(inventory, profile, Budget(None, "lossless"), constraints)
     fewest = inventory
     if constraints.expert_counts:
@@ -61,9 +62,11 @@ def recipe_baselines(
 ) -> list[Plan]:
     """Return the plans of shipped recipes that fit the budget and use up its bytes.
 
-    `constraints` hold for them, save that their routers may be quantized.
+    `constraints` hold for them, save that their routers may be quantized. Recipes keep all experts.
     """
-    baselines = []
+    baselines: list[Plan] = []
+    if inventory.experts not in (constraints.expert_counts or (inventory.experts,)):
+        return baselines
     loose = replace(constraints, routers=True, quantizer=RTN)
     allowed = allowed_tiers(inventory, profile, loose)
     for plan in recipe_plans(inventory, profile):

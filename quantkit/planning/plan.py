@@ -91,7 +91,7 @@ def read_plan(data: Mapping[str, Any], inventory: Inventory, where: str) -> Plan
             raise PlanError(
                 f"{where}: norms, biases and sinks are never quantized; no tier applies to them."
             )
-    except (KeyError, TypeError, AttributeError) as exc:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as exc:
         raise PlanError(f"{where}: not a complete plan ({fault(exc)}).") from exc
     if len(tiers) != len(data["weights"]):
         raise PlanError(f"{where}: names a weight twice.")

@@ -146,11 +146,11 @@ def cross_fitted(
     `halves` are the numbers (n,) of the tokens of two parts, which rank each other's experts.
     """
     slopes = {count: mx.zeros(projections.g.shape[:2]) for count in counts}
-    parts = [projections.of(tokens) for tokens in halves]
-    for tokens, part, other in zip(halves, parts, reversed(parts), strict=True):
+    both = [projections.of(tokens) for tokens in halves]
+    for tokens, half, other in zip(halves, both, reversed(both), strict=True):
         order = rank_experts(other, counts, active, saliency).ranking
         for count in counts:
-            mask = part.block.mask(order[count:])
-            slopes[count][:, mx.array(tokens)] = part.slopes(part.block.weights(part.x, mask))
+            mask = half.block.mask(order[count:])
+            slopes[count][:, mx.array(tokens)] = half.slopes(half.block.weights(half.x, mask))
             mx.eval(slopes[count])
     return slopes

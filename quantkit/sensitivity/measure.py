@@ -155,6 +155,7 @@ def _expert_probe(
 ) -> ExpertProbe | None:
     """Return what ranks experts; None if that is not requested, or if a profile has it all."""
     counts = parse_expert_counts(settings.experts, source.inventory)
+    counts = tuple(count for count in counts if count != source.inventory.experts)
     if not counts:
         return None
     if settings.method != "fisher" or mx.distributed.init().size() > 1:

@@ -94,7 +94,17 @@ class RoutedBlock:
             finally:
                 router[_CORRECTION] = before
             return
-        with self._replaced(self._router, lambda x: router(x) + mask):
+
+        def masked(x: mx.array) -> mx.array:
+            logits = router(x)
+            if not isinstance(logits, mx.array) or logits.shape[-1] != self.experts:
+                raise SourceError(
+                    f"{type(router).__name__}: quantkit cannot remove experts behind this router; "
+                    "leave out `experts`."
+                )
+            return logits + mask
+
+        with self._replaced(self._router, masked):
             yield
 
     @contextmanager

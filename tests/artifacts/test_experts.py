@@ -14,8 +14,10 @@ from quantkit.formats.tiers import parse_tier
 from quantkit.planning.allocator import plan_by_budget
 from quantkit.planning.budget import Budget
 from quantkit.planning.constraints import Constraints
-from quantkit.planning.frontier import frontier
+from quantkit.planning.explain import diff
+from quantkit.planning.frontier import frontier, recipe_baselines
 from quantkit.planning.plan import with_predictions
+from quantkit.planning.recipe import load_recipe, plan_by_recipe
 from tests.support import standin, tiny
 from tests.support.families import LLAMA, MOE, write
 from tests.support.profiles import made_up
@@ -167,6 +169,7 @@ BAD = {
     "unsorted": (lambda k: edited(k, lambda n: n[::-1]), "ascending"),
     "too few": (lambda k: {b: n[:3] for b, n in k.items()}, "keeps 3 experts.*picks 4 per token"),
     "a layer too few": (lambda k: {"model.layers.0.mlp": k["model.layers.0.mlp"]}, "layers.1.mlp"),
+    "an empty block": (lambda k: edited(k, lambda n: []), "anything but numbers"),
     "empty": (lambda _: {}, "malformed|no list|experts"),
 }
 
@@ -275,3 +278,81 @@ def test_the_120b_on_small_macs(cli, large, tmp_path, budget):
     assert f"{made['pruning']['experts_kept']} of 128 kept in every layer" in shown
     if budget == "30GB":
         assert made["total_bytes"] <= 30e9
+
+
+def test_a_damaged_prediction_is_one_line(cli, source, saved, tmp_path):
+    file = tmp_path / "plan.json"
+    cli("plan", source, "--profile", saved, "-b", "3.6bpw", "--experts", "5", "-o", file)
+    data = json.loads(file.read_text())
+    for kl in ("x", 10**400):
+        data["pruning"]["kl"] = kl
+        file.write_text(json.dumps(data))
+        refused = cli("plan", source, "--plan", file)
+        assert refused.exit_code == 2, refused.output
+        assert refused.stderr.count("\n") == 1
+
+
+def test_numbers_in_a_list_are_all_solved(cli, source, saved):
+    options = ("--profile", saved, "-b", "3.6bpw", "--json")
+    listed = json.loads(cli("plan", source, *options, "--experts", "4,8").stdout)
+    assert listed["optimality"]["expert_counts"] == [8, 4]
+    alone = json.loads(cli("plan", source, *options).stdout)
+    assert listed["predicted_kl"] <= alone["predicted_kl"]
+
+
+def test_experts_that_cost_nothing(cli, source, inventory, tmp_path):
+    """A frontier without a lossless end, and a repo with it in its card."""
+    free = profile_of(inventory, 0.0)
+    (tmp_path / "profile").mkdir()
+    (tmp_path / "profile" / "profile.json").write_text(json.dumps(free.to_json()))
+    options = ("--profile", tmp_path / "profile", "--experts", "7")
+    assert cli("plan", source, *options, "--frontier").exit_code == 0
+    out = tmp_path / "out"
+    done = cli("quantize", source, *options, "-b", "3.6bpw", "--quantizer", "rtn", "-o", out)
+    assert done.exit_code == 0, done.output
+
+
+def test_recipes_keep_all_experts_and_do_not_stand_for_fewer(inventory):
+    profile = profile_of(inventory, 1e-3)
+    theirs = plan_by_recipe(inventory, load_recipe("mxfp4-q8"))
+    budget = Budget(theirs.total_bytes)
+    assert recipe_baselines(inventory, profile, budget, Constraints(routers=True))
+    fewer = Constraints(routers=True, expert_counts=(6,))
+    assert not recipe_baselines(inventory, profile, budget, fewer)
+
+
+def test_plans_that_keep_other_experts_differ(inventory):
+    profile = profile_of(inventory, 1e-2)
+    budget = Budget(int(inventory.total_bytes * 0.6))
+    plans = [
+        plan_by_budget(inventory, profile, budget, Constraints(expert_counts=(count,)))
+        for count in (8, 5)
+    ]
+    differences = diff(*plans)
+    more = sum(one.bytes for one in differences)
+    assert more == plans[1].total_bytes - plans[0].total_bytes
+    assert differences[-1].weight == "experts kept"
+    assert (differences[-1].before, differences[-1].after) == ("all", "5 of 8")
+    kls = sum(one.kl for one in differences)
+    assert kls == pytest.approx(plans[1].predicted_kl - plans[0].predicted_kl)
+
+
+def test_a_value_per_expert_outside_the_router_is_refused(inventory):
+    """Some architectures choose experts by a bias of their own, beside the router."""
+    router = next(t for t in inventory.unquantized if t.name.endswith("router.bias"))
+    beside = replace(router, name=router.name.replace("router.bias", "expert_bias"))
+    with pytest.raises(InputError, match="expert_bias"):
+        expert_blocks(replace(inventory, unquantized=(*inventory.unquantized, beside)))
+
+
+def test_tiers_that_the_installed_mlx_lacks_are_not_chosen(monkeypatch, inventory):
+    from quantkit.formats import tiers
+
+    profile = made_up(inventory, ("q4g64", "q2g64", "q1g64"))
+    least = frontier(inventory, profile, Constraints(), points=3)[0]
+    assert "q1g64" in {a.tier for a in least.assignments}
+    monkeypatch.setattr(tiers, "version", lambda _: "0.31.2")
+    with pytest.raises(PlanError, match="not possible"):
+        plan_by_budget(inventory, profile, Budget(least.total_bytes), Constraints())
+    plans = frontier(inventory, profile, Constraints(), points=6)
+    assert "q1g64" not in {a.tier for plan in plans for a in plan.assignments}
