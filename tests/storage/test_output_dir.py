@@ -12,7 +12,7 @@ import pytest
 from tests.support import tiny
 from tests.support.killing import WATCH
 
-MOMENTS = 10
+MOMENTS = 6
 SCRIPT = f"""{WATCH}
 source, out, moment = sys.argv[1:4]
 seen = watch(out, int(moment))
