@@ -85,3 +85,8 @@ def count(parameters: int) -> str:
         if parameters >= scale:
             return f"{parameters / scale:.2f}{unit}"
     return str(parameters)
+
+
+def version_numbers(text: str) -> tuple[int, ...]:
+    """Return the leading numbers of a version such as `0.32.4`, to compare it."""
+    return tuple(int(number) for number in text.split(".")[:3] if number.isdigit())

@@ -3,13 +3,13 @@
 Stock mlx-lm reads one number of experts for all layers, so that every block keeps as many.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from math import isfinite
 from typing import Any
 
-from quantkit.artifacts.inventory import Inventory, UnquantizedTensor, Weight
+from quantkit.artifacts.inventory import Inventory, UnquantizedTensor, Weight, is_count
 from quantkit.artifacts.roles import EXPERT_ROLES
 from quantkit.errors import InputError, MalformedError, PlanError
 
@@ -92,7 +92,7 @@ class Pruning:
         """Read the object that `to_json` returns. Raises MalformedError, KeyError or TypeError."""
         kept = {str(block): _numbers(numbers) for block, numbers in data["kept"].items()}
         experts, parameters, kl = data["experts"], data["source_parameters"], data["kl"]
-        if not _are_numbers([experts, parameters]):
+        if not (is_count(experts) and is_count(parameters)):
             raise MalformedError("its pruning holds impossible counts")
         if kl is not None and not 0 <= float(kl) < 1e6:
             raise MalformedError(f"{kl!r:.20} is not a KL divergence")
@@ -100,13 +100,9 @@ class Pruning:
         return cls(experts, kept, parameters, None if kl is None else float(kl))
 
 
-def _are_numbers(values: Sequence[Any]) -> bool:
-    return all(isinstance(v, int) and not isinstance(v, bool) and v >= 0 for v in values)
-
-
 def _numbers(values: Any) -> tuple[int, ...]:
     """Return numbers of experts read from JSON. Raises MalformedError for anything else."""
-    if not isinstance(values, list) or not values or not _are_numbers(values):
+    if not isinstance(values, list) or not values or not all(map(is_count, values)):
         raise MalformedError("a list of experts holds anything but numbers")
     return tuple(values)
 
@@ -161,17 +157,17 @@ def expert_blocks(inventory: Inventory) -> dict[str, frozenset[str]]:
     stacks = [w for w in inventory.weights if w.role in EXPERT_ROLES and len(w.shape) == 3]
     if not stacks or experts is None:
         raise InputError(f"{inventory.source.name}: has no experts to remove.")
-    holders = {w.name.rpartition(".")[0] for w in stacks}
-    blocks: dict[str, set[str]] = {holder.rpartition(".")[0]: set() for holder in holders}
+    holders = {_parent(w.name) for w in stacks}
+    blocks: dict[str, set[str]] = {block_of(w.name): set() for w in stacks}
     for name, shape in _named_shapes(inventory):
-        module = _module(name)
+        module = _parent(name)
         if module in blocks and shape and shape[0] == experts:
             raise InputError(
                 f"{name}: this architecture keeps a value per expert outside its router, so "
                 "quantkit cannot remove experts; leave out `experts`."
             )
-        holder = module.rpartition(".")[0]
-        block = holder.rpartition(".")[0] if holder in holders else holder
+        holder = _parent(module)
+        block = _parent(holder) if holder in holders else holder
         if block in blocks and shape and shape[0] == experts:
             blocks[block].add(name)
     for weight in stacks:
@@ -180,14 +176,12 @@ def expert_blocks(inventory: Inventory) -> dict[str, frozenset[str]]:
                 f"{weight.name}: {weight.shape[0]} experts, config.json says {experts}; quantkit "
                 "removes experts only where all layers have the same number."
             )
-    return {
-        block: frozenset(blocks[block]) for block in dict.fromkeys(block_of(w.name) for w in stacks)
-    }
+    return {block: frozenset(names) for block, names in blocks.items()}
 
 
 def block_of(stack: str) -> str:
     """Return the block that holds the stack of experts called `stack`."""
-    return stack.rpartition(".")[0].rpartition(".")[0]
+    return _parent(_parent(stack))
 
 
 def _named_shapes(inventory: Inventory) -> list[tuple[str, tuple[int, ...]]]:
@@ -195,8 +189,8 @@ def _named_shapes(inventory: Inventory) -> list[tuple[str, tuple[int, ...]]]:
     return weights + [(t.name, t.shape) for t in inventory.unquantized]
 
 
-def _module(tensor: str) -> str:
-    return tensor.rpartition(".")[0]
+def _parent(path: str) -> str:
+    return path.rpartition(".")[0]
 
 
 def pruned_inventory(inventory: Inventory, kept: KeptExperts) -> Inventory:

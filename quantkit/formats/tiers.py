@@ -10,6 +10,7 @@ from typing import Literal
 
 from quantkit.errors import TierError
 from quantkit.formats.dtypes import nbytes
+from quantkit.units import version_numbers
 
 Mode = Literal["float", "affine", "mxfp4", "mxfp8", "nvfp4", "native"]
 _ONE_BIT_MLX = "0.32.4"  # the first mlx that has affine tiers of one bit
@@ -150,7 +151,9 @@ def native_name(storage: str) -> str:
 
 def is_available(tier: Tier) -> bool:
     """Return whether the installed mlx has a tier."""
-    return tier.mlx_version is None or _numbers(version("mlx")) >= _numbers(tier.mlx_version)
+    return tier.mlx_version is None or version_numbers(version("mlx")) >= version_numbers(
+        tier.mlx_version
+    )
 
 
 def require_available(tier: Tier) -> None:
@@ -165,9 +168,4 @@ def require_available(tier: Tier) -> None:
 def required_mlx(names: Iterable[str]) -> str | None:
     """Return the first version of mlx that has all the tiers called `names`, None for any."""
     versions = {tier.mlx_version for tier in map(parse_tier, names)} - {None}
-    return max((v for v in versions if v is not None), key=_numbers, default=None)
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    """Return the leading numbers of a version, to compare it."""
-    return tuple(int(number) for number in text.split(".")[:3] if number.isdigit())
+    return max((v for v in versions if v is not None), key=version_numbers, default=None)

@@ -59,8 +59,8 @@ LEAST_QUANTIZER_TOKENS = 16384
 _INPUTS_PER_WIDTH = 4  # inputs of an expert to aim at, over their width
 _FED = 1.0  # the same, below which gptq gains much from more text
 _CALIBRATE_PER_VALIDATE = 4  # sequences for the quantizer, for each that validates its choices
-_POINTS = 12  # of the frontier in the card
 _CALIBRATE_PER_TUNED = 8  # the same, for each that validates scale tuning
+_POINTS = 12  # of the frontier in the card
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,10 @@ class Constraints:
     quantizer: str = RTN
     expert_counts: tuple[int, ...] = ()
 
+    def may_keep(self, experts: int | None) -> bool:
+        """Return whether a plan may keep so many experts, if the checkpoint has no more."""
+        return not self.expert_counts or experts in self.expert_counts
+
 
 @dataclass(frozen=True)
 class Group:

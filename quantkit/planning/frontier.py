@@ -33,8 +33,8 @@ def frontier(
     """
     everything = Budget(inventory.total_bytes, "native", active_bytes)
     largest = plan_by_budget(inventory, profile, everything, constraints)
-    all_kept = inventory.experts in (constraints.expert_counts or (inventory.experts,))
-    if largest.predicted_kl == 0 and active_bytes is None and all_kept:
+    lossless = largest.predicted_kl == 0 and constraints.may_keep(inventory.experts)
+    if lossless and active_bytes is None:
         largest = plan_by_budget(inventory, profile, Budget(None, "lossless"), constraints)
     fewest = inventory
     if constraints.expert_counts:
@@ -65,7 +65,7 @@ def recipe_baselines(
     `constraints` hold for them, save that their routers may be quantized. Recipes keep all experts.
     """
     baselines: list[Plan] = []
-    if inventory.experts not in (constraints.expert_counts or (inventory.experts,)):
+    if not constraints.may_keep(inventory.experts):
         return baselines
     loose = replace(constraints, routers=True, quantizer=RTN)
     allowed = allowed_tiers(inventory, profile, loose)

@@ -59,9 +59,10 @@ def searched_scales(w: mx.array, h: mx.array, tier: Tier, dtype: mx.Dtype, first
         for _ in range(_REFINEMENTS + 1):
             stored = scales.astype(dtype), biases.astype(dtype)
             sums = weighted.sums(_integers(w, *stored, tier))
-            error = _exact_error(w, h, *stored, tier)
             if tier.bits <= _FEW_BITS:
                 error = weighted.error(sums, *stored)
+            else:
+                error = _exact_error(w, h, *stored, tier)
             better = error < least
             best = _chosen(better, stored, best)
             least = mx.minimum(error, least)

@@ -17,9 +17,8 @@ from quantkit.sensitivity.expert_ranking import (
     rank_experts,
 )
 from quantkit.sensitivity.second_order import predicted_kl
-from quantkit.streaming.layer_runner import submodule
 from quantkit.streaming.layer_trace import HookedLayer, LayerTrace
-from quantkit.streaming.routing import routed_block
+from quantkit.streaming.routing import block_in_layer
 
 _TOLERANCE = 0.1  # of the effect of removing experts, that may be due to something else
 _ROUNDING = 1e-4  # of the layer's output, in float32
@@ -69,8 +68,7 @@ class ExpertProbe:
         for name in self.blocks:
             if not name.startswith(f"{path}."):
                 continue
-            inner = submodule(module.module, name.removeprefix(f"{path}."))
-            block = routed_block(inner, self.blocks[name], name)
+            block = block_in_layer(module.module, path, name, self.blocks[name])
             x = mx.concatenate([_routed(trace, name) for trace in traces])
             projections = Projections(block, x, g.reshape(len(g), -1, g.shape[-1]))
             ranked = rank_experts(projections, self.counts, self.active, self.saliency)

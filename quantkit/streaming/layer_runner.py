@@ -26,6 +26,7 @@ from quantkit.formats.dtypes import FLOATS
 from quantkit.formats.tiers import MXFP4, Tier, parse_tier
 from quantkit.streaming.experts import plain_switch_linear
 from quantkit.streaming.weight_loader import Call, Embedding, Head, StreamedModule, VocabularyTable
+from quantkit.units import version_numbers
 
 
 class _EnoughError(Exception):
@@ -279,8 +280,7 @@ def has_gradients(source: Source) -> bool:
 
     Mixtures of experts need mlx-lm 0.32.
     """
-    number = tuple(int(digits) for digits in version("mlx-lm").split(".")[:2])
-    return not source.inventory.experts or number >= (0, 32)
+    return not source.inventory.experts or version_numbers(version("mlx-lm")) >= (0, 32)
 
 
 def submodule(module: Any, path: str) -> Any:

@@ -3,7 +3,7 @@
 Their streams pass through the layers together, so that each layer is loaded once.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 
 import numpy as np
@@ -12,10 +12,10 @@ from quantkit.artifacts.experts import expert_blocks
 from quantkit.backend import mx
 from quantkit.backend.memory_limits import memory_limits
 from quantkit.formats.tiers import Tier
-from quantkit.streaming.layer_runner import StreamingModel, submodule
+from quantkit.streaming.layer_runner import StreamingModel
 from quantkit.streaming.layer_trace import HookedLayer, hooked
 from quantkit.streaming.lm_head import ChangedModel, divergence
-from quantkit.streaming.routing import RoutedBlock, routed_block
+from quantkit.streaming.routing import block_in_layer
 from quantkit.streaming.weight_loader import Call
 
 Tiers = Mapping[str, Tier]
@@ -66,10 +66,8 @@ def _wave(
             layer, list(dict.fromkeys(name for names in in_layer for name in names))
         ) as module:
             for number, (tiers, gone) in enumerate(changes):
-                names, less = (
-                    in_layer[number],
-                    [block for block in gone if block.startswith(inside)],
-                )
+                names = in_layer[number]
+                less = [block for block in gone if block.startswith(inside)]
                 if names or less or number in streams:
                     call = Call(streams.get(number, x), dry.args, dry.kwargs)
                     with ExitStack() as stack:
@@ -77,8 +75,8 @@ def _wave(
                             values = model.values(name)
                             stack.enter_context(module.changed(name, values, tiers[name]))
                         for block in less:
-                            experts = _routed(module, block, inside, blocks[block])
-                            stack.enter_context(experts.without(gone[block]))
+                            routed = block_in_layer(module.module, layer.path, block, blocks[block])
+                            stack.enter_context(routed.without(gone[block]))
                         streams[number] = _through(module, call)
             x = _through(module, Call(x, dry.args, dry.kwargs))
     divergences = []
@@ -88,12 +86,6 @@ def _wave(
         divergences.append(np.array(kl.mean(axis=1), np.float32))
         done(number)
     return divergences
-
-
-def _routed(module: HookedLayer, block: str, layer: str, tensors: Collection[str]) -> RoutedBlock:
-    """Return the block of experts `block`, whose layer's path is `layer`."""
-    inner = submodule(module.module, block.removeprefix(layer))
-    return routed_block(inner, tensors, block)
 
 
 def _through(module: HookedLayer, call: Call) -> mx.array:

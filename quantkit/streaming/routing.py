@@ -117,6 +117,12 @@ class RoutedBlock:
             setattr(self._module, name, before)
 
 
+def block_in_layer(layer: Any, path: str, block: str, tensors: Collection[str]) -> RoutedBlock:
+    """Return the block of experts `block` in the module `layer`, whose path is `path`."""
+    inner = submodule(layer, block.removeprefix(f"{path}."))
+    return routed_block(inner, tensors, block)
+
+
 def routed_block(module: Any, tensors: Collection[str], block: str) -> RoutedBlock:
     """Return the block of experts `module`, whose path is `block`.
 
