@@ -12,6 +12,7 @@ os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 
 from quantkit.backend import mx  # noqa: F401  (before mlx-lm, which tests import)
 from tests.support import tiny
+from tests.support.hub import hub_environment
 
 Cli = Callable[..., Result]
 
@@ -83,15 +84,7 @@ def online(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Run a quantkit command against a stand-in for the Hub, with a cache of its own."""
 
     def run(endpoint: str, *arguments: object, **more: str) -> subprocess.CompletedProcess[str]:
-        env = {
-            **os.environ,
-            "HF_ENDPOINT": endpoint,
-            "HF_HOME": str(tmp_path / "hf"),
-            "HF_HUB_OFFLINE": "0",
-            "HF_HUB_DISABLE_XET": "1",
-            "HF_HUB_DISABLE_TELEMETRY": "1",
-            **more,
-        }
+        env = {**os.environ, **hub_environment(endpoint, tmp_path), **more}
         command = [sys.executable, "-m", "quantkit", *map(str, arguments)]
         return subprocess.run(
             command, env=env, cwd=tmp_path, capture_output=True, text=True, check=False

@@ -23,6 +23,12 @@ class Interval:
     low: float | None
     high: float | None
 
+    def percents(self) -> str:
+        """Return the value, a share, and its interval in percent."""
+        if self.low is None or self.high is None:
+            return f"{100 * self.value:.1f}%"
+        return f"{100 * self.value:.1f}% ({100 * self.low:.1f} to {100 * self.high:.1f})"
+
     def to_json(self, name: str) -> dict[str, Any]:
         """Return the entries `name` and `name`_interval."""
         return {name: self.value, f"{name}_interval": [self.low, self.high]}

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from quantkit.artifacts.fidelity import Interval
 from quantkit.artifacts.scores import RIGHT, VERDICTS, Difference, Score
 from quantkit.cli.plain_table import plain_table, print_table
 
@@ -22,7 +21,7 @@ def print_scores(scores: Sequence[Score], where: str) -> None:
         rows.add_row(
             score.title,
             f"{score.items}" if score.whole else f"{score.items}, sample",
-            percents(score.accuracy),
+            score.accuracy.percents(),
             *(str(score.verdicts[name]) for name in VERDICTS[2:]),
             f"{score.tokens_per_second:.1f}",
         )
@@ -38,7 +37,7 @@ def _print_differences(compared: Sequence[tuple[str, Difference]]) -> None:
         rows.add_row(
             title,
             f"{100 * against.accuracy:.1f}%",
-            percents(against.difference),
+            against.difference.percents(),
             str(against.won),
             str(against.lost),
             f"{against.p:.3f}",
@@ -46,13 +45,6 @@ def _print_differences(compared: Sequence[tuple[str, Difference]]) -> None:
         )
     print_table(rows, f"compared to {compared[0][1].other}, item by item")
     print("smallest: the least difference that could have been significant with these flips")
-
-
-def percents(value: Interval) -> str:
-    """Return a share and its interval in percent."""
-    if value.low is None or value.high is None:
-        return f"{100 * value.value:.1f}%"
-    return f"{100 * value.value:.1f}% ({100 * value.low:.1f} to {100 * value.high:.1f})"
 
 
 def print_answers(evaluated: "EvaluatedBenchmark") -> None:

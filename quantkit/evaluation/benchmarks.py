@@ -12,6 +12,7 @@ id = "key"                        # field that identifies an item; default: its 
 group = "subject"                 # field of the groups that a limit samples evenly
 tools = "function"                # field with the tools of an item
 raw = true                        # plain text, without a chat template
+extends = "mmlu"                  # a shipped benchmark that states what this one does not
 
 [shots]                           # examples of the same group before the question
 """
@@ -107,6 +108,10 @@ def load_benchmark(name: str) -> Benchmark:
             names = ", ".join(benchmark_names())
             raise InputError(f"unknown `bench` {name!r}. Use {names}, or a .toml file.")
     data = load_toml(path)
+    if (base := data.pop("extends", None)) is not None:
+        if base not in benchmark_names():
+            raise InputError(f"{path}: extends {base!r}, which is not a shipped benchmark.")
+        data = {**load_toml(benchmarks_folder() / f"{base}.toml"), **data}
     try:
         shots = Shots(**data.pop("shots")) if "shots" in data else None
         return Benchmark(path.stem, **data, shots=shots)

@@ -53,6 +53,10 @@ class EvaluationSettings:
     seed: int = 0
     repeats: int = 1
 
+    def of(self, benchmark: Benchmark) -> "EvaluationSettings":
+        """Return the settings with the longest answer of a benchmark, unless they state one."""
+        return replace(self, max_tokens=self.max_tokens or benchmark.max_tokens)
+
 
 @dataclass(frozen=True)
 class EvaluationRequest:
@@ -125,6 +129,10 @@ class _EvaluatedModel:
         return BatchModel(str(self._folder), trust_remote_code=self._request.trust_remote_code)
 
     @cached_property
+    def _versions(self) -> dict[str, str]:
+        return versions()
+
+    @cached_property
     def _format(self) -> AnswerFormat:
         return AnswerFormat(self._model.tokenizer, self._request.settings.effort, PINNED_DATE)
 
@@ -133,10 +141,7 @@ class _EvaluatedModel:
         return [self._of_benchmark(data) for data in loaded]
 
     def _of_benchmark(self, data: BenchmarkData) -> list[Record]:
-        settings = replace(
-            self._request.settings,
-            max_tokens=self._request.settings.max_tokens or data.benchmark.max_tokens,
-        )
+        settings = self._request.settings.of(data.benchmark)
         header = {
             "model": self._hashes,
             "data": data.digest,
@@ -163,7 +168,8 @@ class _EvaluatedModel:
         missing: Sequence[tuple[Item, int]],
         settings: EvaluationSettings,
     ) -> Iterator[Record]:
-        benchmark, limit = data.benchmark, settings.max_tokens or data.benchmark.max_tokens
+        benchmark, limit = data.benchmark, settings.max_tokens
+        assert limit is not None
         choice = benchmark.scorer == "letter"
         if not choice and self._format.has_channels and limit < _LEAST:
             raise InputError(
@@ -200,7 +206,7 @@ class _EvaluatedModel:
             "output": self._model.tokenizer.decode(done.tokens),
             "tokens": len(done.tokens),
             "arithmetic": self._model.arithmetic,
-            "versions": versions(),
+            "versions": self._versions,
         }
 
     def _note_long(self, benchmark: Benchmark, lengths: Sequence[int]) -> None:
@@ -265,7 +271,7 @@ def _score(data: BenchmarkData, records: Sequence[Record], request: EvaluationRe
     by_item = _by_item(records)
     counted = Counter(row["verdict"] for row in records)
     seconds = sum(row["seconds"] for row in records)
-    settings = request.settings
+    settings = request.settings.of(data.benchmark)
     return Score(
         data.benchmark.name,
         data.benchmark.title,
@@ -274,9 +280,5 @@ def _score(data: BenchmarkData, records: Sequence[Record], request: EvaluationRe
         wilson(sum(by_item), len(by_item)),
         {name: counted[name] for name in VERDICTS},
         sum(row["tokens"] for row in records) / seconds if seconds else 0.0,
-        {
-            **asdict(settings),
-            "max_tokens": settings.max_tokens or data.benchmark.max_tokens,
-            "arithmetic": records[0]["arithmetic"],
-        },
+        {**asdict(settings), "arithmetic": records[0]["arithmetic"]},
     )

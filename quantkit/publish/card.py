@@ -239,22 +239,12 @@ def _score_row(score: Score) -> str:
     limit = "" if score.whole else ", a sample"
     other, change = "", ""
     if (against := score.against) is not None:
-        other = f"{_plain(against.other)}: {_percent(against.accuracy)}"
-        change = _percents(against.difference)
+        other = f"{_plain(against.other)}: {100 * against.accuracy:.1f}%"
+        change = against.difference.percents()
     return (
-        f"| {_plain(score.title)} | {score.items}{limit} | {_percents(score.accuracy)} | {other} "
+        f"| {_plain(score.title)} | {score.items}{limit} | {score.accuracy.percents()} | {other} "
         f"| {change} |"
     )
-
-
-def _percents(value: Interval) -> str:
-    if value.low is None or value.high is None:
-        return _percent(value.value)
-    return f"{_percent(value.value)} ({_percent(value.low)} to {_percent(value.high)})"
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f}%"
 
 
 def _speed(report: Report) -> list[str]:

@@ -16,6 +16,8 @@ from quantkit.calibration.calibration_set import (
 from quantkit.calibration.fingerprint import passages
 from quantkit.calibration.splits import EVALUATE, SPLITS
 from quantkit.checkpoint.source import open_source
+from tests.support import hub
+from tests.support.text import rows
 
 FOLDER = Path(quantkit.calibration.__file__).parent / "data"
 KINDS = ("prose", "code", "chat", "maths")
@@ -38,8 +40,8 @@ def texts(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_line_has_its_keys_and_a_known_origin(name):
-    rows = (FOLDER / "README.md").read_text("utf-8").splitlines()
-    known = {match[1] for row in rows if (match := re.match(r"\|[^|]*\| `([^`]+)`", row))}
+    lines = (FOLDER / "README.md").read_text("utf-8").splitlines()
+    known = {match[1] for row in lines if (match := re.match(r"\|[^|]*\| `([^`]+)`", row))}
     for document in documents(name):
         assert set(document) == {"messages" if name.endswith("chat") else "text", "origin"}
         assert document["origin"].partition(": ")[0] in known
@@ -102,3 +104,20 @@ def test_user_and_assistant_take_turns():
         assert len(roles) >= 2
         assert roles == ["user", "assistant"] * (len(roles) // 2)
         assert all(set(message) == {"role", "content"} for message in document["messages"])
+
+
+def test_text_of_a_data_set_on_the_hub(checkpoint, tmp_path, online):
+    """Rows stream: the data set is not downloaded first."""
+    folder = tmp_path / "words"
+    folder.mkdir()
+    rows(folder / "train.jsonl", seed=0, count=60, length=60)
+    with hub.serving({"someone/words": folder}) as (endpoint, log):
+        ran = online(
+            endpoint,
+            *("profile", checkpoint, "-o", tmp_path / "profile", "--calibration", "someone/words"),
+            *("--tokens", "48", "--sequence-length", "24"),
+        )
+    assert ran.returncode == 0, ran.stderr
+    made = json.loads((tmp_path / "profile" / "profile.json").read_text())["calibration"]
+    assert (made["name"], made["tokens"]) == ("someone/words", 48)
+    assert any("/datasets/someone/words/resolve/" in path for _, path, _ in log)

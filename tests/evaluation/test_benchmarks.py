@@ -1,6 +1,9 @@
 """Benchmarks as data: definitions, items, samples."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -12,6 +15,7 @@ from quantkit.evaluation.benchmarks import (
     sample,
 )
 from quantkit.evaluation.scorers import SCORERS
+from tests.support.hub import hub_environment, serving
 
 MMLU = {"question": "One?", "choices": ["a", "b", "c", "d"], "answer": 1}
 
@@ -71,6 +75,19 @@ def test_unknown_benchmark():
         load_benchmark("mmmlu")
 
 
+def test_a_definition_extends_a_shipped_one(tmp_path):
+    raw, mmlu = load_benchmark("mmlu-raw"), load_benchmark("mmlu")
+    assert (raw.template, raw.shots, raw.revision) == (mmlu.template, mmlu.shots, mmlu.revision)
+    assert (raw.raw, mmlu.raw) == (True, False)
+    own = tmp_path / "own.toml"
+    own.write_text('extends = "gsm8k"\ntemplate = "{question} Think."\n')
+    assert load_benchmark(str(own)).template == "{question} Think."
+    assert load_benchmark(str(own)).scorer == "number"
+    own.write_text('extends = "gsm9k"\n')
+    with pytest.raises(InputError, match="extends 'gsm9k', which is not a shipped benchmark"):
+        load_benchmark(str(own))
+
+
 def test_missing_data(tmp_path):
     with pytest.raises(InputError, match=r"has no gsm8k_test.jsonl, the items of GSM8K"):
         load_items(load_benchmark("gsm8k"), tmp_path)
@@ -100,3 +117,28 @@ def test_an_unknown_key_of_a_definition(tmp_path):
     path.write_text('title = "Mine"\ncolour = "red"\n')
     with pytest.raises(InputError, match="mine.toml: not the definition of a benchmark"):
         load_benchmark(str(path))
+
+
+def test_items_of_the_hub_have_their_pinned_revision(tmp_path):
+    folder = tmp_path / "gsm8k"
+    folder.mkdir()
+    files = "- config_name: main\n  data_files:\n  - {split: test, path: test.jsonl}\n"
+    (folder / "README.md").write_text(f"---\nconfigs:\n{files}---\n")
+    rows = [{"question": f"How much is {i} + {i}?", "answer": f"#### {2 * i}"} for i in range(3)]
+    (folder / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code = (
+        "from quantkit.evaluation.benchmarks import load_benchmark, load_items\n"
+        "for item in load_items(load_benchmark('gsm8k'), None).items:\n"
+        "    print(item.id, item.fields['question'], item.fields['answer'])\n"
+    )
+    with serving({"openai/gsm8k": folder}) as (endpoint, log):
+        ran = subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, **hub_environment(endpoint, tmp_path)},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    assert ran.stdout.splitlines() == [f"{i} How much is {i} + {i}? #### {2 * i}" for i in range(3)]
+    pinned = f"/datasets/openai/gsm8k/resolve/{load_benchmark('gsm8k').revision}/README.md"
+    assert pinned in [path for _, path, _ in log]

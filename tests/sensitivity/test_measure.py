@@ -278,10 +278,9 @@ def test_more_processes_than_sequences(checkpoint, text, tmp_path):
 def test_a_published_profile_is_used_by_its_id(checkpoint, profiled, tmp_path):
     """Both the checkpoint and its profile on the Hub: no weight is downloaded."""
     with hub.serving({"openai/tiny": checkpoint, "someone/profile": profiled}) as (endpoint, log):
-        env = {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0"}
         shown = subprocess.run(
             [*PROFILE, "openai/tiny", "--json", "--profile", "someone/profile"],
-            env=os.environ | env | {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"},
+            env=os.environ | hub.hub_environment(endpoint, tmp_path),
             capture_output=True,
             text=True,
             check=False,

@@ -157,8 +157,10 @@ def serving(
                 auth = {"type": "access_token", "accessToken": {"role": role}}
                 me = {"type": "user", "name": "user", "orgs": [{"name": "org"}], "auth": auth}
                 return self.answer(200, json.dumps(me).encode(), body)
-            api = re.fullmatch(r"/api/models/([^/]+/[^/]+?)(?:/(revision|tree)/([^/]+)/?)?", path)
-            file = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
+            api = re.fullmatch(
+                r"/api/(?:models|datasets)/([^/]+/[^/]+?)(?:/(revision|tree)/([^/]+)/?(.*))?", path
+            )
+            file = re.fullmatch(r"(?:/datasets)?/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
             repo = (api or file) and (api or file).group(1)
             if repo not in repos:
                 return self.answer(404, b"{}", body, {"X-Error-Code": "RepoNotFound"})
@@ -227,6 +229,17 @@ def serving(
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+def hub_environment(endpoint: str, folder: Path) -> dict[str, str]:
+    """The variables by which a process reads from `endpoint`, with a cache in `folder`."""
+    return {
+        "HF_ENDPOINT": endpoint,
+        "HF_HOME": str(folder / "hf"),
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+    }
 
 
 def sha256(path: Path) -> str:
