@@ -1,13 +1,13 @@
 """Calibrated quantizers side by side: quantkit, mlx-lm's four, and mlx-optiq.
 
-    python evals/bench/peers.py [FOLDER [ROW ...]] [--made]
+    python evals/bench/peers.py [FOLDER [ROW ...]] [--made] [--gemma]
 
 The repos and what they took are kept in FOLDER, where a killed run goes on; with numbers of rows,
 only these are made, and the table is not. --made tables the rows that are made.
 
-On plain SmolLM2-135M in BF16. Each tool runs in its own process, by its own main(), in float32
-(BLAS on a CPU has no BF16 products), and stores BF16; mlx-lm's read quantkit's text, mlx-optiq its
-own.
+On plain SmolLM2-135M in BF16, or with --gemma on Gemma 3 270M (gemma.py). Each tool runs in its own
+process, by its own main(), in float32 (BLAS on a CPU has no BF16 products), and stores BF16;
+mlx-lm's read quantkit's text, mlx-optiq its own.
 quantkit gets the bytes of mlx_lm.gptq. All repos are compared to the native model on documents that
 calibrated nothing. mlx-optiq is installed beside the others, without what it only serves with.
 """
@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 from _common import machine, run, save
+from gemma import gemma_checkpoint
 
 from quantkit.backend import mx  # before mlx's other modules: see backend
 from quantkit.calibration.calibration_set import CalibrationSpec, read_calibration_set
@@ -30,6 +31,7 @@ from quantkit.checkpoint.source import open_source
 from quantkit.demo.build import plain_checkpoint
 from quantkit.jobs.compare import compare
 
+MODEL = "PEERS_MODEL"  # environment variable: the checkpoint, for the processes of the tools
 PROFILED, QUANTIZED = 4096, 16384  # tokens
 TUNED = 60  # steps of 1,024 tokens, ours and those of mlx_lm.dwq
 OPTIQ = "mlx-optiq==0.7.7"
@@ -46,6 +48,11 @@ PEERS = (
 )
 
 
+def checkpoint() -> str:
+    """The folder of the model."""
+    return os.environ.get(MODEL) or str(plain_checkpoint())
+
+
 def peer(name: str, out: str, options: list[str]) -> None:
     """Run another tool in this process."""
     if name == "optiq convert":
@@ -56,7 +63,7 @@ def peer(name: str, out: str, options: list[str]) -> None:
     else:
         entry = prepared(name)
     os.chdir(Path(out).parent)  # where dynamic_quant leaves its sensitivities
-    sys.argv = [name, "--model", str(plain_checkpoint()), "--mlx-path", out, *options]
+    sys.argv = [name, "--model", checkpoint(), "--mlx-path", out, *options]
     entry()
 
 
@@ -74,16 +81,14 @@ def optiq(out: str, options: list[str]) -> None:
 
     llm.analyze_sensitivity_exact = analyze_float32
     work = f"{out}-work"
-    convert.main(
-        [str(plain_checkpoint()), "-o", work, "--skip-baselines", *options], "optiq", None, False
-    )
+    convert.main([checkpoint(), "-o", work, "--skip-baselines", *options], "optiq", None, False)
     Path(work, "optiq_mixed").rename(out)
 
 
 def calibrate_text(count: int, split: str = CALIBRATE) -> np.ndarray:
     """Tokens (sequences, length) of quantkit's text."""
-    checkpoint = open_source(str(plain_checkpoint())).checkpoint
-    return read_calibration_set(checkpoint, CalibrationSpec(tokens=count), split).tokens
+    opened = open_source(checkpoint()).checkpoint
+    return read_calibration_set(opened, CalibrationSpec(tokens=count), split).tokens
 
 
 def quantized_linear(layer, x):
@@ -149,7 +154,7 @@ def rows() -> list[tuple[str, list[str]]]:
     """Labels and commands, without their output folders. The budget of the last is that of gptq."""
     script = [sys.executable, __file__, "peer"]
     peers = [(" ".join([name, *options]), [*script, name, *options]) for name, options in PEERS]
-    quantkit = [sys.executable, "-m", "quantkit", "quantize", "demo-llama"]
+    quantkit = [sys.executable, "-m", "quantkit", "quantize", checkpoint()]
     ours = [
         ("quantkit", ["--quantizer-tokens", str(QUANTIZED)]),
         ("quantkit, tokens by need", []),
@@ -167,7 +172,7 @@ def make(folder: Path, number: int) -> None:
     shutil.rmtree(out, ignore_errors=True)
     if "quantkit" in command:
         profile = folder / "profile"
-        profiled = [sys.executable, "-m", "quantkit", "profile", "demo-llama", "-o", str(profile)]
+        profiled = [sys.executable, "-m", "quantkit", "profile", checkpoint(), "-o", str(profile)]
         measured(profiled, folder / "profile.json")
         command = [*command, "--profile", str(profile), "--budget", f"like:{folder / '1'}"]
         command += ["-o", str(out)]
@@ -190,7 +195,7 @@ def measured(command: list[str], note: Path) -> tuple[float, float]:
 
 def table(folder: Path, numbers: list[int]) -> str:
     """What these rows took, and their KL divergence."""
-    source = open_source(str(plain_checkpoint()))
+    source = open_source(checkpoint())
     for number in numbers:
         make(folder, number)
     found = compare(source, [str(folder / str(number)) for number in numbers])
@@ -209,8 +214,8 @@ def table(folder: Path, numbers: list[int]) -> str:
         )
     return "\n".join(
         [
-            f"{machine()}; SmolLM2-135M; {QUANTIZED:,} tokens for gptq, theirs and ours, "
-            f"{PROFILED:,} for awq, dynamic_quant and our profile, {1024 * TUNED:,} to train on, "
+            f"{machine()}; {Path(checkpoint()).name}; {QUANTIZED:,} tokens for gptq, theirs and "
+            f"ours, {PROFILED:,} for awq, dynamic_quant and our profile, {1024 * TUNED:,} to train on, "
             f"2,048 of its own for optiq; evaluated on {found[0].tokens:,} tokens of "
             f"{found[0].documents} other documents. quantkit's times include its profile.",
             "",
@@ -229,16 +234,18 @@ def main() -> None:
     if args.what[:1] == ["peer"]:
         peer(args.what[1], args.what[2], options)
         return
-    made = "--made" in options
+    made, gemma = "--made" in options, "--gemma" in options
     with tempfile.TemporaryDirectory() as temporary:
         folder, *numbers = args.what or [temporary]
         Path(folder).mkdir(exist_ok=True)
+        if gemma:
+            os.environ[MODEL] = str(gemma_checkpoint(Path(folder).resolve()))
         for number in numbers:
             make(Path(folder).resolve(), int(number))
         if not numbers:
             every = range(len(rows()))
             wanted = [n for n in every if not made or (Path(folder) / f"{n}.json").exists()]
-            save(table(Path(folder).resolve(), wanted), "peers")
+            save(table(Path(folder).resolve(), wanted), "peers-gemma" if gemma else "peers")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
     python evals/bench/scores.py --data FOLDER [--profile PROFILE] [--limit 8] [--max-tokens 96]
 
 FOLDER has local copies of the items (docs/benchmarks.md). Repos and records stay in eval-results,
-unless --results names another folder; a killed run goes on there.
+unless --results names another folder; a killed run goes on there. Without PROFILE, ours is made on
+short texts, as by `quantkit demo`. The minutes count everything, the making of the repos included.
 """
 
 import argparse
@@ -12,14 +13,15 @@ from pathlib import Path
 
 from _common import machine, save
 
-from quantkit.cli.scores import percents
+from quantkit.calibration.calibration_set import CalibrationSpec
 from quantkit.demo.build import demo_checkpoint
 from quantkit.jobs.evaluate import EvaluationRequest, EvaluationSettings, evaluate
 from quantkit.jobs.planning import PlanRequest
-from quantkit.jobs.quantize import quantize
+from quantkit.jobs.quantize import QuantizeOptions, quantize
 
 FIVE = ("mmlu", "gsm8k", "ifeval", "bfcl", "humaneval")
 HASH_CHAINS = 2  # prompts of 8,700 tokens, at most: they take minutes on a CPU
+SHORT = QuantizeOptions(profile_text=CalibrationSpec(tokens=512), quantizer_tokens=4096)
 
 
 def repos(folder: Path, profile: str) -> dict[str, Path]:
@@ -30,7 +32,7 @@ def repos(folder: Path, profile: str) -> dict[str, Path]:
     }
     for name, request in requests.items():
         if not (folder / name).exists():
-            quantize("demo", folder / name, request)
+            quantize("demo", folder / name, request, SHORT)
     return {name: folder / name for name in requests}
 
 
@@ -45,16 +47,16 @@ def table(args: argparse.Namespace) -> str:
         EvaluationRequest(FIVE, args.limit, *where),
         EvaluationRequest(("hashhop",), min(args.limit, HASH_CHAINS), *where),
     ]
-    written = repos(folder, args.profile)
     began = time.monotonic()
+    written = repos(folder, args.profile)
     lines = []
     for name, repo in written.items():
         for one in (x for r in requests for x in evaluate(str(repo), r, against=native)):
             score, against = one.score, one.score.against
             lines.append(
-                f"| {score.title} | {name} | {score.items} | {percents(score.accuracy)} | "
+                f"| {score.title} | {name} | {score.items} | {score.accuracy.percents()} | "
                 f"{score.verdicts['truncated']} | {100 * against.accuracy:.1f}% | "
-                f"{percents(against.difference)} | {against.won}, {against.lost} |"
+                f"{against.difference.percents()} | {against.won}, {against.lost} |"
             )
             print(lines[-1], flush=True)
     lines.sort()

@@ -76,8 +76,14 @@ def read_calibration_set(
     tokenizer = load_tokenizer(checkpoint)
     name, skipped = _label(spec), Counter[str]()
     kinds = KINDS if spec.name == DEFAULT else (name,)
+    first = _first_tokens(tokenizer)
     streams = [
-        _sequences(kind, _of_split(_documents(rows, tokenizer, spec, skipped), spec, split), spec)
+        _sequences(
+            kind,
+            _of_split(_documents(rows, tokenizer, spec, skipped), spec, split),
+            spec.sequence_length,
+            first,
+        )
         for kind, rows in zip(kinds, open_documents(spec.name, spec.seed, split), strict=True)
     ]
     chosen = _in_turn(streams, spec.sequences)
@@ -104,6 +110,12 @@ def read_calibration_set(
         documents=int(documents.max()) + 1,
     )
     return CalibrationSet(text, tokens, documents, tuple(kind for kind, _, _ in chosen))
+
+
+def _first_tokens(tokenizer: Any) -> list[int]:
+    """Return the token that begins every text, if the tokenizer adds one."""
+    first: list[int] = list(tokenizer.encode(""))[:1]
+    return first if first == [tokenizer.bos_token_id] else []
 
 
 def _require_in_vocabulary(checkpoint: Checkpoint, tokens: np.ndarray) -> None:
@@ -207,15 +219,21 @@ def _of_split(
 
 
 def _sequences(
-    kind: str, documents: Iterator[tuple[int, list[int]]], spec: CalibrationSpec
+    kind: str, documents: Iterator[tuple[int, list[int]]], length: int, first: list[int]
 ) -> Iterator[Sequence]:
-    """Yield consecutive documents, cut into sequences; the remainder at the end is dropped."""
+    """Yield consecutive documents, cut into sequences; the remainder at the end is dropped.
+
+    Every sequence begins with the tokens `first`, without which some models (Gemma) predict badly.
+    """
     ids: list[int] = []
     numbers: list[int] = []
-    length = spec.sequence_length
     for number, tokens in documents:
+        if not ids and tokens[: len(first)] != first:
+            tokens = first + tokens
         ids += tokens
         numbers += [number] * len(tokens)
         while len(ids) >= length:
             yield kind, ids[:length], numbers[:length]
             ids, numbers = ids[length:], numbers[length:]
+            if ids and ids[: len(first)] != first:
+                ids, numbers = first + ids, numbers[:1] * len(first) + numbers

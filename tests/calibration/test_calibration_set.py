@@ -2,10 +2,13 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 
 import quantkit.calibration
 from quantkit.calibration.calibration_set import (
@@ -121,3 +124,24 @@ def test_text_of_a_data_set_on_the_hub(checkpoint, tmp_path, online):
     made = json.loads((tmp_path / "profile" / "profile.json").read_text())["calibration"]
     assert (made["name"], made["tokens"]) == ("someone/words", 48)
     assert any("/datasets/someone/words/resolve/" in path for _, path, _ in log)
+
+
+def test_every_sequence_begins_as_texts_do(checkpoint, tmp_path):
+    """A tokenizer that adds a BOS token adds it to sequences from the middle of documents, too."""
+    copy = shutil.copytree(checkpoint, tmp_path / "with-bos")
+    path = copy / "tokenizer.json"
+    tokenizer = Tokenizer.from_file(str(path))
+    number = tokenizer.token_to_id("The")
+    begin = TemplateProcessing(single="The $A", special_tokens=[("The", number)])
+    tokenizer.post_processor = begin
+    tokenizer.save(str(path))
+    config = json.loads((copy / "tokenizer_config.json").read_text())
+    (copy / "tokenizer_config.json").write_text(json.dumps({**config, "bos_token": "The"}))
+    text = rows(tmp_path / "text.jsonl", seed=0, count=60, length=60)
+    spec = CalibrationSpec(str(text), tokens=96, sequence_length=24)
+    plain = read_calibration_set(open_source(str(checkpoint)).checkpoint, spec)
+    made = read_calibration_set(open_source(str(copy)).checkpoint, spec)
+    assert made.tokens.shape == plain.tokens.shape == (4, 24)
+    assert (made.tokens[:, 0] == number).all()
+    assert (made.tokens[:, 1:] != number).sum() > 80  # it stands where documents begin, else words
+    assert made.tokens[0, 1:].tolist() == plain.tokens[0, :-1].tolist()

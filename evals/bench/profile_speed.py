@@ -1,0 +1,188 @@
+"""The profile of today beside that of an earlier revision: seconds, predictions and plans.
+
+    python evals/bench/profile_speed.py FOLDER [REVISION]
+
+`quantkit profile` of both, with default tiers, on the same text, one after the other. REVISION is
+a commit of this repository, by default the last one whose profile ran attention or the experts
+again for every tier. 96 entries of both profiles and the best plans of each at four budgets,
+rounded to nearest, are measured on documents that calibrated nothing.
+Everything is kept in FOLDER, where a killed run goes on; the table goes into README.md here.
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+from _common import machine, save
+
+from quantkit.artifacts.sensitivity import SensitivityProfile
+from quantkit.backend import mx
+from quantkit.calibration.calibration_set import CalibrationSpec, read_calibration_set
+from quantkit.calibration.splits import EVALUATE
+from quantkit.checkpoint.source import Source, open_source
+from quantkit.demo.build import demo_checkpoint, plain_checkpoint
+from quantkit.planning.allocator import plan_by_budget
+from quantkit.planning.budget import parse_budget
+from quantkit.planning.constraints import Constraints
+from quantkit.quantizers.layerwise import changed_tiers
+from quantkit.sensitivity.entries import ALL_TIERS, candidate_entries
+from quantkit.sensitivity.exact import measure_entries
+from quantkit.sensitivity.store import load_profile
+from quantkit.sensitivity.validation import spearman
+from quantkit.streaming.layer_runner import StreamingModel
+from quantkit.streaming.measure_kl import measure_kl
+
+BEFORE = "4e5fa3f~1"
+ROOT = Path(__file__).parents[2]
+TOKENS, MEASURED_TOKENS = 1024, 2048
+SEEDS, ENTRIES = (0, 1, 2), 32  # random entries, drawn three times
+BUDGETS = ("3.5bpw", "4bpw", "4.5bpw", "5.5bpw")
+MODELS = {"demo": demo_checkpoint, "SmolLM2-135M": plain_checkpoint}
+RESAMPLES = 2000
+
+
+def profiles(folder: Path, revision: str, model: str) -> dict[str, dict]:
+    """Profile `model` by both, unless that is done; returns seconds and memory of each."""
+    before = folder / "code"
+    if not before.exists():
+        before.mkdir()
+        archive = subprocess.run(
+            ["git", "archive", revision, "quantkit"], cwd=ROOT, stdout=subprocess.PIPE, check=True
+        )
+        subprocess.run(["tar", "x", "-C", str(before)], input=archive.stdout, check=True)
+    for name, code in (("before", before), ("now", ROOT)):
+        out = folder / f"{model}-{name}"
+        if (folder / f"{out.name}.json").exists():
+            continue
+        command = [sys.executable, "-m", "quantkit", "profile", str(MODELS[model]())]
+        process = subprocess.Popen(
+            [*command, "-o", str(out), "--tokens", str(TOKENS), "--force"],
+            env={**os.environ, "PYTHONPATH": str(code)},
+            stdout=subprocess.DEVNULL,
+            stderr=(folder / f"{out.name}.log").open("w"),
+            cwd=folder,
+        )
+        _, status, usage = os.wait4(process.pid, 0)
+        if status:
+            raise SystemExit(f"{out.name} failed: see {folder / out.name}.log")
+        unit = 1 if platform.system() == "Darwin" else 1024
+        taken = {"seconds": usage.ru_utime + usage.ru_stime, "peak": usage.ru_maxrss * unit / 1e9}
+        (folder / f"{out.name}.json").write_text(json.dumps(taken))
+    return {
+        name: json.loads((folder / f"{model}-{name}.json").read_text())
+        for name in ("before", "now")
+    }
+
+
+def costs_of(profile: SensitivityProfile) -> dict[tuple[str, str], float]:
+    """(weight, tier) -> predicted KL cost, of all entries that have one."""
+    return {(w.name, c.tier): c.kl for w in profile.weights for c in w.costs if c.kl > 0}
+
+
+def predictions(source: Source, tokens: mx.array, both: dict[str, SensitivityProfile]) -> dict:
+    """name -> (Spearman of all measured entries, its interval, of each draw, median ratio)."""
+    predicted = {name: costs_of(profile) for name, profile in both.items()}
+    common = set.intersection(*(set(costs) for costs in predicted.values()))
+    every = candidate_entries(source.inventory.weights, ALL_TIERS)
+    entries = [entry for entry in every if entry.key in common]
+    draws = [
+        [int(n) for n in np.random.default_rng(seed).permutation(len(entries))[:ENTRIES]]
+        for seed in SEEDS
+    ]
+    chosen = [entries[number] for number in dict.fromkeys(n for draw in draws for n in draw)]
+    truth = measure_entries(StreamingModel(source), tokens, chosen, lambda _: None)
+    result = {}
+    for name, costs in predicted.items():
+        guess = np.array([costs[entry.key] for entry in chosen])
+        real = np.array([truth[entry.key].mean() for entry in chosen])
+        rng = np.random.default_rng(0)
+        some = rng.integers(0, len(chosen), (RESAMPLES, len(chosen)))
+        spread = [spearman(guess[rows], real[rows]) for rows in some]
+        each = []
+        for draw in draws:
+            keys = [entries[n].key for n in draw]
+            each.append(
+                spearman(
+                    np.array([costs[key] for key in keys]),
+                    np.array([truth[key].mean() for key in keys]),
+                )
+            )
+        interval = tuple(np.quantile(spread, (0.025, 0.975)))
+        ratio = float(np.median(guess / np.maximum(real, 1e-12)))
+        result[name] = (spearman(guess, real), interval, each, ratio)
+    return result
+
+
+def plans(source: Source, tokens: mx.array, both: dict[str, SensitivityProfile]) -> list:
+    """(budget, measured KL divergence of the plan by each profile) for all budgets."""
+    budgets = [parse_budget(text, source.inventory, source.config) for text in BUDGETS]
+    made = [
+        plan_by_budget(source.inventory, profile, budget, Constraints(quantizer="rtn"))
+        for budget in budgets
+        for profile in both.values()
+    ]
+    wanted = [changed_tiers(source, plan) for plan in made]
+    measured = measure_kl(StreamingModel(source), tokens, wanted, lambda _: None)
+    means = [float(kl.mean(dtype=np.float64)) for kl in measured]
+    return [(budget, means[2 * n : 2 * n + 2]) for n, budget in enumerate(BUDGETS)]
+
+
+def table(folder: Path, revision: str) -> str:
+    """Both profiles of both models."""
+    lines, lower = [], []
+    for model, checkpoint in MODELS.items():
+        taken = profiles(folder, revision, model)
+        source = open_source(str(checkpoint()))
+        both = {
+            name: load_profile(str(folder / f"{model}-{name}"), source.inventory) for name in taken
+        }
+        spec = CalibrationSpec(tokens=MEASURED_TOKENS)
+        text = read_calibration_set(source.checkpoint, spec, EVALUATE)
+        tokens = mx.array(text.tokens)
+        checked = predictions(source, tokens, both)
+        for name, (rank, interval, each, ratio) in checked.items():
+            share = taken["before"]["seconds"] / taken[name]["seconds"]
+            lines.append(
+                f"| {model}, {name} | {len(costs_of(both[name])):,} | "
+                f"{taken[name]['seconds']:.0f} s | {share:.2f} | {taken[name]['peak']:.1f} GB | "
+                f"{rank:.3f} ({interval[0]:.3f} to {interval[1]:.3f}) | "
+                f"{', '.join(f'{x:.3f}' for x in each)} | {ratio:.2f} |"
+            )
+            print(lines[-1], flush=True)
+        for budget, (old, new) in plans(source, tokens, both):
+            lower.append(f"| {model} | {budget} | {old:.4f} | {new:.4f} | {new / old:.3f} |")
+            print(lower[-1], flush=True)
+    return "\n".join(
+        [
+            f"{machine()}; profiles on {TOKENS:,} tokens, CPU seconds; measured on "
+            f"{tokens.size:,} tokens of {text.text.documents} other documents; before: {revision}.",
+            "",
+            "| | entries | time | times faster | peak memory | Spearman, 96 entries | three draws "
+            "of 32 | predicted / measured |",
+            "|---|---|---|---|---|---|---|---|",
+            *lines,
+            "",
+            "| plans by it | budget | KL, before | KL, now | ratio |",
+            "|---|---|---|---|---|",
+            *lower,
+        ]
+    )
+
+
+def main() -> None:
+    """Make the table, and put it into README.md."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("revision", nargs="?", default=BEFORE)
+    args = parser.parse_args()
+    args.folder.mkdir(exist_ok=True)
+    save(table(args.folder.resolve(), args.revision), "profile-speed")
+
+
+if __name__ == "__main__":
+    main()
