@@ -215,8 +215,8 @@ def table(folder: Path, numbers: list[int]) -> str:
     return "\n".join(
         [
             f"{machine()}; {Path(checkpoint()).name}; {QUANTIZED:,} tokens for gptq, theirs and "
-            f"ours, {PROFILED:,} for awq, dynamic_quant and our profile, {1024 * TUNED:,} to train on, "
-            f"2,048 of its own for optiq; evaluated on {found[0].tokens:,} tokens of "
+            f"ours, {PROFILED:,} for awq, dynamic_quant and our profile, {1024 * TUNED:,} to train "
+            f"on, 2,048 of its own for optiq; evaluated on {found[0].tokens:,} tokens of "
             f"{found[0].documents} other documents. quantkit's times include its profile.",
             "",
             "| | bpw | KL mean | ratio | top-1 | time | peak memory |",
