@@ -25,6 +25,7 @@ from quantkit.streaming.lm_head import ChangedModel, divergence, label_gradients
 from quantkit.streaming.weight_loader import Call
 
 _HEAD_ROWS = 4096  # of the head, on which quantizers are compared
+_TOGETHER = 4  # tiers of the head that share its native logits
 EMBEDDING = -1  # the stage below layer 0; the stage of the head is the number of layers
 
 
@@ -148,10 +149,12 @@ class Sweep:
         entries = self._entries_of(self._head)
         if self._compares and entries:
             result.losses = self._head_losses(h, entries)
-        for entry in entries:
-            (kl,) = divergence(self.model, h, [ChangedModel(h, entry.tier)])
-            result.costs[entry.key] = np.array(kl.mean(axis=1), np.float32)
-            progress(1, entry.weight.name)
+        for first in range(0, len(entries), _TOGETHER):
+            some = entries[first : first + _TOGETHER]
+            changed = [ChangedModel(h, entry.tier) for entry in some]
+            for entry, kl in zip(some, divergence(self.model, h, changed), strict=True):
+                result.costs[entry.key] = np.array(kl.mean(axis=1), np.float32)
+                progress(1, entry.weight.name)
         return result
 
     def _head_losses(self, h: mx.array, entries: Sequence[Entry]) -> Losses:

@@ -11,6 +11,7 @@ from quantkit.formats.tiers import Tier
 from quantkit.streaming.layer_runner import StreamingModel
 
 _SMALL = 0.5  # growth of the normalizer up to which its log is taken by log1p
+_LEAST_GROWTH, _MOST_GROWTH = -0.99, 1e4  # the same, for sums of a single pass
 _LARGEST = 80.0  # exponents above it overflow float32
 
 
@@ -40,7 +41,7 @@ def label_gradients(model: StreamingModel, h: mx.array, u: mx.array) -> list[mx.
             gradients[draw] = gradients[draw] + term
         below = cumulated[..., -1]
         mx.eval(gradients, below)
-        free_memory()
+    free_memory()
     return gradients
 
 
@@ -86,8 +87,53 @@ def divergence(
 
     `h` (batch, tokens, hidden) is the output of the native model's last layer.
     """
-    targets = mx.zeros(h.shape[:2], mx.int32)
-    return [comparison.kl for comparison in compared(model, h, others, targets)]
+    native, targets = _Peak(h.shape[:2]), mx.zeros(h.shape[:2], mx.int32)
+    sums = [_Shift(h.shape[:2]) for _ in others]
+    for rows in model.head_blocks(h.shape[0] * h.shape[1]):
+        z, before = model.head_block(h, rows), native.top
+        p = native.see(z, rows, targets)
+        scale = mx.exp(before - native.top)
+        mx.eval(z, p, scale)
+        for other, sums_of in zip(others, sums, strict=True):
+            owner = other.model or model
+            sums_of.add(p, owner.head_block(other.h, rows, other.tier) - z, scale)
+    free_memory()
+    return [
+        kl if sums_of.is_exact(native) else compared(model, h, [other], targets)[0].kl
+        for other, sums_of in zip(others, sums, strict=True)
+        for kl in (sums_of.kl(native),)
+    ]
+
+
+class _Shift:
+    """Running sums of one changed model, with d = changed - native logits: p (e^d - 1) and p d.
+
+    p is relative to the largest native logit so far.
+    """
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        self._grown = mx.zeros(shape)
+        self._shift = mx.zeros(shape)
+        self._largest = mx.zeros(shape)
+
+    def add(self, p: mx.array, d: mx.array, scale: mx.array) -> None:
+        """Add a block of the vocabulary, after former sums were multiplied by `scale`."""
+        grown = (p * mx.expm1(mx.minimum(d, _LARGEST))).sum(axis=-1)
+        self._grown = self._grown * scale + grown
+        self._shift = self._shift * scale + (p * d).sum(axis=-1)
+        self._largest = mx.maximum(self._largest, d.max(axis=-1))
+        mx.eval(self._grown, self._shift, self._largest)
+
+    def is_exact(self, native: "_Peak") -> bool:
+        """Return whether `kl` is exact: no sum overflows or nearly cancels."""
+        growth = self._grown / native.total
+        exact = (growth > _LEAST_GROWTH) & (growth < _MOST_GROWTH) & (self._largest < _LARGEST)
+        return bool(exact.all().item())
+
+    def kl(self, native: "_Peak") -> mx.array:
+        """Return KL(native || changed) in nats (batch, tokens)."""
+        growth = mx.maximum(self._grown / native.total, _LEAST_GROWTH)
+        return mx.log1p(growth) - self._shift / native.total
 
 
 def compared(
@@ -119,7 +165,7 @@ def compared(
             grown[i] = grown[i] * scale + mx.where(mx.abs(d) < 1, near, far).sum(axis=-1)
             shift[i] = shift[i] * scale + (p * d).sum(axis=-1)
             mx.eval(grown[i], shift[i])
-        free_memory()
+    free_memory()
     comparison = []
     for peak, a, b in zip(peaks, grown, shift, strict=True):
         growth = a / native.total
@@ -161,7 +207,7 @@ def divergence_gradient(
         _, (term,) = mx.vjp(logits, [other], [mx.exp(log_q) - p])
         gradient = gradient + term
         mx.eval(kl, gradient)
-        free_memory()
+    free_memory()
     return kl, gradient
 
 
