@@ -120,7 +120,7 @@ def predictions(source: Source, tokens: mx.array, both: dict[str, SensitivityPro
 
 def plans(source: Source, tokens: mx.array, both: dict[str, SensitivityProfile]) -> list:
     """(budget, measured KL divergence of the plan by each profile) for all budgets."""
-    budgets = [parse_budget(text, source.inventory, source.config) for text in BUDGETS]
+    budgets = [parse_budget(text, source.inventory, source.checkpoint.settings) for text in BUDGETS]
     made = [
         plan_by_budget(source.inventory, profile, budget, Constraints(quantizer="rtn"))
         for budget in budgets

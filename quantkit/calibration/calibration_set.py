@@ -4,6 +4,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -76,17 +77,10 @@ def read_calibration_set(
     tokenizer = load_tokenizer(checkpoint)
     name, skipped = _label(spec), Counter[str]()
     kinds = KINDS if spec.name == DEFAULT else (name,)
-    first = _first_tokens(tokenizer)
-    streams = [
-        _sequences(
-            kind,
-            _of_split(_documents(rows, tokenizer, spec, skipped), spec, split),
-            spec.sequence_length,
-            first,
-        )
-        for kind, rows in zip(kinds, open_documents(spec.name, spec.seed, split), strict=True)
-    ]
-    chosen = _in_turn(streams, spec.sequences)
+    rows_of = open_documents(spec.name, spec.seed, split)
+    documents = [_of_split(_documents(r, tokenizer, spec, skipped), spec, split) for r in rows_of]
+    cut = partial(_sequences, length=spec.sequence_length, first=_first_tokens(tokenizer))
+    chosen = _in_turn(list(map(cut, kinds, documents)), spec.sequences)
     if not chosen:
         without = f" ({skipped.total()} rows without text were skipped)" if skipped else ""
         raise CalibrationError(
@@ -96,7 +90,7 @@ def read_calibration_set(
         )
     tokens = np.array([ids for _, ids, _ in chosen], np.int32)
     _require_in_vocabulary(checkpoint, tokens)
-    documents = _numbered(chosen)
+    numbers = _numbered(chosen)
     text = CalibrationText(
         name=name,
         licence=_LICENCE if spec.name == DEFAULT else "unknown",
@@ -107,9 +101,9 @@ def read_calibration_set(
         sketch=sketch(tokens),
         skipped_rows=skipped.total(),
         split=split,
-        documents=int(documents.max()) + 1,
+        documents=int(numbers.max()) + 1,
     )
-    return CalibrationSet(text, tokens, documents, tuple(kind for kind, _, _ in chosen))
+    return CalibrationSet(text, tokens, numbers, tuple(kind for kind, _, _ in chosen))
 
 
 def _first_tokens(tokenizer: Any) -> list[int]:

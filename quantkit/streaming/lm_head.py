@@ -117,7 +117,10 @@ class _Shift:
         self._largest = mx.zeros(shape)
 
     def add(self, p: mx.array, d: mx.array, scale: mx.array) -> None:
-        """Add a block of the vocabulary, after former sums were multiplied by `scale`."""
+        """Add `p` and `d` (batch, tokens, rows) of a block of the vocabulary.
+
+        Former sums are multiplied by `scale` (batch, tokens), which a new largest logit demands.
+        """
         grown = (p * mx.expm1(mx.minimum(d, _LARGEST))).sum(axis=-1)
         self._grown = self._grown * scale + grown
         self._shift = self._shift * scale + (p * d).sum(axis=-1)
