@@ -149,10 +149,9 @@ def shares(peak: float) -> list[str]:
     of_20b = MODELS[0]
     layers, lines = of_20b.layers, []
     for tokens in (16_384, 131_072):
-        validated = min(tokens // 4, 16_384)
         one = Model("", 1, of_20b.experts, 0, tokens)
         gptq = [stage for stage in stages(one) if stage.name.startswith("gptq")]
-        operations = sum(stage.operations for stage in gptq) * (1 + validated / tokens / 10)
+        operations = sum(stage.operations for stage in gptq)
         seconds = measured(f"20b, gptq of a layer, {tokens:,} tokens")
         lines.append((f"gptq of a layer of the 20b, {tokens:,} tokens", operations, seconds))
     profile = sum(s.operations for s in stages(of_20b)[:2]) - 3 * head(PROFILED)
