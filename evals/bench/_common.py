@@ -3,9 +3,11 @@
 import contextlib
 import os
 import platform
+import resource
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).parent
 
@@ -22,14 +24,24 @@ def run(command: list[str]) -> tuple[float, float]:
     """(wall seconds until the bytes are on disk, peak resident GB) of a command."""
     drop_page_cache()
     start = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
+    usage = used(command, stderr=subprocess.DEVNULL)
     os.sync()
-    wall = time.perf_counter() - start
+    return time.perf_counter() - start, peak_gb(usage)
+
+
+def used(command: list[str], **options: Any) -> resource.struct_rusage:
+    """What a command used, which is run with these options of subprocess.Popen."""
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, **options)
+    _, status, usage = os.wait4(process.pid, 0)
     if status:
         raise SystemExit(f"failed: {' '.join(command)}")
+    return usage
+
+
+def peak_gb(usage: resource.struct_rusage) -> float:
+    """The peak resident GB of a process."""
     unit = 1 if platform.system() == "Darwin" else 1024  # bytes there, kB here
-    return wall, usage.ru_maxrss * unit / 1e9
+    return usage.ru_maxrss * unit / 1e9
 
 
 def machine() -> str:

@@ -12,13 +12,12 @@ Everything is kept in FOLDER, where a killed run goes on; the table goes into RE
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
-from _common import machine, save
+from _common import machine, peak_gb, save, used
 
 from quantkit.artifacts.sensitivity import SensitivityProfile
 from quantkit.backend import mx
@@ -60,18 +59,12 @@ def profiles(folder: Path, revision: str, model: str) -> dict[str, dict]:
         if (folder / f"{out.name}.json").exists():
             continue
         command = [sys.executable, "-m", "quantkit", "profile", str(MODELS[model]())]
-        process = subprocess.Popen(
+        usage = used(
             [*command, "-o", str(out), "--tokens", str(TOKENS), "--force"],
             env={**os.environ, "PYTHONPATH": str(code)},
-            stdout=subprocess.DEVNULL,
-            stderr=(folder / f"{out.name}.log").open("w"),
             cwd=folder,
         )
-        _, status, usage = os.wait4(process.pid, 0)
-        if status:
-            raise SystemExit(f"{out.name} failed: see {folder / out.name}.log")
-        unit = 1 if platform.system() == "Darwin" else 1024
-        taken = {"seconds": usage.ru_utime + usage.ru_stime, "peak": usage.ru_maxrss * unit / 1e9}
+        taken = {"seconds": usage.ru_utime + usage.ru_stime, "peak": peak_gb(usage)}
         (folder / f"{out.name}.json").write_text(json.dumps(taken))
     return {
         name: json.loads((folder / f"{model}-{name}.json").read_text())
@@ -95,23 +88,18 @@ def predictions(source: Source, tokens: mx.array, both: dict[str, SensitivityPro
         for seed in SEEDS
     ]
     chosen = [entries[number] for number in dict.fromkeys(n for draw in draws for n in draw)]
-    truth = measure_entries(StreamingModel(source), tokens, chosen, lambda _: None)
+    measured = measure_entries(StreamingModel(source), tokens, chosen, lambda _: None)
+    truth = {key: float(kl.mean()) for key, kl in measured.items()}
     result = {}
     for name, costs in predicted.items():
-        guess = np.array([costs[entry.key] for entry in chosen])
-        real = np.array([truth[entry.key].mean() for entry in chosen])
+        guess, real = (np.array([of[e.key] for e in chosen]) for of in (costs, truth))
         rng = np.random.default_rng(0)
         some = rng.integers(0, len(chosen), (RESAMPLES, len(chosen)))
         spread = [spearman(guess[rows], real[rows]) for rows in some]
-        each = []
-        for draw in draws:
-            keys = [entries[n].key for n in draw]
-            each.append(
-                spearman(
-                    np.array([costs[key] for key in keys]),
-                    np.array([truth[key].mean() for key in keys]),
-                )
-            )
+        each = [
+            spearman(*(np.array([of[entries[n].key] for n in draw]) for of in (costs, truth)))
+            for draw in draws
+        ]
         interval = tuple(np.quantile(spread, (0.025, 0.975)))
         ratio = float(np.median(guess / np.maximum(real, 1e-12)))
         result[name] = (spearman(guess, real), interval, each, ratio)

@@ -9,7 +9,6 @@ Each prints its table and puts it into README.md here. Without a name: all of th
 
 import argparse
 import json
-import platform
 import resource
 import shutil
 import subprocess
@@ -19,7 +18,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from _common import machine, run, save
+from _common import machine, peak_gb, run, save
 from full_shape import CONFIG_20B, write_checkpoint
 
 from quantkit.artifacts.fidelity import EVALUATED_TOKENS
@@ -162,8 +161,7 @@ def scores(name: str) -> None:
         values = estimate_sensitivities(model, mx.array(tokens), 4, 64, 8, 64)
         sizes = {w.name: w.parameters / 1e6 for w in source.inventory.weights}
         found = {name: score * sizes[name] for name, score in values}  # it divides by the size
-    unit = 1 if platform.system() == "Darwin" else 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+    peak = peak_gb(resource.getrusage(resource.RUSAGE_SELF))
     print(json.dumps({"scores": found, "seconds": time.perf_counter() - started, "peak": peak}))
 
 

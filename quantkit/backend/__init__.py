@@ -50,15 +50,14 @@ def _keep_pages() -> None:
     By default it maps and unmaps each of them, and a third of the time goes into page faults.
     `free_memory` returns what it keeps beyond a limit.
     """
-    mallopt = getattr(_libc(), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None and hasattr(_libc(), "mallinfo2"):
+    if sys.platform == "linux" and hasattr(_libc(), "mallinfo2"):
         for setting, value in (
             (_M_MMAP_MAX, 0),
             (_M_TRIM_THRESHOLD, _MOST_FREE),
             (_M_TOP_PAD, _PAD),
             (_M_ARENA_MAX, 1),
         ):
-            mallopt(setting, value)
+            _libc().mallopt(setting, value)
 
 
 class _HeapUse(ctypes.Structure):
@@ -69,7 +68,10 @@ class _HeapUse(ctypes.Structure):
 
 @lru_cache(maxsize=1)
 def _libc() -> ctypes.CDLL:
-    return ctypes.CDLL(None)
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallinfo2"):
+        libc.mallinfo2.restype = _HeapUse
+    return libc
 
 
 _FAST_BLAS = _load_openblas()
@@ -95,11 +97,9 @@ def _kept_bytes() -> int:
     """Return the resident bytes that no array uses, 2^63 if the C library does not tell."""
     if not hasattr(_libc(), "mallinfo2"):
         return 1 << 63
-    heap_use = _libc().mallinfo2
-    heap_use.restype = _HeapUse
     with open("/proc/self/statm") as sizes:
         resident = int(sizes.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    return resident - int(heap_use().used)
+    return resident - int(_libc().mallinfo2().used)
 
 
 def wired_bytes() -> int:

@@ -222,12 +222,12 @@ def _sequences(
     ids: list[int] = []
     numbers: list[int] = []
     for number, tokens in documents:
-        if not ids and tokens[: len(first)] != first:
-            tokens = first + tokens
         ids += tokens
         numbers += [number] * len(tokens)
-        while len(ids) >= length:
-            yield kind, ids[:length], numbers[:length]
-            ids, numbers = ids[length:], numbers[length:]
-            if ids and ids[: len(first)] != first:
-                ids, numbers = first + ids, numbers[:1] * len(first) + numbers
+        while ids:
+            added = [] if ids[: len(first)] == first else first
+            count = length - len(added)
+            if len(ids) < count:
+                break
+            yield kind, added + ids[:count], numbers[:1] * len(added) + numbers[:count]
+            ids, numbers = ids[count:], numbers[count:]

@@ -3,7 +3,7 @@
 Logits of 201,088 tokens would take more memory than a layer; here only a block of them exists.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from quantkit.backend import free_memory, mx
@@ -89,20 +89,29 @@ def divergence(
     """
     native, targets = _Peak(h.shape[:2]), mx.zeros(h.shape[:2], mx.int32)
     sums = [_Shift(h.shape[:2]) for _ in others]
+    for rows, z, p, scale in _native_blocks(model, h, native, targets):
+        for other, shift in zip(others, sums, strict=True):
+            changed = (other.model or model).head_block(other.h, rows, other.tier)
+            shift.add(p, changed - z, scale)
+    return [
+        shift.kl(native) if shift.is_exact(native) else compared(model, h, [other], targets)[0].kl
+        for other, shift in zip(others, sums, strict=True)
+    ]
+
+
+def _native_blocks(
+    model: StreamingModel, h: mx.array, native: "_Peak", targets: mx.array
+) -> Iterator[tuple[range, mx.array, mx.array, mx.array]]:
+    """Show `native` all blocks of the vocabulary; yield the rows of each, its logits z, p = exp(z -
+    largest), and by how much (batch, tokens) a new largest logit scales former sums over p.
+    """
     for rows in model.head_blocks(h.shape[0] * h.shape[1]):
         z, before = model.head_block(h, rows), native.top
         p = native.see(z, rows, targets)
         scale = mx.exp(before - native.top)
         mx.eval(z, p, scale)
-        for other, sums_of in zip(others, sums, strict=True):
-            owner = other.model or model
-            sums_of.add(p, owner.head_block(other.h, rows, other.tier) - z, scale)
+        yield rows, z, p, scale
     free_memory()
-    return [
-        kl if sums_of.is_exact(native) else compared(model, h, [other], targets)[0].kl
-        for other, sums_of in zip(others, sums, strict=True)
-        for kl in (sums_of.kl(native),)
-    ]
 
 
 class _Shift:
@@ -129,14 +138,16 @@ class _Shift:
 
     def is_exact(self, native: "_Peak") -> bool:
         """Return whether `kl` is exact: no sum overflows or nearly cancels."""
-        growth = self._grown / native.total
+        growth = self._growth(native)
         exact = (growth > _LEAST_GROWTH) & (growth < _MOST_GROWTH) & (self._largest < _LARGEST)
         return bool(exact.all().item())
 
     def kl(self, native: "_Peak") -> mx.array:
         """Return KL(native || changed) in nats (batch, tokens)."""
-        growth = mx.maximum(self._grown / native.total, _LEAST_GROWTH)
-        return mx.log1p(growth) - self._shift / native.total
+        return mx.log1p(self._growth(native)) - self._shift / native.total
+
+    def _growth(self, native: "_Peak") -> mx.array:
+        return self._grown / native.total
 
 
 def compared(
@@ -153,12 +164,7 @@ def compared(
     peaks = [_Peak(h.shape[:2]) for _ in others]
     grown = [mx.zeros(h.shape[:2]) for _ in others]
     shift = [mx.zeros(h.shape[:2]) for _ in others]
-    for rows in model.head_blocks(h.shape[0] * h.shape[1]):
-        z = model.head_block(h, rows)
-        before = native.top
-        p = native.see(z, rows, targets)
-        scale = mx.exp(before - native.top)
-        mx.eval(z, p, scale)
+    for rows, z, p, scale in _native_blocks(model, h, native, targets):
         for i, other in enumerate(others):
             changed = (other.model or model).head_block(other.h, rows, other.tier)
             peaks[i].see(changed, rows, targets)
@@ -168,7 +174,6 @@ def compared(
             grown[i] = grown[i] * scale + mx.where(mx.abs(d) < 1, near, far).sum(axis=-1)
             shift[i] = shift[i] * scale + (p * d).sum(axis=-1)
             mx.eval(grown[i], shift[i])
-    free_memory()
     comparison = []
     for peak, a, b in zip(peaks, grown, shift, strict=True):
         growth = a / native.total
