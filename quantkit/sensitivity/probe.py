@@ -2,13 +2,14 @@
 
 With g = d log p(y) / d h for a label y drawn from the model, a change dh of the residual stream
 costs about KL = 1/2 E (g . dh)^2 per token: the second-order expansion of the divergence, E g g^T
-being the Fisher matrix. It is taken at a readout: the output of a module, whose gradient the
-backward pass has anyway. For experts that is the weight's own output, to first order as good as the
-layer's, by measurement. Projections of attention are read out at the output of attention, other
-weights at the layer's output; the modules up to there run again with the quantized weight.
+being the Fisher matrix. It is taken at a readout, whose gradient the backward pass has anyway. For
+experts and projections of an MLP that is the weight's own output, to first order as good as the
+layer's, by measurement. Projections of attention act at later positions, and through a softmax: the
+readout is the mix of values, before the last projection. Other weights are read out at the layer's
+output. Modules up to the readout run again with the quantized weight.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -30,7 +31,7 @@ from quantkit.sensitivity.quantizer_losses import (
     sampled_losses,
 )
 from quantkit.sensitivity.second_order import predicted_kl
-from quantkit.streaming.layer_trace import HookedLayer, LayerTrace, hooked
+from quantkit.streaming.layer_trace import HookedLayer, LayerTrace, Readout, hooked
 from quantkit.streaming.weight_loader import Call, StreamedModule
 
 
@@ -80,7 +81,7 @@ class LayerProbe:
         with hooked(self.layer, [weight.name for weight in self.weights], stacks) as module:
             traces = [module.record(batch, _observer(result)) for batch in call.batches()]
             readouts = _readouts(self.weights, traces)
-            gradients, result.g = _gradients(module, traces, g, sorted(set(readouts.values())))
+            gradients, result.g = _gradients(module, traces, g, set(readouts.values()))
             for weight in self.weights:
                 of_weight = [entry for entry in entries if entry.weight.name == weight.name]
                 if not of_weight:
@@ -119,7 +120,7 @@ class LayerProbe:
         module: HookedLayer,
         traces: Sequence[LayerTrace],
         entries: Sequence[Entry],
-        readout: str | None,
+        readout: Readout | None,
         gradients: Sequence[mx.array],
     ) -> Iterator[tuple[Entry, np.ndarray]]:
         """Yield the KL costs of the entries of one weight, by the `gradients` at its readout."""
@@ -129,7 +130,7 @@ class LayerProbe:
         inputs = None
         if quantizer.calibrated and has_inputs(weight, calls[0]):
             inputs = InputSums(len(stacked(native)), MemorySpool())
-            for step in (step for steps in calls for step in steps if step.name == weight.name):
+            for step in (step for trace in traces for step in trace.calls_of(weight.name)):
                 inputs.add(Inputs.of(step.args))
         tokens = [_tokens_at(readout, trace) for trace in traces]
         for entry in entries:
@@ -139,16 +140,17 @@ class LayerProbe:
             with module.changed(weight.name, native, entry.tier, quantized):
                 slopes = []
                 for trace, g, rows in zip(traces, gradients, tokens, strict=True):
-                    moved = module.rerun(trace, weight.name, readout) - trace.output(readout)
+                    moved = module.rerun(trace, weight.name, readout) - trace.values(readout)
                     slopes.append(_by_token((g * moved).sum(axis=-1), trace, rows))
                     mx.eval(slopes[-1])
                 yield entry, predicted_kl(mx.concatenate(slopes, axis=1))
 
 
-def _tokens_at(readout: str | None, trace: LayerTrace) -> mx.array | None:
+def _tokens_at(readout: Readout | None, trace: LayerTrace) -> mx.array | None:
     """Return the token (rows,) of every row at the readout; None where there is one per token."""
-    step = next((step for step in trace.steps if step.name == readout), None)
-    return None if step is None else trace.token_of_rows(step)
+    if readout is None or readout.at_input:
+        return None
+    return trace.token_of_rows(trace.calls_of(readout.name)[0])
 
 
 def _by_token(slopes: mx.array, trace: LayerTrace, tokens: mx.array | None) -> mx.array:
@@ -167,61 +169,65 @@ def _require_called(weight: Weight, trace: LayerTrace) -> None:
         )
 
 
-def _readouts(weights: Sequence[Weight], traces: Sequence[LayerTrace]) -> dict[str, str]:
-    """Return the readout of each weight: the weight at whose output its effect is measured.
-
-    For experts that is their own output, if the tokens of its rows are known. Else it is the
-    block's last projection, if that is called once, and after the weight. Other weights are read
-    out at the layer's output.
-    """
+def _readouts(weights: Sequence[Weight], traces: Sequence[LayerTrace]) -> dict[str, Readout]:
+    """Return the readouts of weights, by name; others are read out at the layer's output."""
     order = [step.name for step in traces[0].steps]
-    readouts = {
-        weight.name: weight.name
-        for weight in weights
-        if weight.role in EXPERT_ROLES and _tokens_known(weight.name, traces)
-    }
-    for roles, last in ((ATTENTION_ROLES, "o"), (MLP_ROLES, "mlp_down")):
-        ends = [weight.name for weight in weights if weight.role == last]
-        if len(ends) == 1 and order.count(ends[0]) == 1:
-            for weight in weights:
-                if (
-                    weight.name in order
-                    and weight.role in roles
-                    and order.index(weight.name) <= order.index(ends[0])
-                ):
-                    readouts[weight.name] = ends[0]
+    ends = [weight.name for weight in weights if weight.role == "o"]
+    mixes = [name for name in ends if len(ends) == 1 and _by_rows(name, traces)]
+    readouts = {}
+    for weight in weights:
+        if weight.role in EXPERT_ROLES:
+            if _tokens_known(weight.name, traces):
+                readouts[weight.name] = Readout(weight.name)
+        elif weight.role in ("o", *MLP_ROLES):
+            if _by_rows(weight.name, traces):
+                readouts[weight.name] = Readout(weight.name)
+        elif weight.role in ATTENTION_ROLES and weight.name in order:
+            for mix in mixes:
+                if order.index(weight.name) < order.index(mix):
+                    readouts[weight.name] = Readout(mix, at_input=True)
     return readouts
+
+
+def _by_rows(name: str, traces: Sequence[LayerTrace]) -> bool:
+    """Return whether a matrix is called once, with one row per token."""
+    return all(
+        [(step.args[0].ndim, step.y.shape[:2]) for step in trace.calls_of(name)]
+        == [(3, trace.y.shape[:2])]
+        for trace in traces
+    )
 
 
 def _tokens_known(name: str, traces: Sequence[LayerTrace]) -> bool:
     """Return whether a stack is called once, with rows whose tokens are known."""
     for trace in traces:
-        steps = [step for step in trace.steps if step.name == name]
+        steps = trace.calls_of(name)
         if len(steps) != 1 or trace.token_of_rows(steps[0]) is None:
             return False
     return True
 
 
 def _gradients(
-    module: HookedLayer, traces: Sequence[LayerTrace], g: mx.array, names: Sequence[str]
-) -> tuple[dict[str | None, list[mx.array]], mx.array]:
-    """Return gradients (draws, ...) at the outputs of `names` for every trace, and at the layer's
-    input (draws, batch, tokens, hidden).
+    module: HookedLayer, traces: Sequence[LayerTrace], g: mx.array, readouts: Collection[Readout]
+) -> tuple[dict[Readout | None, list[mx.array]], mx.array]:
+    """Return gradients (draws, ...) at `readouts` for every trace, and at the layer's input (draws,
+    batch, tokens, hidden).
 
     Under None stand those at the layer's output.
     """
-    at_names: dict[str | None, list[mx.array]] = {name: [] for name in (None, *names)}
+    places = sorted(readouts, key=lambda readout: (readout.name, readout.at_input))
+    at_places: dict[Readout | None, list[mx.array]] = {place: [] for place in (None, *places)}
     at_input: list[mx.array] = []
     start = 0
     for trace in traces:
         at_output = g[:, start : start + len(trace.y)]
         start += len(trace.y)
-        at_names[None].append(at_output)
-        draws = [module.gradients(trace, draw, names) for draw in at_output]
+        at_places[None].append(at_output)
+        draws = [module.gradients(trace, draw, places) for draw in at_output]
         at_input.append(mx.stack([x for x, _ in draws]))
-        for name in names:
-            at_names[name].append(mx.stack([outputs[name] for _, outputs in draws]))
-    return at_names, mx.concatenate(at_input, axis=1)
+        for place in places:
+            at_places[place].append(mx.stack([values[place] for _, values in draws]))
+    return at_places, mx.concatenate(at_input, axis=1)
 
 
 def _observer(result: ProbeResult) -> Callable[[str, mx.array, "mx.array | None"], None]:

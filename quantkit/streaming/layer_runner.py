@@ -24,6 +24,7 @@ from quantkit.errors import SourceError
 from quantkit.formats.codec import decode, decode_mxfp4, to_mx
 from quantkit.formats.dtypes import FLOATS
 from quantkit.formats.tiers import MXFP4, Tier, parse_tier
+from quantkit.streaming.cpu_attention import speed_up_attention
 from quantkit.streaming.experts import plain_switch_linear
 from quantkit.streaming.weight_loader import Call, Embedding, Head, StreamedModule, VocabularyTable
 from quantkit.units import version_numbers
@@ -328,6 +329,7 @@ def _build(source: Source) -> Any:
     if packed:
         quantize(model, class_predicate=lambda path, _: packed.get(path, False))
     if on_cpu():
+        speed_up_attention()
         plain = [
             (path, plain_switch_linear(module))
             for path, module in model.named_modules()

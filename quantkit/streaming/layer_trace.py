@@ -8,7 +8,7 @@ the very same input (keys and values beside a query). Only the modules behind it
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from quantkit.backend import mx
@@ -30,6 +30,7 @@ class ModuleCall:
     name: str
     args: tuple[Any, ...]
     y: mx.array
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     def is_sibling(self, other: "ModuleCall") -> bool:
         """Return whether both calls have the very same arrays as arguments."""
@@ -67,17 +68,33 @@ class LayerTrace:
 
     def touched_by(self, name: str) -> set[int]:
         """Return the numbers of the calls whose output a change of the weight `name` may change."""
-        calls_of = [number for number, step in enumerate(self.steps) if step.name == name]
-        first = self.steps[calls_of[0]]
+        numbers = [number for number, step in enumerate(self.steps) if step.name == name]
+        first = self.steps[numbers[0]]
         return {
             number
             for number, step in enumerate(self.steps)
-            if number >= calls_of[0] and (number in calls_of or not step.is_sibling(first))
+            if number >= numbers[0] and (number in numbers or not step.is_sibling(first))
         }
 
-    def output(self, name: str | None) -> mx.array:
-        """Return the output (..., width) of the weight `name`, or of the whole layer for None."""
-        return self.y if name is None else next(s.y for s in self.steps if s.name == name)
+    def calls_of(self, name: str) -> list[ModuleCall]:
+        """Return the calls of the weight `name`."""
+        return [step for step in self.steps if step.name == name]
+
+    def values(self, readout: "Readout | None") -> mx.array:
+        """Return the values (..., width) at a readout, or the output of the whole layer."""
+        if readout is None:
+            return self.y
+        step = self.calls_of(readout.name)[0]
+        values: mx.array = step.args[0] if readout.at_input else step.y
+        return values
+
+
+@dataclass(frozen=True)
+class Readout:
+    """A place in a layer: the output of the weight `name`, or its input."""
+
+    name: str
+    at_input: bool = False
 
 
 class _ReachedError(Exception):
@@ -130,7 +147,7 @@ class HookedLayer:
 
         def handle(hook: _Hook, args: tuple[Any, ...], kwargs: dict[str, Any]) -> mx.array:
             y: mx.array = hook.module(*args, **kwargs)
-            steps.append(ModuleCall(hook.name, args, y))
+            steps.append(ModuleCall(hook.name, args, y, kwargs))
             return y
 
         def route(hook: _Hook, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -147,33 +164,39 @@ class HookedLayer:
         return LayerTrace(call, tuple(steps), y, routes, routed)
 
     def gradients(
-        self, trace: LayerTrace, g: mx.array, names: Sequence[str]
-    ) -> tuple[mx.array, dict[str, mx.array]]:
-        """Return the gradients at the layer's input and at the outputs of `names`.
+        self, trace: LayerTrace, g: mx.array, readouts: Sequence[Readout]
+    ) -> tuple[mx.array, dict[Readout, mx.array]]:
+        """Return the gradients at the layer's input and at `readouts`.
 
         `g` (batch, tokens, hidden) is the gradient at the layer's output; results have the shapes
-        of the input and the outputs.
+        of the values there.
         """
 
         def run(x: mx.array, *offsets: mx.array) -> mx.array:
-            added = dict(zip(names, offsets, strict=True))
+            added = dict(zip(readouts, offsets, strict=True))
 
             def handle(hook: _Hook, args: tuple[Any, ...], kwargs: dict[str, Any]) -> mx.array:
+                if (before := Readout(hook.name, at_input=True)) in added:
+                    args = (args[0] + added[before], *args[1:])
                 y: mx.array = hook.module(*args, **kwargs)
-                return y + added[hook.name] if hook.name in added else y
+                return y + added[after] if (after := Readout(hook.name)) in added else y
 
             with self._handled(handle):
                 return self._run(Call(x, trace.call.args, trace.call.kwargs))
 
-        zeros = [mx.zeros_like(trace.output(name)) for name in names]
-        _, (at_input, *at_names) = mx.vjp(run, [trace.call.x, *zeros], [g])
-        mx.eval(at_input, at_names)
-        return at_input, dict(zip(names, at_names, strict=True))
+        zeros = [mx.zeros_like(trace.values(readout)) for readout in readouts]
+        _, (at_input, *at_readouts) = mx.vjp(run, [trace.call.x, *zeros], [g])
+        mx.eval(at_input, at_readouts)
+        return at_input, dict(zip(readouts, at_readouts, strict=True))
 
-    def rerun(self, trace: LayerTrace, name: str, readout: str | None) -> mx.array:
-        """Return the output (..., width) of `readout` (None: of the layer) after a change of
+    def rerun(self, trace: LayerTrace, name: str, readout: Readout | None) -> mx.array:
+        """Return the values (..., width) at `readout` (None: the layer's output) after a change of
         `name`.
         """
+        if readout == Readout(name):
+            (call,) = trace.calls_of(name)
+            changed: mx.array = self._hooks[name].module(*call.args, **call.kwargs)
+            return changed
         touched = trace.touched_by(name)
         first = min(touched)
         steps = iter(enumerate(trace.steps))
@@ -182,9 +205,9 @@ class HookedLayer:
             number, step = next(steps)
             if number == first:  # its recorded inputs, which need no attention to run again
                 args = step.args
+            if readout == Readout(hook.name, at_input=True):
+                raise _ReachedError(args[0])
             y: mx.array = hook.module(*args, **kwargs) if number in touched else step.y
-            if hook.name == readout:
-                raise _ReachedError(y)
             return y
 
         try:

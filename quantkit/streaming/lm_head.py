@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from quantkit.backend import free_memory, mx
+from quantkit.backend.exponentials import exp, expm1
 from quantkit.formats.tiers import Tier
 from quantkit.streaming.layer_runner import StreamingModel
 
@@ -30,7 +31,7 @@ def label_gradients(model: StreamingModel, h: mx.array, u: mx.array) -> list[mx.
         def logits(x: mx.array, rows: range = rows) -> mx.array:
             return model.head_block(x, rows)
 
-        p = mx.exp(logits(h) - largest[..., None]) / total[..., None]
+        p = exp(logits(h) - largest[..., None]) / total[..., None]
         cumulated = below[..., None] + mx.cumsum(p, axis=-1)
         for draw, level in enumerate(u):
             # y is the first token at which the cumulated probability exceeds the level.
@@ -108,7 +109,7 @@ def _native_blocks(
     for rows in model.head_blocks(h.shape[0] * h.shape[1]):
         z, before = model.head_block(h, rows), native.top
         p = native.see(z, rows, targets)
-        scale = mx.exp(before - native.top)
+        scale = exp(before - native.top)
         mx.eval(z, p, scale)
         yield rows, z, p, scale
     free_memory()
@@ -130,7 +131,7 @@ class _Shift:
 
         Former sums are multiplied by `scale` (batch, tokens), which a new largest logit demands.
         """
-        grown = (p * mx.expm1(mx.minimum(d, _LARGEST))).sum(axis=-1)
+        grown = (p * expm1(mx.minimum(d, _LARGEST))).sum(axis=-1)
         self._grown = self._grown * scale + grown
         self._shift = self._shift * scale + (p * d).sum(axis=-1)
         self._largest = mx.maximum(self._largest, d.max(axis=-1))
@@ -169,8 +170,8 @@ def compared(
             changed = (other.model or model).head_block(other.h, rows, other.tier)
             peaks[i].see(changed, rows, targets)
             d = changed - z
-            far = mx.exp(mx.minimum(changed - native.top[..., None], _LARGEST)) - p
-            near = p * mx.expm1(mx.clip(d, -1, 1))
+            far = exp(mx.minimum(changed - native.top[..., None], _LARGEST)) - p
+            near = p * expm1(mx.clip(d, -1, 1))
             grown[i] = grown[i] * scale + mx.where(mx.abs(d) < 1, near, far).sum(axis=-1)
             shift[i] = shift[i] * scale + (p * d).sum(axis=-1)
             mx.eval(grown[i], shift[i])
@@ -210,9 +211,9 @@ def divergence_gradient(
             return model.head_block(x, rows, tier)
 
         log_p = model.head_block(h, rows) - native.normalizer[..., None]
-        p, log_q = mx.exp(log_p), logits(other) - changed.normalizer[..., None]
+        p, log_q = exp(log_p), logits(other) - changed.normalizer[..., None]
         kl = kl + (p * (log_p - log_q)).sum(axis=-1)
-        _, (term,) = mx.vjp(logits, [other], [mx.exp(log_q) - p])
+        _, (term,) = mx.vjp(logits, [other], [exp(log_q) - p])
         gradient = gradient + term
         mx.eval(kl, gradient)
     free_memory()
@@ -245,8 +246,8 @@ class _Peak:
         highest = mx.take_along_axis(z, place[..., None], axis=-1)[..., 0]
         self.token = mx.where(highest > self.top, place.astype(mx.int32) + rows.start, self.token)
         before, self.top = self.top, mx.maximum(self.top, highest)
-        p = mx.exp(z - self.top[..., None])
-        self.total = self.total * mx.exp(before - self.top) + p.sum(axis=-1)
+        p = exp(z - self.top[..., None])
+        self.total = self.total * exp(before - self.top) + p.sum(axis=-1)
         here = (targets >= rows.start) & (targets < rows.stop)
         index = mx.where(here, targets - rows.start, 0)
         comparison = mx.take_along_axis(z, index[..., None], axis=-1)[..., 0]

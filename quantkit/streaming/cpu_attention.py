@@ -1,0 +1,40 @@
+"""Attention on a CPU, where mlx's own takes three times as long for its exponentials."""
+
+from typing import Any
+
+from quantkit.backend import mx, on_cpu
+from quantkit.backend.exponentials import cpu_softmax
+
+_mlx_attention = mx.fast.scaled_dot_product_attention
+
+
+def speed_up_attention() -> None:
+    """Let mlx-lm's modules of this process call `attention` in place of mlx's function."""
+    mx.fast.scaled_dot_product_attention = attention
+
+
+def attention(
+    q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: Any = None, **settings: Any
+) -> mx.array:
+    """Return (batch, heads, tokens, width), as `mx.fast.scaled_dot_product_attention` does.
+
+    `q` is (batch, heads, tokens, width), `k` and `v` are (batch, fewer heads, keys, width); `mask`
+    is None, "causal" or broadcast to (batch, heads, tokens, keys); `settings` may hold `sinks`
+    (heads,).
+    """
+    sinks = settings.get("sinks")
+    if not on_cpu() or q.dtype != mx.float32 or settings.keys() - {"sinks"}:
+        return _mlx_attention(q, k, v, scale=scale, mask=mask, **settings)
+    batch, heads, tokens, _ = q.shape
+    shared, keys = k.shape[1:3]
+    rows = (q * scale).reshape(batch, shared, -1, q.shape[-1])
+    scores = (rows @ k.swapaxes(-1, -2)).reshape(batch, heads, tokens, keys)
+    if isinstance(mask, str):
+        mask = mx.arange(keys - tokens, keys)[:, None] >= mx.arange(keys)
+    if mask is not None:
+        least = mx.finfo(mx.float32).min
+        scores = mx.where(mask, scores, least) if mask.dtype == mx.bool_ else scores + mask
+    sinks = mx.full((heads,), mx.finfo(mx.float32).min) if sinks is None else sinks
+    p: Any = cpu_softmax(scores, mx.broadcast_to(sinks[:, None, None], (*scores.shape[:3], 1)))
+    mixed: mx.array = p.reshape(batch, shared, -1, keys) @ v
+    return mixed.reshape(batch, heads, tokens, v.shape[-1])

@@ -1,0 +1,50 @@
+"""Attention on a CPU agrees with mlx's, and so do its gradients."""
+
+import numpy as np
+import pytest
+
+from quantkit.backend import mx
+from quantkit.streaming import cpu_attention
+from quantkit.streaming.cpu_attention import attention
+
+TOKENS, KEYS, HEADS, SHARED = 6, 9, 4, 2
+MASKS = {
+    "none": None,
+    "causal": "causal",
+    "bool": mx.arange(3, 9)[:, None] >= mx.arange(KEYS),
+    "window, by head": mx.random.bernoulli(0.7, (1, HEADS, TOKENS, KEYS), key=mx.random.key(7)),
+    "added": mx.random.normal((2, 1, TOKENS, KEYS), key=mx.random.key(8)),
+}
+
+
+@pytest.mark.parametrize("sinks", [None, mx.array([-1.0, 0.0, 1.0, 40.0])], ids=["plain", "sinks"])
+@pytest.mark.parametrize("mask", MASKS)
+def test_attention_is_that_of_mlx(mask, sinks):
+    keys = mx.random.split(mx.random.key(0), 4)
+    q = mx.random.normal((2, HEADS, TOKENS, 8), key=keys[0])
+    k = mx.random.normal((2, SHARED, KEYS, 8), key=keys[1])
+    v = mx.random.normal((2, SHARED, KEYS, 5), key=keys[2])
+    g = mx.random.normal((2, HEADS, TOKENS, 5), key=keys[3])
+    settings = {"scale": 0.3, "mask": MASKS[mask], "sinks": sinks}
+    results = []
+    for function in (attention, cpu_attention._mlx_attention):
+        outputs, gradients = mx.vjp(
+            lambda q, k, v, f=function: f(q, k, v, **settings), [q, k, v], [g]
+        )
+        results.append(outputs + gradients)
+    for ours, theirs in zip(*results, strict=True):
+        assert np.allclose(np.array(ours), np.array(theirs), atol=2e-6)
+
+
+def test_other_types_and_devices_are_left_to_mlx(monkeypatch):
+    calls = []
+    monkeypatch.setattr(cpu_attention, "_mlx_attention", lambda *_, **kw: calls.append(kw) or 1)
+    x = mx.zeros((1, 1, 2, 4))
+    half = x.astype(mx.bfloat16)
+    assert attention(half, half, half, scale=1.0, mask=None) == 1
+    monkeypatch.setattr(cpu_attention, "on_cpu", lambda: False)
+    assert attention(x, x, x, scale=1.0, mask="causal", sinks=None) == 1
+    assert calls == [
+        {"scale": 1.0, "mask": None},
+        {"scale": 1.0, "mask": "causal", "sinks": None},
+    ]
