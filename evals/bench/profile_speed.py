@@ -2,10 +2,11 @@
 
     python evals/bench/profile_speed.py FOLDER [REVISION]
 
-`quantkit profile` of both, with default tiers, on the same text, one after the other. REVISION is
-a commit of this repository, by default the last one whose profile ran attention or the experts
-again for every tier. 96 entries of both profiles and the best plans of each at four budgets,
-rounded to nearest, are measured on documents that calibrated nothing.
+`quantkit profile` of both, with default tiers, one after the other, on the 4,096 tokens that were
+the default then, and on the 1,024 of today's. REVISION is a commit of this repository, by default
+the last one whose profile ran attention or the experts again for every tier. 96 entries of all
+profiles and the best plans of each at four budgets, rounded to nearest, are measured on documents
+that calibrated nothing.
 Everything is kept in FOLDER, where a killed run goes on; the table goes into README.md here.
 """
 
@@ -14,6 +15,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +40,8 @@ from quantkit.streaming.measure_kl import measure_kl
 
 BEFORE = "4e5fa3f~1"
 ROOT = Path(__file__).parents[2]
-TOKENS, MEASURED_TOKENS = 1024, 2048
+MEASURED_TOKENS = 4096
+RUNS = {"before": 4096, "now, as much text": 4096, "now": 1024}  # tokens
 SEEDS, ENTRIES = (0, 1, 2), 32  # random entries, drawn three times
 BUDGETS = ("3.5bpw", "4bpw", "4.5bpw", "5.5bpw")
 MODELS = {"demo": demo_checkpoint, "SmolLM2-135M": plain_checkpoint}
@@ -46,7 +49,7 @@ RESAMPLES = 2000
 
 
 def profiles(folder: Path, revision: str, model: str) -> dict[str, dict]:
-    """Profile `model` by both, unless that is done; returns seconds and memory of each."""
+    """Make all profiles of `model`, unless that is done; returns seconds and memory of each."""
     before = folder / "code"
     if not before.exists():
         before.mkdir()
@@ -54,22 +57,22 @@ def profiles(folder: Path, revision: str, model: str) -> dict[str, dict]:
             ["git", "archive", revision, "quantkit"], cwd=ROOT, stdout=subprocess.PIPE, check=True
         )
         subprocess.run(["tar", "x", "-C", str(before)], input=archive.stdout, check=True)
-    for name, code in (("before", before), ("now", ROOT)):
+    taken = {}
+    for name, tokens in RUNS.items():
         out = folder / f"{model}-{name}"
-        if (folder / f"{out.name}.json").exists():
-            continue
-        command = [sys.executable, "-m", "quantkit", "profile", str(MODELS[model]())]
-        usage = used(
-            [*command, "-o", str(out), "--tokens", str(TOKENS), "--force"],
-            env={**os.environ, "PYTHONPATH": str(code)},
-            cwd=folder,
-        )
-        taken = {"seconds": usage.ru_utime + usage.ru_stime, "peak": peak_gb(usage)}
-        (folder / f"{out.name}.json").write_text(json.dumps(taken))
-    return {
-        name: json.loads((folder / f"{model}-{name}.json").read_text())
-        for name in ("before", "now")
-    }
+        numbers = folder / f"{out.name}.json"
+        if not numbers.exists():
+            code = before if name == "before" else ROOT
+            command = [sys.executable, "-m", "quantkit", "profile", str(MODELS[model]())]
+            usage = used(
+                [*command, "-o", str(out), "--tokens", str(tokens), "--force"],
+                env={**os.environ, "PYTHONPATH": str(code)},
+                cwd=folder,
+            )
+            seconds = usage.ru_utime + usage.ru_stime
+            numbers.write_text(json.dumps({"seconds": seconds, "peak": peak_gb(usage)}))
+        taken[name] = json.loads(numbers.read_text())
+    return taken
 
 
 def costs_of(profile: SensitivityProfile) -> dict[tuple[str, str], float]:
@@ -77,12 +80,12 @@ def costs_of(profile: SensitivityProfile) -> dict[tuple[str, str], float]:
     return {(w.name, c.tier): c.kl for w in profile.weights for c in w.costs if c.kl > 0}
 
 
-def predictions(source: Source, tokens: mx.array, both: dict[str, SensitivityProfile]) -> dict:
+def predictions(source: Source, tokens: mx.array, every: dict[str, SensitivityProfile]) -> dict:
     """name -> (Spearman of all measured entries, its interval, of each draw, median ratio)."""
-    predicted = {name: costs_of(profile) for name, profile in both.items()}
+    predicted = {name: costs_of(profile) for name, profile in every.items()}
     common = set.intersection(*(set(costs) for costs in predicted.values()))
-    every = candidate_entries(source.inventory.weights, ALL_TIERS)
-    entries = [entry for entry in every if entry.key in common]
+    candidates = candidate_entries(source.inventory.weights, ALL_TIERS)
+    entries = [entry for entry in candidates if entry.key in common]
     draws = [
         [int(n) for n in np.random.default_rng(seed).permutation(len(entries))[:ENTRIES]]
         for seed in SEEDS
@@ -106,56 +109,60 @@ def predictions(source: Source, tokens: mx.array, both: dict[str, SensitivityPro
     return result
 
 
-def plans(source: Source, tokens: mx.array, both: dict[str, SensitivityProfile]) -> list:
+def plans(source: Source, tokens: mx.array, every: dict[str, SensitivityProfile]) -> list:
     """(budget, measured KL divergence of the plan by each profile) for all budgets."""
     budgets = [parse_budget(text, source.inventory, source.checkpoint.settings) for text in BUDGETS]
     made = [
         plan_by_budget(source.inventory, profile, budget, Constraints(quantizer="rtn"))
         for budget in budgets
-        for profile in both.values()
+        for profile in every.values()
     ]
     wanted = [changed_tiers(source, plan) for plan in made]
     measured = measure_kl(StreamingModel(source), tokens, wanted, lambda _: None)
     means = [float(kl.mean(dtype=np.float64)) for kl in measured]
-    return [(budget, means[2 * n : 2 * n + 2]) for n, budget in enumerate(BUDGETS)]
+    count = len(every)
+    return [(budget, means[count * n :][:count]) for n, budget in enumerate(BUDGETS)]
 
 
-def table(folder: Path, revision: str) -> str:
-    """Both profiles of both models."""
+def table(folder: Path, revision: str, models: Sequence[str]) -> str:
+    """All profiles of both models."""
     lines, lower = [], []
-    for model, checkpoint in MODELS.items():
+    for model in models:
         taken = profiles(folder, revision, model)
-        source = open_source(str(checkpoint()))
-        both = {
+        source = open_source(str(MODELS[model]()))
+        every = {
             name: load_profile(str(folder / f"{model}-{name}"), source.inventory) for name in taken
         }
         spec = CalibrationSpec(tokens=MEASURED_TOKENS)
         text = read_calibration_set(source.checkpoint, spec, EVALUATE)
         tokens = mx.array(text.tokens)
-        checked = predictions(source, tokens, both)
+        checked = predictions(source, tokens, every)
         for name, (rank, interval, each, ratio) in checked.items():
             share = taken["before"]["seconds"] / taken[name]["seconds"]
             lines.append(
-                f"| {model}, {name} | {len(costs_of(both[name])):,} | "
+                f"| {model}, {name} | {RUNS[name]:,} | {len(costs_of(every[name])):,} | "
                 f"{taken[name]['seconds']:.0f} s | {share:.2f} | {taken[name]['peak']:.1f} GB | "
                 f"{rank:.3f} ({interval[0]:.3f} to {interval[1]:.3f}) | "
                 f"{', '.join(f'{x:.3f}' for x in each)} | {ratio:.2f} |"
             )
             print(lines[-1], flush=True)
-        for budget, (old, new) in plans(source, tokens, both):
-            lower.append(f"| {model} | {budget} | {old:.4f} | {new:.4f} | {new / old:.3f} |")
+        for budget, kl in plans(source, tokens, every):
+            row = " | ".join(f"{x:.4f} ({x / kl[0]:.3f})" for x in kl)
+            lower.append(f"| {model} | {budget} | {row} |")
             print(lower[-1], flush=True)
     return "\n".join(
         [
-            f"{machine()}; profiles on {TOKENS:,} tokens, CPU seconds; measured on "
+            f"{machine()}; CPU seconds; measured on "
             f"{tokens.size:,} tokens of {text.text.documents} other documents; before: {revision}.",
             "",
-            "| | entries | time | times faster | peak memory | Spearman, 96 entries | three draws "
+            "| | tokens | entries | time | times faster | peak memory | Spearman, 96 entries | three draws "
             "of 32 | predicted / measured |",
-            "|---|---|---|---|---|---|---|---|",
+            "|---|---|---|---|---|---|---|---|---|",
             *lines,
             "",
-            "| plans by it | budget | KL, before | KL, now | ratio |",
+            "KL divergence of the best plan by each profile, and its ratio to the one before:",
+            "",
+            f"| | budget | {' | '.join(RUNS)} |",
             "|---|---|---|---|---|",
             *lower,
         ]
@@ -167,9 +174,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("revision", nargs="?", default=BEFORE)
+    parser.add_argument("--model", choices=tuple(MODELS), help="only one of both, to be printed")
     args = parser.parse_args()
     args.folder.mkdir(exist_ok=True)
-    save(table(args.folder.resolve(), args.revision), "profile-speed")
+    models = (args.model,) if args.model else tuple(MODELS)
+    text = table(args.folder.resolve(), args.revision, models)
+    if not args.model:
+        save(text, "profile-speed")
 
 
 if __name__ == "__main__":
