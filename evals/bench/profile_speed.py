@@ -155,8 +155,8 @@ def table(folder: Path, revision: str, models: Sequence[str]) -> str:
             f"{machine()}; CPU seconds; measured on "
             f"{tokens.size:,} tokens of {text.text.documents} other documents; before: {revision}.",
             "",
-            "| | tokens | entries | time | times faster | peak memory | Spearman, 96 entries | three draws "
-            "of 32 | predicted / measured |",
+            "| | tokens | entries | time | times faster | peak memory | Spearman, 96 entries "
+            "| three draws of 32 | predicted / measured |",
             "|---|---|---|---|---|---|---|---|---|",
             *lines,
             "",
