@@ -1,6 +1,6 @@
 """A source: a checkpoint, its inventory, and the values of every mlx-lm tensor."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -15,6 +15,7 @@ from quantkit.checkpoint.views import View
 from quantkit.errors import DamagedError, HubUnreachableError, SourceError
 from quantkit.formats.dtypes import numpy_dtype
 from quantkit.progress import Stage
+from quantkit.storage.hash_cache import remembered_hash
 from quantkit.storage.hashing import hash_file
 from quantkit.storage.paths import user_path
 
@@ -119,9 +120,23 @@ def with_values(source: Source) -> Source:
 
 def file_hashes(source: Source, progress: Stage | None = None) -> dict[str, str]:
     """Compute the sha256 of every shard. Raises DamagedError if the Hub publishes another one."""
+    return _published_hashes(source, hash_file, progress)
+
+
+def remembered_hashes(source: Source) -> dict[str, str]:
+    """Return the sha256 of every shard, computed once while the shard does not change.
+
+    Raises DamagedError if the Hub publishes another one.
+    """
+    return _published_hashes(source, remembered_hash, None)
+
+
+def _published_hashes(
+    source: Source, hashed: Callable[..., str], progress: Stage | None
+) -> dict[str, str]:
     hashes = {}
     for file in source.checkpoint.files:
-        computed = hash_file(source.checkpoint.path(file.name), file.name, progress)
+        computed = hashed(source.checkpoint.path(file.name), file.name, progress)
         if file.sha256 not in (None, computed):
             raise DamagedError(
                 f"{file.name}: sha256 is {computed}, published was {file.sha256}. Download it "

@@ -6,7 +6,7 @@ from quantkit.artifacts.fidelity import EVALUATED_TOKENS, Fidelity
 from quantkit.artifacts.inventory import with_hashes
 from quantkit.artifacts.report import Report
 from quantkit.calibration.calibration_set import CalibrationSpec
-from quantkit.checkpoint.source import Source, file_hashes, with_values
+from quantkit.checkpoint.source import Source, remembered_hashes, with_values
 from quantkit.errors import InputError
 from quantkit.evaluation import fidelity
 from quantkit.jobs.profile import note_skipped_rows
@@ -37,7 +37,7 @@ def require_made_from(native: Source, reports: Sequence[tuple[str, Report]]) -> 
     Only then may their cards state the fidelity to it.
     """
     native = with_values(native)
-    expected = with_hashes(native.inventory.source, file_hashes(native))
+    expected = with_hashes(native.inventory.source, remembered_hashes(native))
     for name, report in reports:
         actual = report.plan.source
         if (actual.structure, actual.files) != (expected.structure, expected.files):

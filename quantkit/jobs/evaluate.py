@@ -34,7 +34,7 @@ from quantkit.generation.answers import AnswerFormat
 from quantkit.generation.batches import BatchModel, Completion, Request, single_tokens
 from quantkit.jobs.open_model import resolved
 from quantkit.progress import Progress, Stage
-from quantkit.storage.hashing import hash_file
+from quantkit.storage.hash_cache import remembered_hash
 from quantkit.storage.json_files import load_json
 
 _LEAST = 64  # tokens of an answer with a final channel
@@ -256,7 +256,7 @@ def _file_hashes(folder: Path, name: str, progress: Progress) -> dict[str, str]:
     if not any(path.suffix == ".safetensors" for path in files):
         raise InputError(f"{name}: not a model: it has no .safetensors file.")
     stage = progress.stage(f"Hashing {name}", sum(path.stat().st_size for path in files))
-    return {path.name: hash_file(path, path.name, stage) for path in files}
+    return {path.name: remembered_hash(path, path.name, stage) for path in files}
 
 
 def _by_item(records: Sequence[Record]) -> list[float]:

@@ -22,7 +22,7 @@ from quantkit.calibration.calibration_set import (
 from quantkit.calibration.splits import VALIDATE
 from quantkit.checkpoint.provenance import input_key, versions
 from quantkit.checkpoint.pruned import require_prunable
-from quantkit.checkpoint.source import Source, file_hashes
+from quantkit.checkpoint.source import Source, remembered_hashes
 from quantkit.errors import InputError, SourceError, in_field
 from quantkit.formats.files import write_file
 from quantkit.formats.tiers import TensorSpec
@@ -133,7 +133,7 @@ def prepare(source: Source, out: Path, settings: ProfileSettings, force: bool = 
     with in_field("calibration"):
         text = read_calibration_set(source.checkpoint, settings.text)
     existing = None
-    hashed = with_hashes(source.inventory.source, file_hashes(source))
+    hashed = with_hashes(source.inventory.source, remembered_hashes(source))
     source = replace(source, inventory=replace(source.inventory, source=hashed))
     if (out / PROFILE_FILE).is_file() and not force:
         existing = load_profile(str(out), source.inventory)
