@@ -12,21 +12,20 @@ import numpy as np
 
 from quantkit.backend import free_memory, mx
 from quantkit.progress import Stage
-from quantkit.quantizers.input_sums import Inputs
 from quantkit.quantizers.registry import RTN
 from quantkit.sensitivity.entries import Entry, EntryKey
 from quantkit.sensitivity.expert_probe import ExpertProbe
 from quantkit.sensitivity.probe import LayerProbe, ProbeResult
-from quantkit.sensitivity.quantizer_losses import Losses, sampled_layers, sampled_losses
+from quantkit.sensitivity.quantizer_losses import Losses, measure_losses
 from quantkit.sensitivity.second_order import predicted_kl
 from quantkit.sensitivity.work import ProfileWork
 from quantkit.streaming.layer_runner import StreamingModel
 from quantkit.streaming.lm_head import ChangedModel, divergence, label_gradients
 from quantkit.streaming.weight_loader import Call
 
-_HEAD_ROWS = 4096  # of the head, on which quantizers are compared
 _TOGETHER = 4  # tiers of the head that share its native logits
-EMBEDDING = -1  # the stage below layer 0; the stage of the head is the number of layers
+# Stages: the head's is the number of layers, the last two have no layer.
+EMBEDDING, LOSSES = -1, -2
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,8 @@ class StageTable:
 class Sweep:
     """A fisher profile in progress, over `tokens` (sequences, length) of all processes.
 
-    `experts` ranks the experts of every layer, None if none is to be removed.
+    On `more_tokens` (sequences, length) quantizers are compared, unless they are None. `experts`
+    ranks the experts of every layer, None if none is to be removed.
     """
 
     model: StreamingModel
@@ -62,6 +62,7 @@ class Sweep:
     seed: int
     quantizer: str = RTN
     experts: ExpertProbe | None = None
+    more_tokens: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         self._group = mx.distributed.init()
@@ -73,12 +74,11 @@ class Sweep:
         levels = [mx.random.uniform(shape=shape, key=keys[i]) for i in self._mine]
         self._levels = mx.stack(levels, axis=1)
         self._head = len(self.model.layers)
-        self._compares = self.quantizer == RTN and self._group.rank() == 0
 
     def run(self, progress: Stage) -> list[StageTable]:
         """Run all stages, from the head down, and return their tables."""
         self._forward(progress)
-        stages = list(range(self._head, EMBEDDING - 1, -1))
+        stages = list(range(self._head, LOSSES - 1, -1))
         done = self._agreed([f"stage-{number}.json" for number in stages])
         tables = []
         for number in stages:
@@ -99,6 +99,8 @@ class Sweep:
 
     def _entries_of(self, number: int) -> list[Entry]:
         """Return the entries that a stage measures."""
+        if number == LOSSES:
+            return []
         if number == EMBEDDING:
             tables = self.model.tables.items()
             names = {name for name, table in tables if table.weight.role == "embedding"}
@@ -126,15 +128,14 @@ class Sweep:
     def _run_stage(self, number: int, progress: Stage) -> ProbeResult:
         if number == EMBEDDING:
             return self._probe_embedding(progress)
+        if number == LOSSES:
+            return self._compare_quantizers(progress)
         if number == self._head:
             return self._probe_head(progress)
         layer = self.model.layers[number]
         dry = self.model.calls(self._tokens[:1])[number]
         weights = [w for n, w in self.model.weights.items() if n.startswith(f"{layer.path}.")]
-        compares = self._compares and number in sampled_layers(self._head)
-        probe = LayerProbe(
-            layer, weights, self.model.values, self.quantizer, compares, self.experts
-        )
+        probe = LayerProbe(layer, weights, self.model.values, self.quantizer, self.experts)
         return probe.run(
             Call(self.work.array(f"x-{number}.npy"), dry.args, dry.kwargs),
             self.work.array(f"g-{number + 1}.npy"),
@@ -147,8 +148,6 @@ class Sweep:
         progress(0, "gradients of the head")
         result = ProbeResult(g=mx.stack(label_gradients(self.model, h, self._levels)))
         entries = self._entries_of(self._head)
-        if self._compares and entries:
-            result.losses = self._head_losses(h, entries)
         for first in range(0, len(entries), _TOGETHER):
             some = entries[first : first + _TOGETHER]
             changed = [ChangedModel(h, entry.tier) for entry in some]
@@ -157,16 +156,12 @@ class Sweep:
                 progress(1, entry.weight.name)
         return result
 
-    def _head_losses(self, h: mx.array, entries: Sequence[Entry]) -> Losses:
-        """Return the losses of quantizers on some rows of the head."""
-        head = self.model.head_weight
-        x = self.model.head_input(h)
-        inputs = Inputs.of((x,)), np.repeat(np.arange(len(x)), x.shape[1])
-
-        def rows(name: str) -> mx.array:
-            return self.model.values(name, 0, min(_HEAD_ROWS, head.shape[0]))
-
-        return sampled_losses([head], rows, entries, [inputs])
+    def _compare_quantizers(self, progress: Stage) -> ProbeResult:
+        """Compare quantizers in the first process."""
+        if self.more_tokens is None or self._group.rank() > 0:
+            return ProbeResult()
+        tokens = mx.array(self.more_tokens)
+        return ProbeResult(losses=measure_losses(self.model, tokens, self.entries, progress))
 
     def _probe_embedding(self, progress: Stage) -> ProbeResult:
         result = ProbeResult()

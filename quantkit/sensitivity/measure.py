@@ -50,6 +50,7 @@ from quantkit.streaming.attention import require_same_attention
 from quantkit.streaming.layer_runner import StreamingModel, has_gradients
 
 METHODS = ("fisher", "kl")
+_MORE_TEXT = 4  # times as much as the profile reads, to compare quantizers on
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,8 @@ class Profiling:
     """A profile of `source` to be made in the folder `out`, with all inputs checked.
 
     `existing` is the profile in `out`, to which `entries` are added. `experts` ranks experts, None
-    if that is not requested, or done.
+    if that is not requested, or done. `more_tokens` (sequences, length) are text to compare
+    quantizers on, None to compare none.
     """
 
     source: Source
@@ -101,6 +103,7 @@ class Profiling:
     existing: SensitivityProfile | None
     entries: tuple[Entry, ...]
     experts: ExpertProbe | None = None
+    more_tokens: np.ndarray | None = None
 
     @property
     def steps(self) -> int:
@@ -132,6 +135,10 @@ def prepare(source: Source, out: Path, settings: ProfileSettings, force: bool = 
     require_same_attention(source.checkpoint)
     with in_field("calibration"):
         text = read_calibration_set(source.checkpoint, settings.text)
+        more_tokens = None
+        if settings.method == "fisher" and settings.quantizer == RTN:
+            more = replace(settings.text, tokens=_MORE_TEXT * settings.text.tokens)
+            more_tokens = read_calibration_set(source.checkpoint, more).tokens
     existing = None
     hashed = with_hashes(source.inventory.source, remembered_hashes(source))
     source = replace(source, inventory=replace(source.inventory, source=hashed))
@@ -147,7 +154,7 @@ def prepare(source: Source, out: Path, settings: ProfileSettings, force: bool = 
     missing = tuple(e for e in settings.entries(weights) if e.key not in present)
     experts = _expert_probe(source, settings, existing)
     force = force or existing is not None
-    return Profiling(source, out, settings, force, text, existing, missing, experts)
+    return Profiling(source, out, settings, force, text, existing, missing, experts, more_tokens)
 
 
 def _expert_probe(
@@ -319,7 +326,15 @@ def _tables(
         seed = settings.text.seed
         quantizer, experts = settings.quantizer, profiling.experts
         sweep = Sweep(
-            model, tokens, profiling.entries, work, settings.draws, seed, quantizer, experts
+            model,
+            tokens,
+            profiling.entries,
+            work,
+            settings.draws,
+            seed,
+            quantizer,
+            experts,
+            profiling.more_tokens,
         )
         tables = sweep.run(progress)
         return tables, sweep.seconds()

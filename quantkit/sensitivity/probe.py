@@ -19,17 +19,12 @@ from quantkit.artifacts.roles import ATTENTION_ROLES, EXPERT_ROLES, MLP_ROLES
 from quantkit.backend import free_memory, mx
 from quantkit.errors import SourceError
 from quantkit.quantizers.hessians import stacked
-from quantkit.quantizers.input_sums import Inputs, InputSums, MemorySpool, has_inputs, shared_inputs
+from quantkit.quantizers.input_sums import Inputs, InputSums, MemorySpool, has_inputs
 from quantkit.quantizers.matrix import quantize_weight
 from quantkit.quantizers.registry import RTN, find_quantizer
 from quantkit.sensitivity.entries import Entry, EntryKey
 from quantkit.sensitivity.expert_probe import ExpertProbe
-from quantkit.sensitivity.quantizer_losses import (
-    Losses,
-    add_losses,
-    inputs_of,
-    sampled_losses,
-)
+from quantkit.sensitivity.quantizer_losses import Losses
 from quantkit.sensitivity.second_order import predicted_kl
 from quantkit.streaming.layer_trace import HookedLayer, LayerTrace, Readout, hooked
 from quantkit.streaming.weight_loader import Call, StreamedModule
@@ -60,15 +55,13 @@ class LayerProbe:
     """Probes the `weights` of a layer.
 
     `values` returns a weight's values (..., out, in) by name; `quantizer` quantizes affine tiers.
-    If the probe `compares`, all quantizers are tried on a sample of each weight. `experts` are the
-    blocks to rank.
+    `experts` are the blocks to rank.
     """
 
     layer: StreamedModule
     weights: Sequence[Weight]
     values: Callable[[str], mx.array]
     quantizer: str = RTN
-    compares: bool = False
     experts: ExpertProbe | None = None
 
     def run(
@@ -94,26 +87,12 @@ class LayerProbe:
                     result.costs[entry.key] = kl
                 done(weight.name)
                 free_memory()
-            if self.compares:
-                self._compare_quantizers(traces, entries, result)
             if self.experts is not None:
                 for ranked in self.experts.run(self.layer.path, module, traces, g):
                     result.rankings[ranked.block] = ranked.ranking
                     for count, kl in ranked.kl.items():
                         result.removal[ranked.block, count] = kl
         return result
-
-    def _compare_quantizers(
-        self, traces: Sequence[LayerTrace], entries: Sequence[Entry], result: ProbeResult
-    ) -> None:
-        """Add the losses of all quantizers on samples of the weights."""
-        by_name = {weight.name: weight for weight in self.weights}
-        names = list(dict.fromkeys(entry.weight.name for entry in entries))
-        for group in shared_inputs(names, traces[0].steps):
-            weights = [by_name[name] for name in group]
-            inputs = inputs_of(weights[0], traces)
-            add_losses(result.losses, sampled_losses(weights, self.values, entries, inputs))
-            free_memory()
 
     def _probe(
         self,

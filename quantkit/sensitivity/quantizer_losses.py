@@ -2,7 +2,8 @@
 
 A profile rounds to nearest; its predictions for another quantizer are corrected by the ratio of
 their losses, role by role and tier by tier. A sample suffices: a few rows of two experts, in two
-layers. The Hessians are made from most sequences of the text, the losses taken on others.
+layers, and of the head. Hessians need more text than a profile: the model runs forward on it, once.
+They are made from most of its sequences, and the losses taken on others.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -10,21 +11,25 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import numpy as np
 
 from quantkit.artifacts.inventory import Weight
-from quantkit.backend import mx
+from quantkit.backend import free_memory, mx
 from quantkit.formats.affine import AffineWeight
 from quantkit.formats.codec import fake_quantize
 from quantkit.formats.tiers import Tier
+from quantkit.progress import Stage
 from quantkit.quantizers.choose_prior import sampled_matrices, sampled_rows
 from quantkit.quantizers.hessians import DEFAULT_PRIOR, Hessians, batch_size, stacked
-from quantkit.quantizers.input_sums import Inputs, InputSums, MemorySpool
+from quantkit.quantizers.input_sums import Inputs, InputSums, MemorySpool, shared_inputs
 from quantkit.quantizers.matrix import scales_dtype
 from quantkit.quantizers.registry import QUANTIZERS, Quantizer
 from quantkit.sensitivity.entries import Entry
-from quantkit.streaming.layer_trace import LayerTrace
+from quantkit.streaming.layer_runner import StreamingModel
+from quantkit.streaming.layer_trace import LayerTrace, hooked
+from quantkit.streaming.weight_loader import Call
 
 _MATRICES = 2  # of a stack
 _LAYERS = 2
-_UNSEEN = 4  # one of so many sequences is left to take the losses on
+_HEAD_ROWS = 4096
+_UNSEEN = 5  # one of so many sequences is left for the losses: of each kind of text in its turn
 
 Losses = dict[tuple[str, str, str], float]
 """(quantizer, role, tier) -> the loss, summed over samples."""
@@ -36,6 +41,53 @@ SequenceInputs = tuple[Inputs, np.ndarray]
 def sampled_layers(count: int) -> set[int]:
     """Return the numbers of a few of `count` layers, evenly spread."""
     return {(2 * i + 1) * count // (2 * _LAYERS) for i in range(min(_LAYERS, count))}
+
+
+def measure_losses(
+    model: StreamingModel, tokens: mx.array, entries: Sequence[Entry], progress: Stage
+) -> Losses:
+    """Run the model on `tokens` (sequences, length), and return the losses in some of its weights.
+
+    `progress` receives the name of every layer.
+    """
+    losses: Losses = {}
+    sampled = sampled_layers(len(model.layers))
+
+    def seen(number: int, call: Call, _y: mx.array) -> None:
+        progress(0, f"quantizers on a sample, layer {number}")
+        if number in sampled:
+            add_losses(losses, _layer_losses(model, number, call, entries))
+
+    h = model.run(tokens, seen)
+    head = model.head_weight
+    if of_head := [entry for entry in entries if entry.weight.name == head.name]:
+        x = model.head_input(h)
+        inputs = Inputs.of((x,)), np.repeat(np.arange(len(x)), x.shape[1])
+
+        def rows(name: str) -> mx.array:
+            return model.values(name, 0, min(_HEAD_ROWS, head.shape[0]))
+
+        add_losses(losses, sampled_losses([head], rows, of_head, [inputs]))
+    return losses
+
+
+def _layer_losses(
+    model: StreamingModel, number: int, call: Call, entries: Sequence[Entry]
+) -> Losses:
+    """Return the losses on samples of all weights of a layer, for its call."""
+    layer = model.layers[number]
+    weights = {n: w for n, w in model.weights.items() if n.startswith(f"{layer.path}.")}
+    stacks = [name for name, weight in weights.items() if len(weight.shape) > 2]
+    names = list(dict.fromkeys(e.weight.name for e in entries if e.weight.name in weights))
+    losses: Losses = {}
+    with hooked(layer, list(weights), stacks) as module:
+        traces = [module.record(batch) for batch in call.batches()]
+        for group in shared_inputs(names, traces[0].steps):
+            together = [weights[name] for name in group]
+            inputs = inputs_of(together[0], traces)
+            add_losses(losses, sampled_losses(together, model.values, entries, inputs))
+            free_memory()
+    return losses
 
 
 def add_losses(total: Losses, more: Losses) -> None:
@@ -96,7 +148,7 @@ def inputs_of(weight: Weight, traces: Sequence[LayerTrace]) -> Iterator[Sequence
     before = 0  # sequences
     for trace in traces:
         batch, length = trace.y.shape[:2]
-        for step in (step for step in trace.steps if step.name == weight.name):
+        for step in trace.calls_of(weight.name):
             if len(weight.shape) > 2:
                 tokens = trace.token_of_rows(step)
             else:
@@ -110,7 +162,7 @@ def _split(matrices: int, inputs: Iterable[SequenceInputs]) -> tuple[InputSums, 
     """Return the sums over the inputs of most sequences, and over those of the others."""
     seen, unseen = InputSums(matrices, MemorySpool()), InputSums(matrices, MemorySpool())
     for every, sequences in inputs:
-        left = sequences % _UNSEEN == _UNSEEN - 1
+        left = sequences % _UNSEEN == 1
         for some, sums in ((~left, seen), (left, unseen)):
             (kept,) = np.nonzero(some)
             if len(kept):
