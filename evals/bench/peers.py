@@ -217,8 +217,8 @@ def table(folder: Path, numbers: list[int]) -> str:
     return "\n".join(
         [
             f"{machine()}; {Path(checkpoint()).name}; {QUANTIZED:,} tokens for gptq, theirs and "
-            f"ours, {PROFILED:,} for awq and dynamic_quant, 1,024 for our profile, {1024 * TUNED:,} to "
-            f"train on, 2,048 of its own for optiq; evaluated on {found[0].tokens:,} tokens of "
+            f"ours, {PROFILED:,} for awq and dynamic_quant, 1,024 for our profile, "
+            f"{1024 * TUNED:,} to train on, 2,048 of its own for optiq; evaluated on {found[0].tokens:,} tokens of "
             f"{found[0].documents} other documents. quantkit's times include its profile.",
             "",
             "| | bpw | KL mean | ratio | top-1 | time | peak memory |",

@@ -50,7 +50,7 @@ from quantkit.streaming.attention import require_same_attention
 from quantkit.streaming.layer_runner import StreamingModel, has_gradients
 
 METHODS = ("fisher", "kl")
-_MORE_TEXT = 4  # times as much as the profile reads, to compare quantizers on
+_COMPARED_TOKENS = 4096  # enough text to compare quantizers on
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ def prepare(source: Source, out: Path, settings: ProfileSettings, force: bool = 
         text = read_calibration_set(source.checkpoint, settings.text)
         more_tokens = None
         if settings.method == "fisher" and settings.quantizer == RTN:
-            more = replace(settings.text, tokens=_MORE_TEXT * settings.text.tokens)
+            more = replace(settings.text, tokens=_compared_tokens(settings.text.tokens))
             more_tokens = read_calibration_set(source.checkpoint, more).tokens
     existing = None
     hashed = with_hashes(source.inventory.source, remembered_hashes(source))
@@ -155,6 +155,11 @@ def prepare(source: Source, out: Path, settings: ProfileSettings, force: bool = 
     experts = _expert_probe(source, settings, existing)
     force = force or existing is not None
     return Profiling(source, out, settings, force, text, existing, missing, experts, more_tokens)
+
+
+def _compared_tokens(profiled: int) -> int:
+    """Return the tokens on which quantizers are compared: up to four times those of a profile."""
+    return min(4 * profiled, max(profiled, _COMPARED_TOKENS))
 
 
 def _expert_probe(
