@@ -218,8 +218,9 @@ def table(folder: Path, numbers: list[int]) -> str:
         [
             f"{machine()}; {Path(checkpoint()).name}; {QUANTIZED:,} tokens for gptq, theirs and "
             f"ours, {PROFILED:,} for awq and dynamic_quant, 1,024 for our profile, "
-            f"{1024 * TUNED:,} to train on, 2,048 of its own for optiq; evaluated on {found[0].tokens:,} tokens of "
-            f"{found[0].documents} other documents. quantkit's times include its profile.",
+            f"{1024 * TUNED:,} to train on, 2,048 of its own for optiq; evaluated on "
+            f"{found[0].tokens:,} tokens of {found[0].documents} other documents. quantkit's times "
+            "include its profile.",
             "",
             "| | bpw | KL mean | ratio | top-1 | time | peak memory |",
             "|---|---|---|---|---|---|---|",

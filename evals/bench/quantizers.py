@@ -81,9 +81,12 @@ def recipe_plans(source: Source, profile: SensitivityProfile) -> Groups:
         rows = [(f"`{name}`, rtn", recipe), ("ours, gptq", ours)]
         if name == BIG:
             pinned = replace(experts_alone(inventory, profile, recipe), quantizer="gptq")
-            rows.append(
-                ("ours for the experts alone, other weights as in the recipe, gptq", pinned)
-            )
+            label = "ours for the experts alone, other weights as in the recipe"
+            rows += [
+                (f"ours, gptq, tuned for {TUNED} steps", replace(ours, tuning_steps=TUNED)),
+                (f"{label}, gptq", pinned),
+                (f"{label}, gptq, tuned", replace(pinned, tuning_steps=TUNED)),
+            ]
         groups[f"at the bytes of `{name}`"] = rows
     return groups
 
