@@ -13,14 +13,16 @@ class MemoryLimits:
     """The sizes of the pieces in which work is done, beside the weights of a layer.
 
     `hessian_bytes` are Hessians with the copies that factoring makes, `stream_bytes` the residual
-    streams of models that are measured together, `block_values` values of a weight, head or logits,
-    `decoded_values` values decoded at once, `tokens` the tokens that a layer takes at once.
+    streams of models that are measured together, `block_values` values of a weight or head,
+    `decoded_values` values decoded at once, `logits` those at once, some ten arrays of them,
+    `tokens` the tokens that a layer takes at once.
     """
 
     hessian_bytes: int = 1_500_000_000
     stream_bytes: int = 1_000_000_000
     block_values: int = 32_000_000
     decoded_values: int = 16_000_000
+    logits: int = 8_000_000
     tokens: int = 4096
 
     @classmethod

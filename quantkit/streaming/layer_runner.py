@@ -169,7 +169,7 @@ class StreamingModel:
     def head_blocks(self, tokens: int) -> Iterator[range]:
         """Yield blocks of rows of the vocabulary whose logits fit in memory for so many tokens."""
         rows, width = self.head_weight.shape
-        step = max(1, memory_limits().block_values // max(width, tokens))
+        step = max(1, memory_limits().logits // max(width, tokens))
         for start in range(0, rows, step):
             yield range(start, min(start + step, rows))
 
