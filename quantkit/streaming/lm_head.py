@@ -11,6 +11,7 @@ from quantkit.backend.exponentials import exp, expm1
 from quantkit.formats.tiers import Tier
 from quantkit.streaming.layer_runner import StreamingModel
 
+TOGETHER = 4  # models to compare in one walk over the native logits, so that progress shows
 _SMALL = 0.5  # growth of the normalizer up to which its log is taken by log1p
 _LEAST_GROWTH, _MOST_GROWTH = -0.99, 1e4  # the same, for sums of a single pass
 _LARGEST = 80.0  # exponents above it overflow float32
