@@ -1,17 +1,21 @@
 """What calibrated quantizers lose next to rounding to nearest, and what a profile says of it."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from quantkit.artifacts.sensitivity import SensitivityProfile
 from quantkit.backend import mx
+from quantkit.calibration.calibration_set import CalibrationSpec
 from quantkit.checkpoint.source import open_source
 from quantkit.errors import ProfileError
 from quantkit.quantizers.input_sums import Inputs
 from quantkit.quantizers.registry import QUANTIZERS
+from quantkit.sensitivity import measure
 from quantkit.sensitivity.entries import candidate_entries
+from quantkit.sensitivity.measure import ProfileSettings
 from quantkit.sensitivity.quantizer_losses import inputs_of, sampled_layers, sampled_losses
 from quantkit.streaming.layer_runner import StreamingModel
 from quantkit.streaming.layer_trace import hooked
@@ -99,3 +103,22 @@ def test_the_profile_has_ratios_for_every_role(cli, checkpoint, tmp_path):
     made["quantizer_ratios"]["gptq"]["q"]["q2g32"] = -1
     with pytest.raises(ProfileError, match="impossible ratio"):
         SensitivityProfile.from_json(made, "p")
+
+
+def test_more_text_than_the_profiles_compares_quantizers(checkpoint, tmp_path):
+    """It begins with the profile's own, and a profile of another quantizer needs none."""
+    source = open_source(str(checkpoint))
+    text = rows(tmp_path / "text.jsonl", seed=0, count=40, length=60)
+    settings = ProfileSettings(CalibrationSpec(str(text), 96, 24))
+    profiling = measure.prepare(source, tmp_path / "p", settings)
+    assert profiling.more_tokens.shape == (16, 24)
+    assert np.array_equal(profiling.more_tokens[:4], profiling.calibration.tokens)
+    other = measure.prepare(source, tmp_path / "p", replace(settings, quantizer="search"))
+    assert other.more_tokens is None
+
+
+@pytest.mark.parametrize(
+    ("profiled", "compared"), [(512, 2048), (1024, 4096), (2048, 4096), (8192, 8192)]
+)
+def test_the_text_to_compare_on_is_limited(profiled, compared):
+    assert measure._compared_tokens(profiled) == compared
