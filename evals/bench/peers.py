@@ -217,7 +217,7 @@ def table(folder: Path, numbers: list[int]) -> str:
     return "\n".join(
         [
             f"{machine()}; {Path(checkpoint()).name}; {QUANTIZED:,} tokens for gptq, theirs and "
-            f"ours, {PROFILED:,} for awq and dynamic_quant, 1,024 for our profile, "
+            f"ours, {PROFILED:,} for awq, dynamic_quant and our profile, "
             f"{1024 * TUNED:,} to train on, 2,048 of its own for optiq; evaluated on "
             f"{found[0].tokens:,} tokens of {found[0].documents} other documents. quantkit's times "
             "include its profile.",

@@ -41,7 +41,7 @@ class WriteOptions:
         ),
     ]
     calibration: Text = "default"
-    tokens: Tokens = 1024
+    tokens: Tokens = 4096
     quantizer_tokens: Annotated[
         str,
         typer.Option(
