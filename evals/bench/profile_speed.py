@@ -2,11 +2,11 @@
 
     python evals/bench/profile_speed.py FOLDER [REVISION]
 
-`quantkit profile` of both, with default tiers, one after the other, on the 4,096 tokens that were
-the default then, and on the 1,024 of today's. REVISION is a commit of this repository, by default
+`quantkit profile` of both, with default tiers, one after the other, on the default text of each:
+4,096 and 2,048 tokens. REVISION is a commit of this repository, by default
 the last one whose profile ran attention or the experts again for every tier. 96 entries of both
-profiles and the best plans of each at four budgets, rounded to nearest, are measured on documents
-that calibrated nothing.
+profiles and the best plans of each at four budgets, rounded to nearest and in tiers that both have,
+are measured on documents that calibrated nothing.
 Everything is kept in FOLDER, where a killed run goes on; the table goes into README.md here.
 """
 
@@ -16,6 +16,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +42,7 @@ from quantkit.streaming.measure_kl import measure_kl
 BEFORE = "4e5fa3f~1"
 ROOT = Path(__file__).parents[2]
 MEASURED_TOKENS = 2048
-RUNS = {"before": 4096, "now": 1024}  # tokens, each the default of its time
+RUNS = {"before": 4096, "now": 2048}  # tokens, the default of each
 SEEDS, ENTRIES = (0, 1, 2), 32  # random entries, drawn three times
 BUDGETS = ("3.5bpw", "4bpw", "4.5bpw", "5.5bpw")
 MODELS = {"demo": demo_checkpoint, "SmolLM2-135M": plain_checkpoint}
@@ -80,6 +81,15 @@ def costs_of(profile: SensitivityProfile) -> dict[tuple[str, str], float]:
     return {(w.name, c.tier): c.kl for w in profile.weights for c in w.costs if c.kl > 0}
 
 
+def restricted(profile: SensitivityProfile, keys: set[tuple[str, str]]) -> SensitivityProfile:
+    """A profile without other entries than these, and those that cost nothing."""
+    rows = []
+    for w in profile.weights:
+        costs = tuple(c for c in w.costs if c.kl == 0 or (w.name, c.tier) in keys)
+        rows.append(replace(w, costs=costs))
+    return replace(profile, weights=tuple(rows))
+
+
 def predictions(source: Source, tokens: mx.array, every: dict[str, SensitivityProfile]) -> dict:
     """name -> (Spearman of all measured entries, its interval, of each draw, median ratio)."""
     predicted = {name: costs_of(profile) for name, profile in every.items()}
@@ -110,10 +120,17 @@ def predictions(source: Source, tokens: mx.array, every: dict[str, SensitivityPr
 
 
 def plans(source: Source, tokens: mx.array, every: dict[str, SensitivityProfile]) -> list:
-    """(budget, measured KL divergence of the plan by each profile) for all budgets."""
+    """(budget, measured KL divergence of the plan by each profile) for all budgets.
+
+    Only tiers that all profiles have are used: an earlier default had tiers that help rounding to
+    nearest, but not the default quantizer.
+    """
+    common = set.intersection(*(set(costs_of(profile)) for profile in every.values()))
     budgets = [parse_budget(text, source.inventory, source.checkpoint.settings) for text in BUDGETS]
     made = [
-        plan_by_budget(source.inventory, profile, budget, Constraints(quantizer="rtn"))
+        plan_by_budget(
+            source.inventory, restricted(profile, common), budget, Constraints(quantizer="rtn")
+        )
         for budget in budgets
         for profile in every.values()
     ]

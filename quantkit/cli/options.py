@@ -305,7 +305,7 @@ class TextOptions:
     """The text to measure on."""
 
     calibration: Text = "default"
-    tokens: Tokens = 4096
+    tokens: Tokens = 2048
     sequence_length: SequenceLength = 256
     seed: Annotated[
         int,

@@ -41,7 +41,7 @@ class WriteOptions:
         ),
     ]
     calibration: Text = "default"
-    tokens: Tokens = 4096
+    tokens: Tokens = 2048
     quantizer_tokens: Annotated[
         str,
         typer.Option(
