@@ -5,6 +5,8 @@ from typing import Any
 from quantkit.backend import mx, on_cpu
 from quantkit.backend.exponentials import cpu_softmax
 
+_SCORES = 4_000_000  # at once, so that they stay in the processor's cache
+_FEWEST_ROWS = 16
 _mlx_attention = mx.fast.scaled_dot_product_attention
 
 
@@ -26,9 +28,25 @@ def attention(
     if not on_cpu() or q.dtype != mx.float32 or settings.keys() - {"sinks"}:
         return _mlx_attention(q, k, v, scale=scale, mask=mask, **settings)
     batch, heads, tokens, _ = q.shape
+    step = max(_FEWEST_ROWS, _SCORES // (batch * heads * k.shape[2]))
+    blocks = []
+    for start in range(0, tokens, step):
+        stop = min(start + step, tokens)
+        last = k.shape[2] - tokens + stop if isinstance(mask, str) else k.shape[2]
+        block = mask
+        if isinstance(mask, mx.array) and mask.ndim > 1 and mask.shape[-2] > 1:
+            block = mask[..., start:stop, :]
+        rows = q[..., start:stop, :] * scale
+        blocks.append(_mixed(rows, k[..., :last, :], v[..., :last, :], block, sinks))
+    return blocks[0] if len(blocks) == 1 else mx.concatenate(blocks, axis=2)
+
+
+def _mixed(q: mx.array, k: mx.array, v: mx.array, mask: Any, sinks: mx.array | None) -> mx.array:
+    """Return `attention` for scaled queries, the last of which sees all keys."""
+    batch, heads, tokens, _ = q.shape
     shared, keys = k.shape[1:3]
-    rows = (q * scale).reshape(batch, shared, -1, q.shape[-1])
-    scores = (rows @ k.swapaxes(-1, -2)).reshape(batch, heads, tokens, keys)
+    scores = q.reshape(batch, shared, -1, q.shape[-1]) @ k.swapaxes(-1, -2)
+    scores = scores.reshape(batch, heads, tokens, keys)
     if isinstance(mask, str):
         mask = mx.arange(keys - tokens, keys)[:, None] >= mx.arange(keys)
     if mask is not None:

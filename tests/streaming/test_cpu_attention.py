@@ -17,9 +17,12 @@ MASKS = {
 }
 
 
+@pytest.mark.parametrize("scores", [4_000_000, 2 * HEADS * KEYS * 4], ids=["whole", "blocks"])
 @pytest.mark.parametrize("sinks", [None, mx.array([-1.0, 0.0, 1.0, 40.0])], ids=["plain", "sinks"])
 @pytest.mark.parametrize("mask", MASKS)
-def test_attention_is_that_of_mlx(mask, sinks):
+def test_attention_is_that_of_mlx(mask, sinks, scores, monkeypatch):
+    monkeypatch.setattr(cpu_attention, "_SCORES", scores)
+    monkeypatch.setattr(cpu_attention, "_FEWEST_ROWS", 1)
     keys = mx.random.split(mx.random.key(0), 4)
     q = mx.random.normal((2, HEADS, TOKENS, 8), key=keys[0])
     k = mx.random.normal((2, SHARED, KEYS, 8), key=keys[1])
