@@ -20,7 +20,7 @@ from quantkit.sensitivity.quantizer_losses import Losses, measure_losses
 from quantkit.sensitivity.second_order import predicted_kl
 from quantkit.sensitivity.work import ProfileWork
 from quantkit.streaming.layer_runner import StreamingModel
-from quantkit.streaming.lm_head import TOGETHER, ChangedModel, divergence, label_gradients
+from quantkit.streaming.lm_head import ChangedModel, divergence, label_gradients
 from quantkit.streaming.weight_loader import Call
 
 # Stages: the head's is the number of layers, the last two have no layer.
@@ -147,12 +147,10 @@ class Sweep:
         progress(0, "gradients of the head")
         result = ProbeResult(g=mx.stack(label_gradients(self.model, h, self._levels)))
         entries = self._entries_of(self._head)
-        for first in range(0, len(entries), TOGETHER):
-            some = entries[first : first + TOGETHER]
-            changed = [ChangedModel(h, entry.tier) for entry in some]
-            for entry, kl in zip(some, divergence(self.model, h, changed), strict=True):
-                result.costs[entry.key] = np.array(kl.mean(axis=1), np.float32)
-                progress(1, entry.weight.name)
+        changed = [ChangedModel(h, entry.tier) for entry in entries]
+        for entry, kl in zip(entries, divergence(self.model, h, changed), strict=True):
+            result.costs[entry.key] = np.array(kl.mean(axis=1), np.float32)
+            progress(1, entry.weight.name)
         return result
 
     def _compare_quantizers(self, progress: Stage) -> ProbeResult:

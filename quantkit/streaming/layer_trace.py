@@ -207,8 +207,7 @@ class HookedLayer:
                 args = step.args
             if readout == Readout(hook.name, at_input=True):
                 raise _ReachedError(args[0])
-            y: mx.array = hook.module(*args, **kwargs) if number in touched else step.y
-            return y
+            return hook.module(*args, **kwargs) if number in touched else step.y
 
         try:
             with self._handled(handle):

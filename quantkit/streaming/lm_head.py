@@ -11,7 +11,7 @@ from quantkit.backend.exponentials import exp, expm1
 from quantkit.formats.tiers import Tier
 from quantkit.streaming.layer_runner import StreamingModel
 
-TOGETHER = 4  # models to compare in one walk over the native logits, so that progress shows
+_TOGETHER = 4  # models to compare in one walk over the native logits, so that progress shows
 _SMALL = 0.5  # growth of the normalizer up to which its log is taken by log1p
 _LEAST_GROWTH, _MOST_GROWTH = -0.99, 1e4  # the same, for sums of a single pass
 _LARGEST = 80.0  # exponents above it overflow float32
@@ -84,21 +84,22 @@ class TokenComparison:
 
 def divergence(
     model: StreamingModel, h: mx.array, others: Sequence[ChangedModel]
-) -> list[mx.array]:
-    """Return KL(native || changed) in nats, each (batch, tokens), for each of `others`.
+) -> Iterator[mx.array]:
+    """Yield KL(native || changed) in nats (batch, tokens) for each of `others`.
 
     `h` (batch, tokens, hidden) is the output of the native model's last layer.
     """
-    native, targets = _Peak(h.shape[:2]), mx.zeros(h.shape[:2], mx.int32)
-    sums = [_Shift(h.shape[:2]) for _ in others]
-    for rows, z, p, scale in _native_blocks(model, h, native, targets):
-        for other, shift in zip(others, sums, strict=True):
-            changed = (other.model or model).head_block(other.h, rows, other.tier)
-            shift.add(p, changed - z, scale)
-    return [
-        shift.kl(native) if shift.is_exact(native) else compared(model, h, [other], targets)[0].kl
-        for other, shift in zip(others, sums, strict=True)
-    ]
+    for first in range(0, len(others), _TOGETHER):
+        some = others[first : first + _TOGETHER]
+        native, targets = _Peak(h.shape[:2]), mx.zeros(h.shape[:2], mx.int32)
+        sums = [_Shift(h.shape[:2]) for _ in some]
+        for rows, z, p, scale in _native_blocks(model, h, native, targets):
+            for other, shift in zip(some, sums, strict=True):
+                changed = (other.model or model).head_block(other.h, rows, other.tier)
+                shift.add(p, changed - z, scale)
+        for other, shift in zip(some, sums, strict=True):
+            exact = shift.is_exact(native)
+            yield shift.kl(native) if exact else compared(model, h, [other], targets)[0].kl
 
 
 def _native_blocks(

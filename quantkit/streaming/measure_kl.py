@@ -14,7 +14,7 @@ from quantkit.backend.memory_limits import memory_limits
 from quantkit.formats.tiers import Tier
 from quantkit.streaming.layer_runner import StreamingModel
 from quantkit.streaming.layer_trace import HookedLayer, hooked
-from quantkit.streaming.lm_head import TOGETHER, ChangedModel, divergence
+from quantkit.streaming.lm_head import ChangedModel, divergence
 from quantkit.streaming.routing import block_in_layer
 from quantkit.streaming.weight_loader import Call
 
@@ -82,10 +82,9 @@ def _wave(
     divergences: list[np.ndarray] = []
     heads = [tiers.get(model.head_weight.name) for tiers in tiers_of]
     changed = [ChangedModel(streams.get(number, x), tier) for number, tier in enumerate(heads)]
-    for first in range(0, len(changed), TOGETHER):
-        for kl in divergence(model, x, changed[first : first + TOGETHER]):
-            done(len(divergences))
-            divergences.append(np.array(kl.mean(axis=1), np.float32))
+    for number, kl in enumerate(divergence(model, x, changed)):
+        divergences.append(np.array(kl.mean(axis=1), np.float32))
+        done(number)
     return divergences
 
 
