@@ -39,3 +39,29 @@ def _softmax_vjp(
     along = p * gradient
     total = along.sum(axis=-1, keepdims=True)
     return along - p * total, (p.sum(axis=-1, keepdims=True) - 1) * total
+
+
+@mx.custom_function
+def cpu_sigmoid(x: mx.array) -> mx.array:
+    """Return 1 / (1 + e^-x), of the shape of `x` (...)."""
+    y = np.negative(np.asarray(x))
+    with np.errstate(over="ignore"):
+        np.exp(y, out=y)
+    y += 1
+    return mx.array(np.reciprocal(y, out=y))
+
+
+@cpu_sigmoid.vjp
+def _sigmoid_vjp(_x: mx.array, gradient: mx.array, y: mx.array) -> mx.array:
+    return gradient * y * (1 - y)
+
+
+@mx.custom_function
+def cpu_tanh(x: mx.array) -> mx.array:
+    """Return the hyperbolic tangent, of the shape of `x` (...)."""
+    return mx.array(np.tanh(np.asarray(x)))
+
+
+@cpu_tanh.vjp
+def _tanh_vjp(_x: mx.array, gradient: mx.array, y: mx.array) -> mx.array:
+    return gradient * (1 - y * y)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from quantkit.backend import mx, on_cpu
+from quantkit.backend.cpu_functions import speed_up_mlx
 from quantkit.checkpoint.stock import load_stock
 from quantkit.errors import OutputError, first_line
 from quantkit.generation.chat_model import require_repo
@@ -50,6 +51,7 @@ class BatchModel:
         self._model, self.tokenizer = load_stock(repo, trust_remote_code=trust_remote_code)
         self.arithmetic = "as stored"
         if on_cpu():
+            speed_up_mlx()
             _dequantize(self._model)
             self.arithmetic = "dequantized to float32"
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from quantkit.artifacts.inventory import Weight
 from quantkit.backend import mx, on_cpu
+from quantkit.backend.cpu_functions import speed_up_mlx
 from quantkit.backend.memory_limits import memory_limits
 from quantkit.checkpoint.generic import build_model
 from quantkit.checkpoint.source import Source
@@ -24,7 +25,6 @@ from quantkit.errors import SourceError
 from quantkit.formats.codec import decode, decode_mxfp4, to_mx
 from quantkit.formats.dtypes import FLOATS
 from quantkit.formats.tiers import MXFP4, Tier, parse_tier
-from quantkit.streaming.cpu_attention import speed_up_attention
 from quantkit.streaming.experts import plain_switch_linear
 from quantkit.streaming.weight_loader import Call, Embedding, Head, StreamedModule, VocabularyTable
 from quantkit.units import version_numbers
@@ -329,7 +329,7 @@ def _build(source: Source) -> Any:
     if packed:
         quantize(model, class_predicate=lambda path, _: packed.get(path, False))
     if on_cpu():
-        speed_up_attention()
+        speed_up_mlx()
         plain = [
             (path, plain_switch_linear(module))
             for path, module in model.named_modules()

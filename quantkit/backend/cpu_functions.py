@@ -1,18 +1,35 @@
-"""Attention on a CPU, where mlx's own takes three times as long for its exponentials."""
+"""Attention and activations on a CPU, several times faster than mlx's by numpy's exponentials."""
 
 from typing import Any
 
 from quantkit.backend import mx, on_cpu
-from quantkit.backend.exponentials import cpu_softmax
+from quantkit.backend.exponentials import cpu_sigmoid, cpu_softmax, cpu_tanh
 
 _SCORES = 4_000_000  # at once, so that they stay in the processor's cache
 _FEWEST_ROWS = 16
 _mlx_attention = mx.fast.scaled_dot_product_attention
+_mlx_sigmoid, _mlx_tanh = mx.sigmoid, mx.tanh
 
 
-def speed_up_attention() -> None:
-    """Let mlx-lm's modules of this process call `attention` in place of mlx's function."""
+def speed_up_mlx() -> None:
+    """Let mlx-lm's modules of this process call the functions here in place of mlx's."""
     mx.fast.scaled_dot_product_attention = attention
+    mx.sigmoid, mx.tanh = sigmoid, tanh
+    mx.disable_compile()  # compiled activations have mlx's own functions inside
+
+
+def sigmoid(x: mx.array, **settings: Any) -> mx.array:
+    """Return 1 / (1 + e^-x), of the shape of `x` (...), as `mx.sigmoid` does."""
+    fast = on_cpu() and x.dtype == mx.float32 and not settings
+    y: mx.array = cpu_sigmoid(x) if fast else _mlx_sigmoid(x, **settings)
+    return y
+
+
+def tanh(x: mx.array, **settings: Any) -> mx.array:
+    """Return the hyperbolic tangent, of the shape of `x` (...), as `mx.tanh` does."""
+    fast = on_cpu() and x.dtype == mx.float32 and not settings
+    y: mx.array = cpu_tanh(x) if fast else _mlx_tanh(x, **settings)
+    return y
 
 
 def attention(
