@@ -149,7 +149,7 @@ def scores(name: str) -> None:
         entries = candidate_entries(source.inventory.weights, ["q4g64"])
         with tempfile.TemporaryDirectory() as folder:
             work = ProfileWork(Path(folder))
-            sweep = Sweep(StreamingModel(source), tokens, entries, work, 2, 0)
+            sweep = Sweep(StreamingModel(source), tokens, entries, work, 1, 0)
             tables = sweep.run(lambda *_: None)
         found = {key[0]: float(v.mean()) for table in tables for key, v in table.costs.items()}
     else:

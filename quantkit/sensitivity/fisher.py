@@ -16,7 +16,13 @@ from quantkit.quantizers.registry import RTN
 from quantkit.sensitivity.entries import Entry, EntryKey
 from quantkit.sensitivity.expert_probe import ExpertProbe
 from quantkit.sensitivity.probe import LayerProbe, ProbeResult
-from quantkit.sensitivity.quantizer_losses import Losses, measure_losses
+from quantkit.sensitivity.quantizer_losses import (
+    Losses,
+    add_losses,
+    head_losses,
+    layer_losses,
+    sampled_layers,
+)
 from quantkit.sensitivity.second_order import predicted_kl
 from quantkit.sensitivity.work import ProfileWork
 from quantkit.streaming.layer_runner import StreamingModel
@@ -49,8 +55,8 @@ class StageTable:
 class Sweep:
     """A fisher profile in progress, over `tokens` (sequences, length) of all processes.
 
-    On `more_tokens` (sequences, length) quantizers are compared, unless they are None. `experts`
-    ranks the experts of every layer, None if none is to be removed.
+    On `more_tokens` (sequences, length), of which the first are `tokens`, quantizers are compared,
+    unless they are None. `experts` ranks the experts of every layer, None if none is to be removed.
     """
 
     model: StreamingModel
@@ -68,6 +74,9 @@ class Sweep:
         count = len(self.tokens)
         self._mine = list(range(self._group.rank(), count, self._group.size()))
         self._tokens = mx.array(self.tokens[self._mine])
+        self._compares = self.more_tokens is not None and self._group.rank() == 0
+        more = range(len(self.more_tokens)) if self._compares else ()
+        self._more = [i for i in more if i not in self._mine]
         keys = mx.random.split(mx.random.key(self.seed), count)
         shape = (self.draws, self.tokens.shape[1])
         levels = [mx.random.uniform(shape=shape, key=keys[i]) for i in self._mine]
@@ -116,11 +125,17 @@ class Sweep:
             return
         started = time.monotonic()
 
+        compared = sampled_layers(len(self.model.layers))
+
         def seen(number: int, call: Call, _y: mx.array) -> None:
-            self.work.save_array(f"x-{number}.npy", call.x)
+            x = call.x if number in compared else call.x[: len(self._mine)]
+            self.work.save_array(f"x-{number}.npy", x)
             progress(1, f"forward, layer {number}")
 
-        h = self.model.run(self._tokens, seen)
+        tokens = self._tokens
+        if self._more:
+            tokens = mx.concatenate([tokens, mx.array(self.more_tokens[self._more])])
+        h = self.model.run(tokens, seen)
         self.work.save_table("forward.json", {"seconds": time.monotonic() - started})
         self.work.save_array("h.npy", h)
 
@@ -132,18 +147,26 @@ class Sweep:
         if number == self._head:
             return self._probe_head(progress)
         layer = self.model.layers[number]
-        dry = self.model.calls(self._tokens[:1])[number]
         weights = [w for n, w in self.model.weights.items() if n.startswith(f"{layer.path}.")]
         probe = LayerProbe(layer, weights, self.model.values, self.quantizer, self.experts)
         return probe.run(
-            Call(self.work.array(f"x-{number}.npy"), dry.args, dry.kwargs),
+            self._call(number, self._saved(f"x-{number}.npy")),
             self.work.array(f"g-{number + 1}.npy"),
             self._entries_of(number),
             lambda name: progress(1, name),
         )
 
+    def _call(self, number: int, x: mx.array) -> Call:
+        """Return the call of a layer for its input `x` (sequences, length, hidden)."""
+        dry = self.model.calls(self._tokens[:1])[number]
+        return Call(x, dry.args, dry.kwargs)
+
+    def _saved(self, name: str) -> mx.array:
+        """Read an array (sequences, ...) of the forward pass, for the sequences of this process."""
+        return self.work.array(name)[: len(self._mine)]
+
     def _probe_head(self, progress: Stage) -> ProbeResult:
-        h = self.work.array("h.npy")
+        h = self._saved("h.npy")
         progress(0, "gradients of the head")
         result = ProbeResult(g=mx.stack(label_gradients(self.model, h, self._levels)))
         entries = self._entries_of(self._head)
@@ -154,16 +177,22 @@ class Sweep:
         return result
 
     def _compare_quantizers(self, progress: Stage) -> ProbeResult:
-        """Compare quantizers in the first process."""
-        if self.more_tokens is None or self._group.rank() > 0:
+        """Compare quantizers in the first process, on all sequences in their order."""
+        if not self._compares:
             return ProbeResult()
-        tokens = mx.array(self.more_tokens)
-        return ProbeResult(losses=measure_losses(self.model, tokens, self.entries, progress))
+        order = mx.argsort(mx.array(self._mine + self._more))
+        losses: Losses = {}
+        for number in sorted(sampled_layers(len(self.model.layers))):
+            progress(0, f"quantizers on a sample, layer {number}")
+            call = self._call(number, self.work.array(f"x-{number}.npy")[order])
+            add_losses(losses, layer_losses(self.model, number, call, self.entries))
+        add_losses(losses, head_losses(self.model, self.work.array("h.npy")[order], self.entries))
+        return ProbeResult(losses=losses)
 
     def _probe_embedding(self, progress: Stage) -> ProbeResult:
         result = ProbeResult()
         g = self.work.array("g-0.npy")
-        x = self.work.array("x-0.npy")
+        x = self._saved("x-0.npy")
         for entry in self._entries_of(EMBEDDING):
             moved = self.model.embedded(self._tokens, {entry.weight.name: entry.tier}) - x
             result.costs[entry.key] = predicted_kl((g * moved).sum(axis=-1))

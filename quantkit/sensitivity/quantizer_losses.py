@@ -2,7 +2,7 @@
 
 A profile rounds to nearest; its predictions for another quantizer are corrected by the ratio of
 their losses, role by role and tier by tier. A sample suffices: a few rows of two experts, in two
-layers, and of the head. Hessians need more text than a profile: the model runs forward on it, once.
+layers, and of the head. Hessians need more text than a profile, whose forward pass reads it, too.
 They are made from most of its sequences, and the losses taken on others.
 """
 
@@ -15,7 +15,6 @@ from quantkit.backend import free_memory, mx
 from quantkit.formats.affine import AffineWeight
 from quantkit.formats.codec import fake_quantize
 from quantkit.formats.tiers import Tier
-from quantkit.progress import Stage
 from quantkit.quantizers.choose_prior import sampled_matrices, sampled_rows
 from quantkit.quantizers.hessians import DEFAULT_PRIOR, Hessians, batch_size, stacked
 from quantkit.quantizers.input_sums import Inputs, InputSums, MemorySpool, shared_inputs
@@ -43,35 +42,24 @@ def sampled_layers(count: int) -> set[int]:
     return {(2 * i + 1) * count // (2 * _LAYERS) for i in range(min(_LAYERS, count))}
 
 
-def measure_losses(
-    model: StreamingModel, tokens: mx.array, entries: Sequence[Entry], progress: Stage
-) -> Losses:
-    """Run the model on `tokens` (sequences, length), and return the losses in some of its weights.
-
-    `progress` receives the name of every layer.
+def head_losses(model: StreamingModel, h: mx.array, entries: Sequence[Entry]) -> Losses:
+    """Return the losses in rows of the head, for outputs `h` (sequences, length, hidden) of the
+    last layer.
     """
-    losses: Losses = {}
-    sampled = sampled_layers(len(model.layers))
-
-    def seen(number: int, call: Call, _y: mx.array) -> None:
-        progress(0, f"quantizers on a sample, layer {number}")
-        if number in sampled:
-            add_losses(losses, _layer_losses(model, number, call, entries))
-
-    h = model.run(tokens, seen)
     head = model.head_weight
-    if of_head := [entry for entry in entries if entry.weight.name == head.name]:
-        x = model.head_input(h)
-        inputs = Inputs.of((x,)), np.repeat(np.arange(len(x)), x.shape[1])
+    of_head = [entry for entry in entries if entry.weight.name == head.name]
+    if not of_head:
+        return {}
+    x = model.head_input(h)
+    inputs = Inputs.of((x,)), np.repeat(np.arange(len(x)), x.shape[1])
 
-        def rows(name: str) -> mx.array:
-            return model.values(name, 0, min(_HEAD_ROWS, head.shape[0]))
+    def rows(name: str) -> mx.array:
+        return model.values(name, 0, min(_HEAD_ROWS, head.shape[0]))
 
-        add_losses(losses, sampled_losses([head], rows, of_head, [inputs]))
-    return losses
+    return sampled_losses([head], rows, of_head, [inputs])
 
 
-def _layer_losses(
+def layer_losses(
     model: StreamingModel, number: int, call: Call, entries: Sequence[Entry]
 ) -> Losses:
     """Return the losses on samples of all weights of a layer, for its call."""

@@ -497,7 +497,7 @@ def test_calibrated_rounding_is_probed(cli, checkpoint, text, profiled, tmp_path
     assert np.median(ratios) < 0.7
     head = [key for key in nearest if key[0] == "lm_head"]
     assert head
-    assert all(better[key]["kl"] == nearest[key]["kl"] for key in head)
+    assert all(np.isclose(better[key]["kl"], nearest[key]["kl"], rtol=1e-4) for key in head)
     assert json.loads((out / "profile.json").read_text())["quantizer"] == "gptq"
 
 
