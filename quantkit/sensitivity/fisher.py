@@ -74,9 +74,10 @@ class Sweep:
         count = len(self.tokens)
         self._mine = list(range(self._group.rank(), count, self._group.size()))
         self._tokens = mx.array(self.tokens[self._mine])
-        self._compares = self.more_tokens is not None and self._group.rank() == 0
-        more = range(len(self.more_tokens)) if self._compares else ()
-        self._more = [i for i in more if i not in self._mine]
+        compared = None if self._group.rank() else self.more_tokens
+        more = () if compared is None else range(len(compared))
+        self._others = [i for i in more if i not in self._mine]
+        self._other_tokens = None if compared is None else mx.array(compared[self._others])
         keys = mx.random.split(mx.random.key(self.seed), count)
         shape = (self.draws, self.tokens.shape[1])
         levels = [mx.random.uniform(shape=shape, key=keys[i]) for i in self._mine]
@@ -133,8 +134,8 @@ class Sweep:
             progress(1, f"forward, layer {number}")
 
         tokens = self._tokens
-        if self._more:
-            tokens = mx.concatenate([tokens, mx.array(self.more_tokens[self._more])])
+        if self._other_tokens is not None:
+            tokens = mx.concatenate([tokens, self._other_tokens])
         h = self.model.run(tokens, seen)
         self.work.save_table("forward.json", {"seconds": time.monotonic() - started})
         self.work.save_array("h.npy", h)
@@ -178,9 +179,9 @@ class Sweep:
 
     def _compare_quantizers(self, progress: Stage) -> ProbeResult:
         """Compare quantizers in the first process, on all sequences in their order."""
-        if not self._compares:
+        if self._other_tokens is None:
             return ProbeResult()
-        order = mx.argsort(mx.array(self._mine + self._more))
+        order = mx.argsort(mx.array(self._mine + self._others))
         losses: Losses = {}
         for number in sorted(sampled_layers(len(self.model.layers))):
             progress(0, f"quantizers on a sample, layer {number}")
