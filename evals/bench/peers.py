@@ -1,4 +1,4 @@
-"""Calibrated quantizers side by side: quantkit, mlx-lm's four, and mlx-optiq.
+"""Calibrated quantizers side by side: quantkit, mlx-lm's four, mlx-optiq and AutoRound.
 
     python evals/bench/peers.py [FOLDER [ROW ...]] [--made] [--gemma]
 
@@ -9,13 +9,16 @@ On plain SmolLM2-135M in BF16, or with --gemma on Gemma 3 270M (gemma.py). Each 
 process, by its own main(), in float32 (BLAS on a CPU has no BF16 products), and stores BF16;
 mlx-lm's read quantkit's text, mlx-optiq its own.
 quantkit gets the bytes of mlx_lm.gptq. All repos are compared to the native model on documents that
-calibrated nothing. mlx-optiq is installed beside the others, without what it only serves with.
+calibrated nothing. mlx-optiq is installed beside the others, without what it only serves with,
+AutoRound in an environment of its own; it leaves the embedding in BF16, which is then rounded to
+nearest.
 """
 
 import argparse
 import json
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -23,6 +26,7 @@ from pathlib import Path
 import numpy as np
 from _common import machine, run, save
 from gemma import gemma_checkpoint
+from tokenizers import Tokenizer
 
 from quantkit.backend import mx  # before mlx's other modules: see backend
 from quantkit.calibration.calibration_set import CalibrationSpec, read_calibration_set
@@ -34,8 +38,10 @@ from quantkit.jobs.compare import compare
 MODEL = "PEERS_MODEL"  # environment variable: the checkpoint, for the processes of the tools
 PROFILED, QUANTIZED = 4096, 16384  # tokens
 TUNED = 60  # steps of 1,024 tokens, ours and those of mlx_lm.dwq
-OPTIQ = "mlx-optiq==0.7.7"
+OPTIQ, AUTO_ROUND = "mlx-optiq==0.7.7", "auto-round==0.16.1"
+ROUNDED_LENGTH = 240  # tokens of AutoRound's sequences: decoded ones may lose a few of 256
 FOUR_BITS = ["--bits", "4", "--group-size", "64"]
+TRIPLE = ("weight", "scales", "biases")
 DWQ = [*FOUR_BITS, "--num-samples", str(4 * TUNED), "--max-seq-length", "257"]
 PEERS = (
     ("mlx_lm.convert", ["-q", "--q-bits", "4", "--q-group-size", "64"]),
@@ -45,6 +51,7 @@ PEERS = (
     ("mlx_lm.dwq", [*DWQ, "--learning-rate", "1e-6"]),
     ("mlx_lm.dwq", [*DWQ, "--learning-rate", "1e-5"]),
     ("optiq convert", ["--target-bpw", "4.5", "--candidate-bits", "3,4,8", "--n-calibration", "4"]),
+    ("auto-round", ["--bits", "4", "--group_size", "64", "--asym", "--format", "mlx"]),
 )
 
 
@@ -55,8 +62,8 @@ def checkpoint() -> str:
 
 def peer(name: str, out: str, options: list[str]) -> None:
     """Run another tool in this process."""
-    if name == "optiq convert":
-        optiq(out, options)
+    if name in ("optiq convert", "auto-round"):
+        (optiq if name == "optiq convert" else auto_round)(out, options)
         return
     if name == "mlx_lm.convert":
         from mlx_lm.convert import main as entry
@@ -83,6 +90,31 @@ def optiq(out: str, options: list[str]) -> None:
     work = f"{out}-work"
     convert.main([checkpoint(), "-o", work, "--skip-baselines", *options], "optiq", None, False)
     Path(work, "optiq_mixed").rename(out)
+
+
+def auto_round(out: str, options: list[str]) -> None:
+    """Run AutoRound in its own environment, and round the embedding to nearest."""
+    text, made = Path(f"{out}.jsonl"), Path(f"{out}-made")
+    tokenizer = Tokenizer.from_file(f"{checkpoint()}/tokenizer.json")
+    rows = calibrate_text(QUANTIZED)
+    lines = [
+        json.dumps({"text": tokenizer.decode(list(row), skip_special_tokens=False)}) for row in rows
+    ]
+    text.write_text("\n".join(lines))
+    command = [f"{os.environ['AUTO_ROUND']}/bin/auto-round", "--model", checkpoint()]
+    command += ["--dataset", str(text), "--output_dir", str(made), "--disable_amp"]
+    command += ["--nsamples", str(len(rows)), "--seqlen", str(ROUNDED_LENGTH)]
+    subprocess.run([*command, *options], check=True)
+    (folder,) = made.iterdir()
+    tensors, config = mx.load(f"{folder}/model.safetensors"), folder / "config.json"
+    name = "model.embed_tokens"
+    packed = mx.quantize(tensors[f"{name}.weight"], 64, 4)
+    tensors |= {f"{name}.{part}": x for part, x in zip(TRIPLE, packed, strict=True)}
+    mx.save_safetensors(f"{folder}/model.safetensors", tensors, {"format": "mlx"})
+    settings = json.loads(config.read_text())
+    settings["quantization"].pop(name)
+    config.write_text(json.dumps(settings))
+    folder.rename(out)
 
 
 def calibrate_text(count: int, split: str = CALIBRATE) -> np.ndarray:
@@ -183,6 +215,10 @@ def make(folder: Path, number: int) -> None:
         if PEERS[number][0] == "optiq convert" and not (folder / "optiq").exists():
             pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target"]
             run([*pip, os.environ["OPTIQ"], OPTIQ])
+        os.environ["AUTO_ROUND"] = str(folder / "auto-round")
+        if PEERS[number][0] == "auto-round" and not (folder / "auto-round").exists():
+            run([sys.executable, "-m", "venv", os.environ["AUTO_ROUND"]])
+            run([f"{folder}/auto-round/bin/python", "-m", "pip", "install", "-q", AUTO_ROUND])
         command = [*command[:4], str(out), *command[4:]]
     print(label, *measured(command, note), flush=True)
 
@@ -217,8 +253,10 @@ def table(folder: Path, numbers: list[int]) -> str:
     return "\n".join(
         [
             f"{machine()}; {Path(checkpoint()).name}; {QUANTIZED:,} tokens for gptq, theirs and "
-            f"ours, {PROFILED:,} for awq, dynamic_quant and our profile, "
-            f"{1024 * TUNED:,} to train on, 2,048 of its own for optiq; evaluated on "
+            f"ours, {PROFILED:,} for awq and dynamic_quant, "
+            f"{CalibrationSpec().tokens:,} for our profile, "
+            f"{1024 * TUNED:,} to train on, 2,048 of its own for optiq, {ROUNDED_LENGTH} of each "
+            f"256 of gptq's for AutoRound; evaluated on "
             f"{found[0].tokens:,} tokens of {found[0].documents} other documents. quantkit's times "
             "include its profile.",
             "",
