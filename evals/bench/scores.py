@@ -32,7 +32,7 @@ def repos(folder: Path, profile: str) -> dict[str, Path]:
     }
     for name, request in requests.items():
         if not (folder / name).exists():
-            quantize("demo", folder / name, request, SHORT)
+            quantize("demo", folder / name, request, SHORT if request.budget else None)
     return {name: folder / name for name in requests}
 
 

@@ -17,6 +17,7 @@ from quantkit.calibration.calibration_set import (
     load_tokenizer,
     read_calibration_set,
 )
+from quantkit.calibration.documents import DEFAULT
 from quantkit.calibration.splits import CALIBRATE, VALIDATE
 from quantkit.checkpoint.hub import is_repo_id
 from quantkit.checkpoint.provenance import versions
@@ -117,6 +118,8 @@ def quantize(
     profile = _profile_for(source, out, request, options, progress)
     planned = choose_plan(source, request, profile, progress)
     plan, frontier = planned.plan, _frontier(source, request, planned.profile)
+    if request.plan is not None and options.imatrix is None:
+        _require_text_read(plan.quantizer, options)
     if options.tuning_steps:
         plan = replace(plan, tuning_steps=options.tuning_steps)
     return write_plan(source, plan, out, options, frontier=frontier, progress=progress)
@@ -150,6 +153,8 @@ def check_request(out: Path, request: PlanRequest, options: QuantizeOptions) -> 
         _require_imatrix_alone(request.quantizer or SEARCH, options)
     elif request.plan is None:
         _require_tunable(options.tuning_steps, request.quantizer_name)
+        profiles = request.budget is not None and request.profile is None
+        _require_text_read(request.quantizer_name, options, profiles)
     if options.shard_bytes < 1:
         raise InputError("`shard_bytes` must be larger than 0. Write it like 5GB.")
 
@@ -157,6 +162,21 @@ def check_request(out: Path, request: PlanRequest, options: QuantizeOptions) -> 
 def _require_tunable(tuning_steps: int, quantizer: str) -> None:
     if tuning_steps and not find_quantizer(quantizer).calibrated:
         raise InputError("`tuning_steps` needs `quantizer` search or gptq.")
+
+
+def _require_text_read(quantizer: str, options: QuantizeOptions, profiles: bool = False) -> None:
+    """Refuse text that neither the quantizer nor a profile to be made would read."""
+    if find_quantizer(quantizer).calibrated:
+        return
+    if options.quantizer_tokens is not None:
+        raise InputError(
+            f"`quantizer_tokens` is for `quantizer` search and gptq: {quantizer} reads no text."
+        )
+    if options.quantizer_text.name != DEFAULT and not profiles:
+        raise InputError(
+            f"`calibration`: nothing would read it, since `quantizer` {quantizer} needs no text. "
+            "Leave it out, or choose search or gptq."
+        )
 
 
 def _require_imatrix_alone(quantizer: str, options: QuantizeOptions) -> None:

@@ -14,45 +14,59 @@ from quantkit.streaming.layer_runner import StreamingModel
 _TOGETHER = 4  # models to compare in one walk over the native logits, so that progress shows
 _SMALL = 0.5  # growth of the normalizer up to which its log is taken by log1p
 _LEAST_GROWTH, _MOST_GROWTH = -0.99, 1e4  # the same, for sums of a single pass
+_LEAST_SPREAD = 1e-3  # 1 - the sum of p^2, which float32 knows to 1e-7
 _LARGEST = 80.0  # exponents above it overflow float32
 
 
 def label_gradients(model: StreamingModel, h: mx.array, u: mx.array) -> list[mx.array]:
-    """Return d log p(y) / d h, each (batch, tokens, hidden), for labels y drawn from the model.
+    """Return w d log p(y) / d h, each (batch, tokens, hidden), for labels y drawn from q.
+
+    The mean of their squares is that of d log p(y) / d h for labels drawn from the model's p. As
+    q is p |e_y - p|^2, normalized, and w^2 = p / q, large gradients are drawn more often and vary
+    less: importance sampling. Where p has nearly all of its mass at one token, q is p itself.
 
     `h` (batch, tokens, hidden) is the last layer's output; `u` (draws, batch, tokens) are uniform
-    in [0, 1): y is the token at which the cumulated probability exceeds u.
+    in [0, 1): y is the token at which the cumulated q exceeds u.
     """
-    largest, total = _normalizer(model, h)
-    below = mx.zeros(h.shape[:2])
-    gradients = [mx.zeros_like(h) for _ in u]
-
-    for rows in model.head_blocks(h.shape[0] * h.shape[1]):
+    largest, total, squares = _normalizer(model, h)
+    spread = 1 - squares[..., None]  # the sum of p |e_y - p|^2
+    plain = spread < _LEAST_SPREAD
+    gradients, inverse = [mx.zeros_like(h) for _ in u], [mx.ones((*h.shape[:2], 1)) for _ in u]
+    below = mx.zeros((*h.shape[:2], 1))
+    blocks = list(model.head_blocks(h.shape[0] * h.shape[1]))
+    for rows in blocks:
 
         def logits(x: mx.array, rows: range = rows) -> mx.array:
             return model.head_block(x, rows)
 
         p = exp(logits(h) - largest[..., None]) / total[..., None]
-        cumulated = below[..., None] + mx.cumsum(p, axis=-1)
-        for draw, level in enumerate(u):
-            # y is the first token at which the cumulated probability exceeds the level.
-            place = (cumulated <= level[..., None]).sum(axis=-1, keepdims=True)
-            here = (place < len(rows)) & (level >= below)[..., None]
+        ratio = mx.where(plain, 1.0, (1 - 2 * p + squares[..., None]) / spread)  # q / p
+        cumulated = below + mx.cumsum(p * ratio, axis=-1)
+        for draw, level in enumerate(u[..., None]):
+            place = (cumulated <= level).sum(axis=-1, keepdims=True)
+            if rows is blocks[-1]:
+                place = mx.minimum(place, len(rows) - 1)  # sums of floats may stay below 1
+            here = (place < len(rows)) & (level >= below)
             hit = (mx.arange(len(rows)) == place) & here
             _, (term,) = mx.vjp(logits, [h], [hit.astype(mx.float32) - p])
             gradients[draw] = gradients[draw] + term
-        below = cumulated[..., -1]
-        mx.eval(gradients, below)
+            inverse[draw] = mx.where(here, (hit * ratio).sum(-1, keepdims=True), inverse[draw])
+        below = cumulated[..., -1:]
+        mx.eval(gradients, inverse, below)
     free_memory()
-    return gradients
+    return [g / mx.sqrt(x) for g, x in zip(gradients, inverse, strict=True)]
 
 
-def _normalizer(model: StreamingModel, h: mx.array) -> tuple[mx.array, mx.array]:
-    """Return (largest logit, sum of exp(logit - largest)) for every token."""
+def _normalizer(model: StreamingModel, h: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    """Return (largest logit, sum of exp(logit - largest), sum of p^2) for every token."""
     peak, targets = _Peak(h.shape[:2]), mx.zeros(h.shape[:2], mx.int32)
+    squares = mx.zeros(h.shape[:2])
     for rows in model.head_blocks(h.shape[0] * h.shape[1]):
-        peak.see(model.head_block(h, rows), rows, targets)
-    return peak.top, peak.total
+        before = peak.top
+        p = peak.see(model.head_block(h, rows), rows, targets)
+        squares = squares * exp(2 * (before - peak.top)) + (p * p).sum(axis=-1)
+        mx.eval(squares)
+    return peak.top, peak.total, squares / mx.square(peak.total)
 
 
 @dataclass(frozen=True)
