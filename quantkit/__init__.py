@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from quantkit.jobs.open_model import open_model
     from quantkit.jobs.planning import PlanRequest, choose_plan
     from quantkit.jobs.profile import profile
-    from quantkit.jobs.quantize import QuantizeOptions, QuantizeOutcome, quantize, write_plan
+    from quantkit.jobs.quantize import QuantizeOutcome, quantize, write_plan
+    from quantkit.jobs.quantize_options import QuantizeOptions
     from quantkit.jobs.refine import refine
     from quantkit.planning.allocator import plan_by_budget
     from quantkit.planning.budget import Budget, parse_budget
@@ -57,7 +58,7 @@ _HOME = {
     "PlanRequest": "jobs.planning",
     "ProfileSettings": "sensitivity.measure",
     "Progress": "progress",
-    "QuantizeOptions": "jobs.quantize",
+    "QuantizeOptions": "jobs.quantize_options",
     "QuantizeOutcome": "jobs.quantize",
     "QuantkitError": "errors",
     "Recipe": "planning.recipe",

@@ -17,7 +17,8 @@ from quantkit.calibration.calibration_set import CalibrationSpec
 from quantkit.demo.build import demo_checkpoint
 from quantkit.jobs.evaluate import EvaluationRequest, EvaluationSettings, evaluate
 from quantkit.jobs.planning import PlanRequest
-from quantkit.jobs.quantize import QuantizeOptions, quantize
+from quantkit.jobs.quantize import quantize
+from quantkit.jobs.quantize_options import QuantizeOptions
 
 FIVE = ("mmlu", "gsm8k", "ifeval", "bfcl", "humaneval")
 HASH_CHAINS = 2  # prompts of 8,700 tokens, at most: they take minutes on a CPU

@@ -48,7 +48,8 @@ def demo(
     from quantkit.generation.chat_model import ChatModel, SamplingParameters
     from quantkit.jobs.compare import compare
     from quantkit.jobs.planning import PlanRequest
-    from quantkit.jobs.quantize import QuantizeOptions, quantize
+    from quantkit.jobs.quantize import quantize
+    from quantkit.jobs.quantize_options import QuantizeOptions
     from quantkit.storage.paths import cache_folder
 
     if recipe is None and budget is None:

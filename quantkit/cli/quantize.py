@@ -105,8 +105,8 @@ def quantize(
     from quantkit.backend.memory_limits import limited_memory
     from quantkit.calibration.calibration_set import CalibrationSpec
     from quantkit.errors import in_field
-    from quantkit.jobs.quantize import QuantizeOptions, check_request
     from quantkit.jobs.quantize import quantize as run
+    from quantkit.jobs.quantize_options import QuantizeOptions, check_request
     from quantkit.units import parse_bytes
 
     with in_field("shard_size"):

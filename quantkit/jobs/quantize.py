@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from quantkit.artifacts.calibration import ExpertInputs
@@ -17,7 +17,6 @@ from quantkit.calibration.calibration_set import (
     load_tokenizer,
     read_calibration_set,
 )
-from quantkit.calibration.documents import DEFAULT
 from quantkit.calibration.splits import CALIBRATE, VALIDATE
 from quantkit.checkpoint.hub import is_repo_id
 from quantkit.checkpoint.provenance import versions
@@ -33,6 +32,13 @@ from quantkit.errors import (
 from quantkit.jobs.open_model import open_model
 from quantkit.jobs.planning import PlanRequest, choose_plan
 from quantkit.jobs.profile import note_skipped_rows, prepare_profile, run_profiling
+from quantkit.jobs.quantize_options import (
+    QuantizeOptions,
+    check_request,
+    require_imatrix_alone,
+    require_text_read,
+    require_tunable,
+)
 from quantkit.planning.allocator import plan_by_budget
 from quantkit.planning.frontier import frontier as plans_by_size
 from quantkit.planning.frontier import recipe_plans
@@ -54,7 +60,7 @@ from quantkit.storage.paths import REPORT_FILE, plain_path
 from quantkit.streaming.attention import attention_settings, require_same_attention
 from quantkit.streaming.layer_runner import StreamingModel, has_gradients
 from quantkit.writer.config import companions
-from quantkit.writer.writer import SHARD_BYTES, Rewrite, Written, rewrite
+from quantkit.writer.writer import Rewrite, Written, rewrite
 
 LEAST_QUANTIZER_TOKENS = 16384
 _INPUTS_PER_WIDTH = 4  # inputs of an expert to aim at, over their width
@@ -62,28 +68,6 @@ _FED = 1.0  # the same, below which gptq gains much from more text
 _CALIBRATE_PER_VALIDATE = 4  # sequences for the quantizer, for each that validates its choices
 _CALIBRATE_PER_TUNED = 8  # the same, for each that validates scale tuning
 _POINTS = 12  # of the frontier in the card
-
-
-@dataclass(frozen=True)
-class QuantizeOptions:
-    """The options of `quantize` beside the choice of tiers.
-
-    `profile_text` is read for a profile that has to be made, `quantizer_text` by a calibrated
-    quantizer: `quantizer_tokens` of it, or for None as many as `needed_tokens` returns.
-    `tuning_steps` are steps of scale tuning after it. An `imatrix` (a GGUF file of llama.cpp) takes
-    the place of that text for the quantizer search. `command` is the command line that the card
-    states, `base_model` the Hub id that it names, by default the source's own.
-    """
-
-    profile_text: CalibrationSpec = field(default_factory=CalibrationSpec)
-    quantizer_text: CalibrationSpec = field(default_factory=CalibrationSpec)
-    quantizer_tokens: int | None = None
-    tuning_steps: int = 0
-    imatrix: Path | None = None
-    shard_bytes: int = SHARD_BYTES
-    command: str | None = None
-    base_model: str | None = None
-    force: bool = False
 
 
 @dataclass(frozen=True)
@@ -119,7 +103,7 @@ def quantize(
     planned = choose_plan(source, request, profile, progress)
     plan, frontier = planned.plan, _frontier(source, request, planned.profile)
     if request.plan is not None and options.imatrix is None:
-        _require_text_read(plan.quantizer, options)
+        require_text_read(plan.quantizer, options)
     if options.tuning_steps:
         plan = replace(plan, tuning_steps=options.tuning_steps)
     return write_plan(source, plan, out, options, frontier=frontier, progress=progress)
@@ -142,50 +126,6 @@ def _frontier(
             name = plan.origin.removeprefix("recipe ")
             points.append(SizePoint(name, plan.total_bytes, plan.predicted_kl))
     return tuple(points)
-
-
-def check_request(out: Path, request: PlanRequest, options: QuantizeOptions) -> None:
-    """Check everything that needs no checkpoint. Raises InputError."""
-    request.require_consistent()
-    for path in (request.plan, Path(request.profile) if request.profile else None):
-        require_apart(out, path if path is not None and path.exists() else None)
-    if options.imatrix is not None:
-        _require_imatrix_alone(request.quantizer or SEARCH, options)
-    elif request.plan is None:
-        _require_tunable(options.tuning_steps, request.quantizer_name)
-        profiles = request.budget is not None and request.profile is None
-        _require_text_read(request.quantizer_name, options, profiles)
-    if options.shard_bytes < 1:
-        raise InputError("`shard_bytes` must be larger than 0. Write it like 5GB.")
-
-
-def _require_tunable(tuning_steps: int, quantizer: str) -> None:
-    if tuning_steps and not find_quantizer(quantizer).calibrated:
-        raise InputError("`tuning_steps` needs `quantizer` search or gptq.")
-
-
-def _require_text_read(quantizer: str, options: QuantizeOptions, profiles: bool = False) -> None:
-    """Refuse text that neither the quantizer nor a profile to be made would read."""
-    if find_quantizer(quantizer).calibrated:
-        return
-    if options.quantizer_tokens is not None:
-        raise InputError(
-            f"`quantizer_tokens` is for `quantizer` search and gptq: {quantizer} reads no text."
-        )
-    if options.quantizer_text.name != DEFAULT and not profiles:
-        raise InputError(
-            f"`calibration`: nothing would read it, since `quantizer` {quantizer} needs no text. "
-            "Leave it out, or choose search or gptq."
-        )
-
-
-def _require_imatrix_alone(quantizer: str, options: QuantizeOptions) -> None:
-    if quantizer != SEARCH:
-        raise InputError(f"`imatrix` is for `quantizer` {SEARCH}: {quantizer} does not use it.")
-    if options.tuning_steps or options.quantizer_tokens is not None:
-        raise InputError(
-            "`imatrix` takes the place of text: leave out `quantizer_tokens` and `tuning_steps`."
-        )
 
 
 def _require_output(source: Source, out: Path, force: bool) -> None:
@@ -249,7 +189,7 @@ def write_plan(
     if plan.pruning is not None:
         source = pruned_source(source, plan.pruning.kept)
     companions(source.checkpoint.path(""), source.inventory)  # refuses missing files
-    _require_tunable(plan.tuning_steps, plan.quantizer)
+    require_tunable(plan.tuning_steps, plan.quantizer)
     plan, quantization, hashes = _quantization(source, plan, options, progress)
     draft = replace(_draft(source, plan, options), frontier=frontier)
 
@@ -316,7 +256,7 @@ def _quantization(
     Rounding to nearest has no text and no quantization.
     """
     if options.imatrix is not None:
-        _require_imatrix_alone(plan.quantizer, options)
+        require_imatrix_alone(plan.quantizer, options)
         return _by_imatrix(source, plan, options.imatrix)
     if find_quantizer(plan.quantizer).calibrated:
         return _calibrated(source, plan, options, progress)

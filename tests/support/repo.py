@@ -6,7 +6,8 @@ from pathlib import Path
 from quantkit.artifacts.plan import Plan
 from quantkit.artifacts.report import Report
 from quantkit.checkpoint.source import Source
-from quantkit.jobs.quantize import QuantizeOptions, write_plan
+from quantkit.jobs.quantize import write_plan
+from quantkit.jobs.quantize_options import QuantizeOptions
 from quantkit.progress import Progress, Stage
 
 
