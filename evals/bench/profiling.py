@@ -21,7 +21,6 @@ import numpy as np
 from _common import machine, peak_gb, run, save
 from full_shape import CONFIG_20B, write_checkpoint
 
-from quantkit.artifacts.fidelity import EVALUATED_TOKENS
 from quantkit.backend import mx
 from quantkit.calibration.calibration_set import CalibrationSpec, read_calibration_set
 from quantkit.calibration.splits import EVALUATE
@@ -35,7 +34,7 @@ from quantkit.sensitivity.work import ProfileWork
 from quantkit.streaming.layer_runner import StreamingModel
 
 LAYERS, TOKENS = 4, 512
-PEER_TEXT = CalibrationSpec(tokens=1024)
+PEER_TEXT, OTHER_TEXT = CalibrationSpec(tokens=1024), CalibrationSpec(tokens=4096)
 
 
 def check() -> str:
@@ -112,9 +111,7 @@ def peer() -> str:
     entries = candidate_entries(source.inventory.weights, ["q4g64"])
     entries = [e for e in entries if e.weight.layer is not None]
     chosen = [entries[i] for i in np.random.default_rng(0).permutation(len(entries))[:48]]
-    text = read_calibration_set(
-        source.checkpoint, CalibrationSpec(tokens=EVALUATED_TOKENS), EVALUATE
-    )
+    text = read_calibration_set(source.checkpoint, OTHER_TEXT, EVALUATE)
     truth = measure_entries(StreamingModel(source), mx.array(text.tokens), chosen, lambda _: None)
     real = np.array([truth[e.key].mean() for e in chosen])
     rows = []
