@@ -2,6 +2,8 @@
 
 from typing import Any, cast
 
+import numpy as np
+
 from quantkit.backend import mx, on_cpu
 from quantkit.backend.exponentials import cpu_sigmoid, cpu_softmax, cpu_tanh
 
@@ -30,6 +32,13 @@ def tanh(x: mx.array, **settings: Any) -> mx.array:
     if not on_cpu() or x.dtype != mx.float32 or settings:
         return _mlx_tanh(x, **settings)
     return cast(mx.array, cpu_tanh(x))
+
+
+def row_dots(a: mx.array, b: mx.array) -> mx.array:
+    """Return the sums of a * b (..., n) over the last axis, without that product in memory."""
+    if not on_cpu():
+        return (a * b).sum(axis=-1)
+    return mx.array(np.einsum("...i,...i->...", np.asarray(a), np.asarray(b)))
 
 
 def attention(

@@ -17,6 +17,7 @@ import numpy as np
 from quantkit.artifacts.inventory import Weight
 from quantkit.artifacts.roles import ATTENTION_ROLES, EXPERT_ROLES, MLP_ROLES
 from quantkit.backend import free_memory, mx
+from quantkit.backend.cpu_functions import row_dots
 from quantkit.errors import SourceError
 from quantkit.quantizers.hessians import stacked
 from quantkit.quantizers.input_sums import Inputs, InputSums, MemorySpool, has_inputs
@@ -120,7 +121,7 @@ class LayerProbe:
                 slopes = []
                 for trace, g, rows in zip(traces, gradients, tokens, strict=True):
                     moved = module.rerun(trace, weight.name, readout) - trace.values(readout)
-                    slopes.append(_by_token((g * moved).sum(axis=-1), trace, rows))
+                    slopes.append(_by_token(row_dots(g, moved), trace, rows))
                     mx.eval(slopes[-1])
                 yield entry, predicted_kl(mx.concatenate(slopes, axis=1))
 

@@ -11,7 +11,7 @@ from quantkit.backend.exponentials import exp, expm1
 from quantkit.formats.tiers import Tier
 from quantkit.streaming.layer_runner import StreamingModel
 
-_TOGETHER = 4  # models to compare in one walk over the native logits, so that progress shows
+_TOGETHER = 6  # models to compare in one walk over the native logits, so that progress shows
 _SMALL = 0.5  # growth of the normalizer up to which its log is taken by log1p
 _LEAST_GROWTH, _MOST_GROWTH = -0.99, 1e4  # the same, for sums of a single pass
 _LEAST_SPREAD = 1e-3  # 1 - the sum of p^2, which float32 knows to 1e-7

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from quantkit.backend import cpu_functions, mx
-from quantkit.backend.cpu_functions import attention, sigmoid, speed_up_mlx, tanh
+from quantkit.backend.cpu_functions import attention, row_dots, sigmoid, speed_up_mlx, tanh
 
 TOKENS, KEYS, HEADS, SHARED = 6, 9, 4, 2
 MASKS = {
@@ -81,3 +81,10 @@ def test_mlx_lm_s_activations_use_them(monkeypatch):
     speed_up_mlx()
     assert calls == ["sigmoid", "tanh"]
     assert all(mx.allclose(a, b, atol=1e-6) for a, b in zip(after, before, strict=True))
+
+
+def test_row_dots(monkeypatch):
+    a, b = (mx.random.normal(shape, key=mx.random.key(5)) for shape in ((2, 3, 4, 7), (3, 4, 7)))
+    ours = row_dots(a, b)
+    monkeypatch.setattr(cpu_functions, "on_cpu", lambda: False)
+    assert mx.allclose(ours, row_dots(a, b), atol=1e-6)

@@ -11,7 +11,7 @@ TEXT = {"quantizer_text": CalibrationSpec("mine.txt")}
 
 
 @pytest.mark.parametrize(
-    "request_options, options, message",
+    ("request_options", "options", "message"),
     [
         ({"recipe": "uniform-4"}, TEXT, "`calibration`: nothing would read it"),
         ({"recipe": "uniform-4"}, {"quantizer_tokens": 512}, "rtn reads no text"),
@@ -26,7 +26,7 @@ def test_text_that_nothing_reads_is_refused(request_options, options, message, t
 
 
 @pytest.mark.parametrize(
-    "request_options, options",
+    ("request_options", "options"),
     [
         ({"recipe": "uniform-4"}, {}),
         ({"recipe": "uniform-4", "quantizer": "gptq"}, {**TEXT, "quantizer_tokens": 512}),
