@@ -3,7 +3,7 @@
     python evals/bench/profile_speed.py FOLDER [REVISION]
 
 `quantkit profile` of both, with default tiers, one after the other, on the default text of each:
-4,096 and 2,048 tokens. REVISION is a commit of this repository, by default
+4,096 and 1,536 tokens. REVISION is a commit of this repository, by default
 the last one whose profile ran attention or the experts again for every tier. 96 entries of both
 profiles and the best plans of each at four budgets, rounded to nearest and in tiers that both have,
 are measured on documents that calibrated nothing.
@@ -42,7 +42,7 @@ from quantkit.streaming.measure_kl import measure_kl
 BEFORE = "4e5fa3f~1"
 ROOT = Path(__file__).parents[2]
 MEASURED_TOKENS = 2048
-RUNS = {"before": 4096, "now": 2048}  # tokens, the default of each
+RUNS = {"before": 4096, "now": 1536}  # tokens, the default of each
 SEEDS, ENTRIES = (0, 1, 2), 32  # random entries, drawn three times
 BUDGETS = ("3.5bpw", "4bpw", "4.5bpw", "5.5bpw")
 MODELS = {"demo": demo_checkpoint, "SmolLM2-135M": plain_checkpoint}

@@ -37,7 +37,7 @@ class CalibrationSpec:
     """A calibration text to read: a Hub data set, a file, or `default`, and its size in tokens."""
 
     name: str = DEFAULT
-    tokens: int = 2048
+    tokens: int = 1536
     sequence_length: int = 256
     seed: int = 0
 

@@ -305,7 +305,7 @@ class TextOptions:
     """The text to measure on."""
 
     calibration: Text = "default"
-    tokens: Tokens = 2048
+    tokens: Tokens = 1536
     sequence_length: SequenceLength = 256
     seed: Annotated[
         int,

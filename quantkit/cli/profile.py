@@ -83,7 +83,7 @@ class ProfileOptions:
     ] = "fisher"
     draws: Annotated[
         int, typer.Option(rich_help_panel="Measurement", help="Labels drawn per token (fisher).")
-    ] = 2
+    ] = 3
     quantizer: Annotated[
         str,
         typer.Option(

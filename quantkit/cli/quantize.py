@@ -41,7 +41,7 @@ class WriteOptions:
         ),
     ]
     calibration: Text = "default"
-    tokens: Tokens = 2048
+    tokens: Tokens = 1536
     quantizer_tokens: Annotated[
         str,
         typer.Option(

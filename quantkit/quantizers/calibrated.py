@@ -84,12 +84,14 @@ class CalibratedQuantization:
     def _tuned(
         self, layerwise: LayerwiseQuantizer, files: LayerFiles, progress: Progress
     ) -> ScaleTuner:
-        """Quantize all layers, tune their scales, and return the tuner with the best point."""
+        """Quantize everything, tune the scales of layers, and return the tuner."""
         layerwise.load(len(self.model.layers))
         tuning = Tuning(self.plan.tuning_steps)
         stage = progress.stage("Tuning scales", tuning.steps, "steps")
         tiers = changed_tiers(self.model.source, self.plan)
         tuner = ScaleTuner(self.model, tiers, files, tuning, self.text.tuning, stage)
+        if not tuner.complete:
+            layerwise.load(EMBEDDING)
         tuner.run()
         return tuner
 

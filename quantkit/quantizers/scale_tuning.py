@@ -8,6 +8,7 @@ relative changes: a scale in units of itself, a bias in units of the larger of i
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -16,14 +17,14 @@ from quantkit.backend import free_memory, mx
 from quantkit.formats.codec import fake_quantize, to_mx, to_numpy
 from quantkit.formats.tiers import Tier
 from quantkit.progress import Stage
-from quantkit.quantizers.layer_files import LayerFiles
+from quantkit.quantizers.layer_files import EMBEDDING, LayerFiles
 from quantkit.quantizers.matrix import scales_dtype
 from quantkit.storage.work_dir import Tensors
 from quantkit.streaming.layer_runner import StreamingModel
 from quantkit.streaming.layer_trace import hooked
 from quantkit.streaming.lm_head import divergence_gradient
 from quantkit.streaming.products import Product, experts_product, plain_product
-from quantkit.streaming.weight_loader import Call
+from quantkit.streaming.weight_loader import Call, StoredRows
 
 _B1, _B2, _EPS = 0.9, 0.999, 1e-8
 _VALIDATE_EVERY = 10  # steps
@@ -82,9 +83,8 @@ class ScaleTuner:
     """Tunes the scales and biases of the quantized layers in `files`.
 
     The target is the native model, with the experts that a plan removes. `tiers` are the tiers of
-    all changed weights. Weights without calibrated tensors, the embedding and the head take part as
-    rounded to nearest. Every step leaves its state in the work directory, from which an interrupted
-    run resumes.
+    all changed weights; those without calibrated tensors take part as rounded to nearest. Every
+    step leaves its state in the work directory, from which an interrupted run resumes.
     """
 
     def __init__(
@@ -109,6 +109,11 @@ class ScaleTuner:
         self._changed = [
             [name for name in tiers if name.startswith(f"{layer.path}.")] for layer in model.layers
         ]
+
+    @property
+    def complete(self) -> bool:
+        """Whether all steps are done."""
+        return bool(self._state()["step"] >= self._tuning.steps)
 
     def run(self) -> None:
         """Tune all layers. `tensors` then returns the best point."""
@@ -170,8 +175,20 @@ class ScaleTuner:
     def _divergence(
         self, key: str | None, tokens: mx.array, other: mx.array
     ) -> tuple[mx.array, mx.array]:
-        tier = self._tiers.get(self._model.head_weight.name)
-        return divergence_gradient(self._model, self._native(key, tokens), other, tier)
+        head = self._tables.get(self._model.head_weight.name)
+        return divergence_gradient(self._model, self._native(key, tokens), other, head)
+
+    @cached_property
+    def _tables(self) -> dict[str, StoredRows]:
+        """The changed embeddings and heads, as they will be stored."""
+        tensors = self._files.load(EMBEDDING) | self._files.load(len(self._model.layers))
+        tables: dict[str, StoredRows] = {}
+        for name, table in self._model.tables.items():
+            if name in tensors:
+                tables[name] = _rows_of(tensors[name], self._tiers[name], table.weight.dtype)
+            elif name in self._tiers:
+                tables[name] = self._tiers[name]
+        return tables
 
     def _native(self, key: str | None, tokens: mx.array) -> mx.array:
         """Return the native model's last layer output, cached under `key`."""
@@ -188,9 +205,9 @@ class ScaleTuner:
         """Return the tuned model's last layer output; append the layers' inputs to `inputs`."""
         calls = self._model.calls(tokens)
         embeddings = {
-            name: self._tiers[name]
-            for name, table in self._model.tables.items()
-            if table.weight.role == "embedding" and name in self._tiers
+            name: stored
+            for name, stored in self._tables.items()
+            if self._model.weights[name].role == "embedding"
         }
         x = self._model.embedded(tokens, embeddings)
         for number, (layer, dry) in enumerate(zip(self._model.layers, calls, strict=True)):
@@ -279,6 +296,17 @@ class ScaleTuner:
                 values = _stored(state, f"{name} {kind}", dtype).astype(dtype)
                 arrays[f"{name} {kind}"] = to_numpy(values)
         return arrays
+
+
+def _rows_of(tensors: Tensors, tier: Tier, dtype: str) -> StoredRows:
+    """Return a function that dequantizes rows of the `tensors` of a table."""
+    packed, scales, biases = tensors
+
+    def rows(start: int, stop: int) -> mx.array:
+        s, b = (to_mx(x[start:stop], dtype).astype(mx.float32) for x in (scales, biases))
+        return mx.dequantize(mx.array(packed[start:stop]), s, b, tier.group_size, tier.bits)
+
+    return rows
 
 
 def _stored(state: LayerState, key: str, dtype: mx.Dtype) -> mx.array:

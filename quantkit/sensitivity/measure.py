@@ -67,7 +67,7 @@ class ProfileSettings:
     tiers: tuple[str, ...] | None = None
     method: str = "fisher"
     quantizer: str = RTN
-    draws: int = 2
+    draws: int = 3
     more_tiers: tuple[str, ...] = ()
     routers: bool = False
     experts: str | None = None

@@ -24,9 +24,16 @@ from quantkit.checkpoint.source import Source
 from quantkit.errors import SourceError
 from quantkit.formats.codec import decode, decode_mxfp4, to_mx
 from quantkit.formats.dtypes import FLOATS
-from quantkit.formats.tiers import MXFP4, Tier, parse_tier
+from quantkit.formats.tiers import MXFP4, parse_tier
 from quantkit.streaming.experts import plain_switch_linear
-from quantkit.streaming.weight_loader import Call, Embedding, Head, StreamedModule, VocabularyTable
+from quantkit.streaming.weight_loader import (
+    Call,
+    Embedding,
+    Head,
+    StoredRows,
+    StreamedModule,
+    VocabularyTable,
+)
 from quantkit.units import version_numbers
 
 
@@ -126,12 +133,13 @@ class StreamingModel:
             logits: mx.array = self.model(some)
         return logits
 
-    def head_block(self, h: mx.array, rows: range, tier: Tier | None = None) -> mx.array:
+    def head_block(self, h: mx.array, rows: range, stored: StoredRows | None = None) -> mx.array:
         """Return logits (batch, tokens, len(rows)) for some rows of the vocabulary.
 
-        `h` (batch, tokens, hidden) is the last layer's output; the head is rounded to `tier`.
+        `h` (batch, tokens, hidden) is the last layer's output; `stored` takes the place of the
+        head's values.
         """
-        with self.tables[self.head_weight.name].restricted(rows, tier):
+        with self.tables[self.head_weight.name].restricted(rows, stored):
             return self.head(h)
 
     def head_input(self, h: mx.array) -> mx.array:
@@ -139,14 +147,14 @@ class StreamingModel:
         self.head_block(h, range(1))
         return self.tables[self.head_weight.name].last_input
 
-    def embedded(self, tokens: mx.array, tiers: Mapping[str, Tier]) -> mx.array:
-        """Return the first layer's input (batch, tokens, hidden), embeddings rounded to `tiers`
-        by name.
+    def embedded(self, tokens: mx.array, stored: Mapping[str, StoredRows]) -> mx.array:
+        """Return the first layer's input (batch, tokens, hidden); `stored` takes the place of the
+        embeddings' values, by name.
         """
         with ExitStack() as stack:
-            for name, tier in tiers.items():
+            for name, values in stored.items():
                 table = self.tables[name]
-                stack.enter_context(table.restricted(table.rows, tier))
+                stack.enter_context(table.restricted(table.rows, values))
             return self.calls(tokens)[0].x
 
     def behind_embedding(self, name: str, tokens: mx.array, g: mx.array) -> mx.array:

@@ -10,6 +10,7 @@ from quantkit.backend import free_memory, mx
 from quantkit.backend.exponentials import exp, expm1
 from quantkit.formats.tiers import Tier
 from quantkit.streaming.layer_runner import StreamingModel
+from quantkit.streaming.weight_loader import StoredRows
 
 _TOGETHER = 6  # models to compare in one walk over the native logits, so that progress shows
 _SMALL = 0.5  # growth of the normalizer up to which its log is taken by log1p
@@ -208,23 +209,23 @@ def compared(
 
 
 def divergence_gradient(
-    model: StreamingModel, h: mx.array, other: mx.array, tier: Tier | None = None
+    model: StreamingModel, h: mx.array, other: mx.array, stored: StoredRows | None = None
 ) -> tuple[mx.array, mx.array]:
     """Return KL(native || changed) (batch, tokens), and its gradient with respect to `other`.
 
-    `h` and `other` (batch, tokens, hidden) are the outputs of the last layers; the changed head is
-    rounded to `tier`. The gradient of a logit is q - p.
+    `h` and `other` (batch, tokens, hidden) are the outputs of the last layers; `stored` takes the
+    place of the changed head's values. The gradient of a logit is q - p.
     """
     shape, targets = h.shape[:2], mx.zeros(h.shape[:2], mx.int32)
     native, changed = _Peak(shape), _Peak(shape)
     for rows in model.head_blocks(shape[0] * shape[1]):
         native.see(model.head_block(h, rows), rows, targets)
-        changed.see(model.head_block(other, rows, tier), rows, targets)
+        changed.see(model.head_block(other, rows, stored), rows, targets)
     kl, gradient = mx.zeros(shape), mx.zeros_like(other)
     for rows in model.head_blocks(shape[0] * shape[1]):
 
         def logits(x: mx.array, rows: range = rows) -> mx.array:
-            return model.head_block(x, rows, tier)
+            return model.head_block(x, rows, stored)
 
         log_p = model.head_block(h, rows) - native.normalizer[..., None]
         p, log_q = exp(log_p), logits(other) - changed.normalizer[..., None]

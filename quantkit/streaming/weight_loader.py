@@ -77,30 +77,35 @@ class StreamedModule:
                 free_memory()
 
 
+StoredRows = Tier | Callable[[int, int], mx.array]
+"""A tier to round rows to, or a function that returns the values (rows, hidden) of the rows from a
+first to a last one."""
+
+
 class VocabularyTable(StreamedModule):
     """An embedding or a head: one row per token of the vocabulary, read when needed.
 
-    `rows` are the rows of which a head gives logits, `tier` a tier to round them to, and
-    `last_input` (..., hidden) the input of the last product.
+    `rows` are the rows of which a head gives logits, `stored` what takes the place of their values,
+    and `last_input` (..., hidden) the input of the last product.
     """
 
     def __init__(self, module: Any, weight: Weight, read: Rows) -> None:
         super().__init__(module, weight.name, lambda _: {})
         self.weight = weight
         self.rows = range(weight.shape[0])
-        self.tier: Tier | None = None
+        self.stored: StoredRows | None = None
         self.last_input = mx.zeros(0)
         self._read = read
 
     @contextmanager
-    def restricted(self, rows: range, tier: Tier | None) -> Iterator[None]:
-        """Use other `rows` and another `tier` for a while."""
-        before = self.rows, self.tier
-        self.rows, self.tier = rows, tier
+    def restricted(self, rows: range, stored: "StoredRows | None") -> Iterator[None]:
+        """Use other `rows` and other `stored` values for a while."""
+        before = self.rows, self.stored
+        self.rows, self.stored = rows, stored
         try:
             yield
         finally:
-            self.rows, self.tier = before
+            self.rows, self.stored = before
 
     def as_linear(self, x: mx.array) -> mx.array:
         """Return logits (..., rows) for `x` (..., hidden)."""
@@ -117,8 +122,10 @@ class VocabularyTable(StreamedModule):
         return blocks[0] if len(blocks) == 1 else mx.concatenate(blocks, axis=-1)
 
     def _values(self, start: int, stop: int) -> mx.array:
+        if callable(self.stored):
+            return self.stored(start, stop)
         values = self._read("weight", start, stop)
-        return fake_quantize(values, self.tier) if self.tier else values.astype(mx.float32)
+        return fake_quantize(values, self.stored) if self.stored else values.astype(mx.float32)
 
 
 class Head(VocabularyTable):

@@ -15,10 +15,12 @@ import pytest
 import quantkit
 from quantkit.backend import mx
 from quantkit.calibration.calibration_set import read_calibration_set
+from quantkit.checkpoint.source import open_source
 from quantkit.formats.tiers import parse_tier
 from quantkit.quantizers import layerwise
 from quantkit.quantizers.embeddings import drop_gradients, embedding_hessians
 from quantkit.quantizers.hessians import objective
+from quantkit.quantizers.scale_tuning import ScaleTuner
 from quantkit.storage.work_dir import WorkDirectory
 from quantkit.streaming.layer_runner import StreamingModel
 from quantkit.streaming.layer_trace import hooked
@@ -364,6 +366,33 @@ def test_tuning_a_dense_tied_model(cli, tmp_path, text):
     moved = {name for name in before if not mx.array_equal(before[name], after[name]).item()}
     assert moved
     assert not any("embed" in name for name in moved)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_tuning_sees_the_model_that_is_written(cli, tmp_path, text, monkeypatch, tied):
+    """Its KL divergence on the text to validate is that of the repo: tables are as stored."""
+    source = write(tmp_path / "src", {**LLAMA, "tie_word_embeddings": tied})
+    seen = []
+
+    def remembered(self, key, tokens, other):
+        kl, g = plain(self, key, tokens, other)
+        if key == "validation":
+            seen.append((tokens, float(kl.mean())))
+        return kl, g
+
+    plain = ScaleTuner._divergence
+    monkeypatch.setattr(ScaleTuner, "_divergence", remembered)
+    options = ("-r", "uniform-3", "--calibration", text, *FEW, "--quantizer", "gptq", "--tune", 1)
+    result = cli("quantize", source, "-o", tmp_path / "out", *options)
+    assert result.exit_code == 0, result.output
+    tokens, kl = min(seen, key=lambda row: row[1])  # the best point is written
+    native, written = (
+        StreamingModel(open_source(str(folder), quantized=True))
+        for folder in (source, tmp_path / "out")
+    )
+    outputs = [model.run(tokens, lambda *_: None) for model in (native, written)]
+    (again,) = divergence(native, outputs[0], [ChangedModel(outputs[1], None, written)])
+    assert kl == pytest.approx(float(again.mean()), rel=1e-3)
 
 
 @pytest.mark.parametrize("method", ["search", "gptq"])
