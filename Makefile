@@ -44,7 +44,7 @@ lint: env ## ruff, mypy, and the counts of .ci/english.py
 bench: env ## time and memory of a full-shape 20b rewrite; needs 45 GB of disk
 	$(BIN)/python evals/bench/rewrite.py
 
-bench-profile: env ## predictions checked, memory, and mlx_lm's own beside them
+bench-profile: env ## memory of a profile, and mlx_lm's own beside it
 	$(BIN)/python evals/bench/profiling.py
 
 bench-allocation: env ## plans by budget against the shipped recipes, really measured

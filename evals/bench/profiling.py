@@ -1,6 +1,5 @@
-"""The profiler: accuracy, cost and memory, beside mlx_lm's own.
+"""The profiler: its memory, and mlx_lm's own beside it.
 
-    python evals/bench/profiling.py check     48 entries of the demo model, measured
     python evals/bench/profiling.py memory    some full-shape layers of the 20b, random values
     python evals/bench/profiling.py peer      beside mlx_lm.dynamic_quant's sensitivity pass
 
@@ -35,36 +34,6 @@ from quantkit.streaming.layer_runner import StreamingModel
 
 LAYERS, TOKENS = 4, 512
 PEER_TEXT, OTHER_TEXT = CalibrationSpec(tokens=1024), CalibrationSpec(tokens=4096)
-
-
-def check() -> str:
-    """The demo model's whole profile, and 48 of its entries measured on other documents."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "quantkit", "profile", "demo", "-o", f"{folder}/profile"]
-        done = subprocess.run(
-            [*command, "--check", "48", "--json"], stdout=subprocess.PIPE, check=True
-        )
-    return check_table(json.loads(done.stdout))
-
-
-def check_table(made: dict) -> str:
-    """The table of what `quantkit profile --check --json` printed."""
-    found = made["check"]
-    entries = sum(len(weight["costs"]) - 1 for weight in made["weights"])
-    share = found["seconds_measured"] / found["seconds_predicted"]
-    return "\n".join(
-        [
-            f"{machine()}; {made['calibration']['tokens']} tokens, {entries} entries.",
-            "",
-            "| | |",
-            "|---|---|",
-            f"| Spearman, predicted against measured | {found['spearman']:.3f} |",
-            f"| predicted / measured, median | {found['median_ratio']:.2f} |",
-            f"| the whole profile | {found['seconds_predicted']:.0f} s |",
-            f"| `--method kl`, extrapolated from the 48 | {found['seconds_measured']:.0f} s |",
-            f"| ratio | 1/{share:.0f} |",
-        ]
-    )
 
 
 def memory() -> str:
@@ -162,7 +131,7 @@ def scores(name: str) -> None:
     print(json.dumps({"scores": found, "seconds": time.perf_counter() - started, "peak": peak}))
 
 
-PARTS = {"check": check, "memory": memory, "peer": peer}
+PARTS = {"memory": memory, "peer": peer}
 
 
 def main() -> None:

@@ -62,7 +62,7 @@ def demo(
     checkpoint = _build()
     options = QuantizeOptions(
         profile_text=CalibrationSpec(tokens=_PROFILED),
-        quantizer_tokens=_QUANTIZED,
+        quantizer_tokens=_QUANTIZED if budget else None,  # recipes round to nearest
         force=output is None,
     )
     with console.Bars() as progress:

@@ -112,8 +112,9 @@ class ScaleTuner:
 
     @property
     def complete(self) -> bool:
-        """Whether all steps are done."""
-        return bool(self._state()["step"] >= self._tuning.steps)
+        """Whether all steps are done, and the last point is measured."""
+        seen = self._state()["seen"]
+        return bool(seen) and bool(seen[-1][0] >= self._tuning.steps)
 
     def run(self) -> None:
         """Tune all layers. `tensors` then returns the best point."""

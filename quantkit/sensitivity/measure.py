@@ -38,6 +38,7 @@ from quantkit.sensitivity.entries import (
 from quantkit.sensitivity.exact import measure_resumably
 from quantkit.sensitivity.expert_probe import ExpertProbe
 from quantkit.sensitivity.fisher import StageTable, Sweep
+from quantkit.sensitivity.quantizer_losses import sampled_layers
 from quantkit.sensitivity.store import load_profile
 from quantkit.sensitivity.validation import ProfileValidation, validate
 from quantkit.sensitivity.work import ProfileWork
@@ -318,9 +319,13 @@ def _work_bytes(model: StreamingModel, profiling: Profiling) -> int:
     """Return the disk space for every layer's input, and the gradients at its output, in
     float32.
     """
-    stream = 4 * profiling.calibration.tokens.size * model.head_weight.shape[-1]
-    fisher = profiling.settings.method == "fisher"
-    return stream * (len(model.layers) + 1) * (1 + profiling.settings.draws) if fisher else 0
+    if profiling.settings.method != "fisher":
+        return 0
+    layers, width = len(model.layers), model.head_weight.shape[-1]
+    streams = profiling.calibration.tokens.size * (layers + 1) * (1 + profiling.settings.draws)
+    if profiling.more_tokens is not None:  # inputs of the sampled layers and of the head
+        streams += profiling.more_tokens.size * (len(sampled_layers(layers)) + 1)
+    return 4 * width * streams
 
 
 def _tables(

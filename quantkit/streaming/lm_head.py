@@ -22,9 +22,9 @@ _LARGEST = 80.0  # exponents above it overflow float32
 def label_gradients(model: StreamingModel, h: mx.array, u: mx.array) -> list[mx.array]:
     """Return w d log p(y) / d h, each (batch, tokens, hidden), for labels y drawn from q.
 
-    The mean of their squares is that of d log p(y) / d h for labels drawn from the model's p. As
-    q is p |e_y - p|^2, normalized, and w^2 = p / q, large gradients are drawn more often and vary
-    less: importance sampling. Where p has nearly all of its mass at one token, q is p itself.
+    Their squares have the mean of (d log p(y) / d h)^2 for labels drawn from the model's p. As q is
+    p |e_y - p|^2, normalized, and w^2 = p / q, large gradients are drawn more often and vary less:
+    importance sampling. Where p has nearly all of its mass at one token, q is p itself.
 
     `h` (batch, tokens, hidden) is the last layer's output; `u` (draws, batch, tokens) are uniform
     in [0, 1): y is the token at which the cumulated q exceeds u.

@@ -172,7 +172,7 @@ def test_an_embeddings_hessian_is_that_of_the_whole_model(tmp_path, case):
 
 
 def test_an_embedding_is_rounded_under_its_gradients(cli, checkpoint, text, rounded, tmp_path):
-    options = ("-r", "uniform-3", "--calibration", text, "--quantizer", "rtn")
+    options = ("-r", "uniform-3", "--quantizer", "rtn")
     assert cli("quantize", checkpoint, "-o", tmp_path / "rtn", *options).exit_code == 0
     source = quantkit.open_source(str(checkpoint))
     model, name = StreamingModel(source), "model.embed_tokens"
@@ -244,11 +244,11 @@ def test_another_text_does_not_go_on_from_it(cli, checkpoint, text, tmp_path):
 def test_a_dense_model_and_its_outputs(cli, tmp_path, text, method):
     """Of a layer's own inputs the rounded weights give outputs nearer to the native ones."""
     source = write(tmp_path / "src", LLAMA)
-    options = ("-r", "uniform-3", "--calibration", text, *FEW)
     outs = {}
-    for quantizer in ("rtn", method):
+    for quantizer, more in (("rtn", ()), (method, ("--calibration", text, *FEW))):
         outs[quantizer] = tmp_path / quantizer
-        result = cli("quantize", source, "-o", outs[quantizer], *options, "--quantizer", quantizer)
+        options = ("-r", "uniform-3", "--quantizer", quantizer, *more)
+        result = cli("quantize", source, "-o", outs[quantizer], *options)
         assert result.exit_code == 0, result.output
     assert cli("verify", outs[method]).exit_code == 0
     opened = quantkit.open_source(str(source))
