@@ -63,8 +63,8 @@ def checkpoint() -> str:
 
 def peer(name: str, out: str, options: list[str]) -> None:
     """Run another tool in this process."""
-    if name in ("optiq convert", "auto-round"):
-        (optiq if name == "optiq convert" else auto_round)(out, options)
+    if tool := {"optiq convert": optiq, "auto-round": auto_round}.get(name):
+        tool(out, options)
         return
     if name == "mlx_lm.convert":
         from mlx_lm.convert import main as entry

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from quantkit.backend import free_memory, mx
-from quantkit.formats.codec import fake_quantize, to_mx, to_numpy
+from quantkit.formats.codec import decode, fake_quantize, to_mx, to_numpy
 from quantkit.formats.tiers import Tier
 from quantkit.progress import Stage
 from quantkit.quantizers.layer_files import EMBEDDING, LayerFiles
@@ -305,7 +305,7 @@ def _rows_of(tensors: Tensors, tier: Tier, dtype: str) -> StoredRows:
 
     def rows(start: int, stop: int) -> mx.array:
         s, b = (to_mx(x[start:stop], dtype).astype(mx.float32) for x in (scales, biases))
-        return mx.dequantize(mx.array(packed[start:stop]), s, b, tier.group_size, tier.bits)
+        return decode((mx.array(packed[start:stop]), s, b), tier, "F32")
 
     return rows
 

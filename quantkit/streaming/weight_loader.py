@@ -98,7 +98,7 @@ class VocabularyTable(StreamedModule):
         self._read = read
 
     @contextmanager
-    def restricted(self, rows: range, stored: "StoredRows | None") -> Iterator[None]:
+    def restricted(self, rows: range, stored: StoredRows | None) -> Iterator[None]:
         """Use other `rows` and other `stored` values for a while."""
         before = self.rows, self.stored
         self.rows, self.stored = rows, stored
