@@ -4,16 +4,17 @@ import concurrent.futures
 import http.client
 import json
 import random
+import threading
 import time
 import urllib.request
 
 import openai
-import psutil
 import pytest
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
 
+from quantkit.backend import mx
 from tests.support.served import CALL, CHAT_TOOLS, FINAL, THINK, TOOLS, play
 
 
@@ -327,7 +328,7 @@ def test_clients_that_leave_stop_their_generation(client, server, script):
     """Fifty of them leave nothing behind: no generation, and no memory."""
     script.answer = lambda prompt: [1734] * 4000
     streamed(client, "warm", max_tokens=4)
-    before = psutil.Process().memory_info().rss
+    before, threads = mx.get_active_memory(), threading.active_count()
     for _ in range(50):
         connection = http.client.HTTPConnection(server.url.removeprefix("http://"), timeout=60)
         body = json.dumps({"messages": [{"role": "user", "content": "x"}], "stream": True})
@@ -340,7 +341,8 @@ def test_clients_that_leave_stop_their_generation(client, server, script):
     began = time.monotonic()
     assert streamed(client, "say blue")[0] == "blue"
     assert time.monotonic() - began < 20
-    assert psutil.Process().memory_info().rss - before < 200e6
+    assert mx.get_active_memory() - before < 5e6, "the caches of those that left are still there"
+    assert threading.active_count() <= threads + 2
     assert server.service.engine.is_alive
 
 
