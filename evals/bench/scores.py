@@ -1,6 +1,6 @@
 """Six benchmarks on the demo model: native, ours and uniform-4 at the same bytes.
 
-    python evals/bench/scores.py --data FOLDER [--profile PROFILE] [--limit 8] [--max-tokens 96]
+    python evals/bench/scores.py --data FOLDER [--profile PROFILE] [--limit 6] [--max-tokens 96]
 
 FOLDER has local copies of the items (docs/benchmarks.md). Repos and records stay in eval-results,
 unless --results names another folder; a killed run goes on there. Without PROFILE, ours is made on
@@ -64,7 +64,8 @@ def table(args: argparse.Namespace) -> str:
     return "\n".join(
         [
             f"{machine()}; {args.limit} items of each benchmark, at most {args.max_tokens} tokens "
-            f"an answer; {(time.monotonic() - began) / 60:.0f} minutes.",
+            f"an answer (HashHop: {min(args.limit, HASH_CHAINS)} items); "
+            f"{(time.monotonic() - began) / 60:.0f} minutes.",
             "",
             "| | repo | items | accuracy | truncated | native | difference | won, lost |",
             "|---|---|---|---|---|---|---|---|",
@@ -78,7 +79,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", required=True)
     parser.add_argument("--profile")
-    parser.add_argument("--limit", type=int, default=8)
+    parser.add_argument("--limit", type=int, default=6)
     parser.add_argument("--max-tokens", type=int, default=96)
     parser.add_argument("--results", default="eval-results")
     save(table(parser.parse_args()), "scores")
