@@ -2,7 +2,9 @@
 
 The integers stay. Forward and backward pass run a layer at a time, as in the profiler; scales,
 biases and optimizer state of the other layers wait on disk. Adam (Kingma and Ba 2015) works on
-relative changes: a scale in units of itself, a bias in units of the larger of itself and its scale.
+relative changes of a group's scale, and of its centre: the value of its mean integer, which a new scale
+alone leaves where it is. (A bias is the value of the integer 0: with it, every change of a scale
+moves all of the group, and the loss is far more sensitive to that than to its spread.)
 """
 
 import math
@@ -36,8 +38,9 @@ _MOMENTS = (
 )  # of Adam: the relative change, and two moments of its slope
 
 LayerState = dict[str, mx.array]
-"""The state of a layer: `weight q` (integers), and `weight s start`, `unit`, `change`, `mean`,
-`square` for its scales, the same with `b` for its biases."""
+"""The state of a layer: `weight q` (integers) and `weight middle` (their mean in each group), and
+`weight s start`, `unit`, `change`, `mean`, `square` for its scales, the same with `c` for the
+centres of its groups: bias + scale x middle."""
 
 
 @dataclass(frozen=True)
@@ -226,7 +229,7 @@ class ScaleTuner:
     def _backward(self, number: int, step: int, call: Call, g: mx.array) -> mx.array:
         """Move a layer's scales and biases by one step; return the gradient at its input."""
         state = self._layer_state(number, step)
-        keys = [f"{name} {kind}" for name in self._files.load(number) for kind in "sb"]
+        keys = [f"{name} {kind}" for name in self._files.load(number) for kind in "sc"]
         with hooked(self._model.layers[number], self._changed[number]) as module:
 
             def run(x: mx.array, *changes: mx.array) -> mx.array:
@@ -258,9 +261,8 @@ class ScaleTuner:
         for name in self._changed[number]:
             tier, weight = self._tiers[name], self._model.weights[name]
             if f"{name} q" in state:
-                dtype = scales_dtype(weight)
-                s, b = (_stored(state, f"{name} {kind}", dtype) for kind in "sb")
-                products[name] = _product(state[f"{name} q"], tier, s, b)
+                stored = _stored(state, name, scales_dtype(weight))
+                products[name] = _product(state[f"{name} q"], tier, *stored)
             elif len(weight.shape) == 2:  # rounded to nearest; stacks of another kind stay native
                 products[name] = plain_product(fake_quantize(self._model.values(name), tier))
         return products
@@ -277,8 +279,11 @@ class ScaleTuner:
             ones = mx.ones_like(s)
             integers = (mx.array(packed).reshape(rows), ones, mx.zeros_like(ones))
             q = mx.dequantize(*integers, tier.group_size, tier.bits)
-            state[f"{name} q"] = q.astype(mx.uint8)
-            for kind, start, unit in (("s", s, s), ("b", b, mx.maximum(mx.abs(b), mx.abs(s)))):
+            groups = q.reshape(*s.shape, tier.group_size)
+            middle = groups.mean(axis=-1)
+            spread = s * mx.maximum(groups.var(axis=-1), 1 / tier.group_size).sqrt()
+            state |= {f"{name} q": q.astype(mx.uint8), f"{name} middle": middle}
+            for kind, start, unit in (("s", s, s), ("c", b + s * middle, spread)):
                 key = f"{name} {kind}"
                 state |= {f"{key} start": start, f"{key} unit": unit}
                 state |= {f"{key} {moment}": mx.zeros_like(start) for moment in _MOMENTS}
@@ -293,9 +298,8 @@ class ScaleTuner:
         arrays = {}
         for name in self._files.load(number):
             dtype = scales_dtype(self._model.weights[name])
-            for kind in "sb":
-                values = _stored(state, f"{name} {kind}", dtype).astype(dtype)
-                arrays[f"{name} {kind}"] = to_numpy(values)
+            for kind, values in zip("sb", _stored(state, name, dtype), strict=True):
+                arrays[f"{name} {kind}"] = to_numpy(values.astype(dtype))
         return arrays
 
 
@@ -310,7 +314,17 @@ def _rows_of(tensors: Tensors, tier: Tier, dtype: str) -> StoredRows:
     return rows
 
 
-def _stored(state: LayerState, key: str, dtype: mx.Dtype) -> mx.array:
-    """Return scales or biases rounded to `dtype`, in float32, with a straight-through gradient."""
-    moved = state[f"{key} start"] + state[f"{key} unit"] * state[f"{key} change"]
-    return moved + mx.stop_gradient(moved.astype(dtype).astype(mx.float32) - moved)
+def _stored(state: LayerState, name: str, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
+    """Return scales and biases rounded to `dtype`, in float32."""
+    scales = _rounded(_moved(state, f"{name} s"), dtype)
+    biases = _moved(state, f"{name} c") - scales * state[f"{name} middle"]
+    return scales, _rounded(biases, dtype)
+
+
+def _moved(state: LayerState, key: str) -> mx.array:
+    return state[f"{key} start"] + state[f"{key} unit"] * state[f"{key} change"]
+
+
+def _rounded(x: mx.array, dtype: mx.Dtype) -> mx.array:
+    """Round float32 values to `dtype`, with a straight-through gradient."""
+    return x + mx.stop_gradient(x.astype(dtype).astype(mx.float32) - x)
