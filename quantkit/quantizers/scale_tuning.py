@@ -1,10 +1,10 @@
 """Scale tuning: scales and biases are optimized by the KL divergence to the native model.
 
-The integers stay. Forward and backward pass run a layer at a time, as in the profiler; scales,
-biases and optimizer state of the other layers wait on disk. Adam (Kingma and Ba 2015) works on
-relative changes of a group's scale, and of its centre: the value of its mean integer, which a new scale
-alone leaves where it is. (A bias is the value of the integer 0: with it, every change of a scale
-moves all of the group, and the loss is far more sensitive to that than to its spread.)
+The integers stay. Forward and backward pass run a layer at a time, as in the profiler; the state of
+the other layers waits on disk. Adam (Kingma and Ba 2015) moves the scale of each group relative to
+itself, and the centre of each group, the value of its mean integer, relative to its spread. Biases
+follow. (A bias is the value of integer 0: around it a change of scale moves the whole group one
+way, to which the loss is far more sensitive than to its spread.)
 """
 
 import math

@@ -1,6 +1,7 @@
 """Calibrated rounding of whole checkpoints: true to the inputs, repeatable, resumable."""
 
 import hashlib
+import itertools
 import json
 import signal
 import subprocess
@@ -322,6 +323,40 @@ def test_tuning_brings_it_nearer_to_native(cli, checkpoint, text, rounded, tmp_p
     first, second = quantkit.compare(quantkit.open_source(str(checkpoint)), [str(rounded), str(out)], request)  # fmt: skip
     before, after = (result.kl_by_text["judged.txt"].value for result in (first, second))
     assert after < before
+
+
+def test_a_larger_scale_leaves_its_group_where_it_is(cli, checkpoint, text, rounded, tmp_path, monkeypatch):  # fmt: skip
+    """A bias follows its scale: the group spreads around its mean."""
+
+    def grow(self, state, slopes, step):
+        state |= {f"{key} change": mx.full(x.shape, 0.25 * key.endswith(" s")) for key, x in slopes.items()}  # fmt: skip
+
+    def falling(self, key, tokens, other):
+        kl, g = plain(self, key, tokens, other)
+        return kl - next(better), g
+
+    plain, better = ScaleTuner._divergence, itertools.count()
+    monkeypatch.setattr(ScaleTuner, "_move", grow)
+    monkeypatch.setattr(ScaleTuner, "_divergence", falling)
+    result = cli(*tuned(checkpoint, text, tmp_path / "out", 1)[3:])
+    assert result.exit_code == 0, result.output
+    folders = (rounded, tmp_path / "out")
+    before, after = (mx.load(str(folder / "model.safetensors")) for folder in folders)
+    names = [name for name in before if name.endswith("experts.down_proj.scales")]
+    assert names
+    for name in names:
+        packed, bias = (name.replace("scales", suffix) for suffix in ("weight", "biases"))
+        groups = [
+            mx.dequantize(repo[packed], repo[name], repo[bias], 64, 3).astype(mx.float32)
+            for repo in (before, after)
+        ]
+        shape = (*before[name].shape, 64)
+        (mean, spread), (new_mean, new_spread) = (
+            (np.array(x.reshape(shape).mean(-1)), np.array(mx.std(x.reshape(shape), -1)))
+            for x in groups
+        )
+        assert np.median(new_spread / spread) == pytest.approx(1.25, rel=0.01)
+        assert np.abs(new_mean - mean).max() < 0.05 * spread.max()
 
 
 def test_killed_tuning_goes_on(checkpoint, text, tmp_path):
