@@ -1,10 +1,11 @@
 """Scale tuning: scales and biases are optimized by the KL divergence to the native model.
 
 The integers stay. Forward and backward pass run a layer at a time, as in the profiler; the state of
-the other layers waits on disk. Adam (Kingma and Ba 2015) moves the scale of each group relative to
-itself, and the centre of each group, the value of its mean integer, relative to its spread. Biases
-follow. (A bias is the value of integer 0: around it a change of scale moves the whole group one
-way, to which the loss is far more sensitive than to its spread.)
+the other layers waits on disk. Adam (Kingma and Ba 2015) moves the scale of each group and its
+centre, the value of its mean integer; biases follow. (A bias is the value of integer 0: around it a
+change of scale moves the whole group one way, to which the loss is far more sensitive than to its
+spread.) Both move in units that change the weights of the group by one step of its integers in the
+root mean square, so that a rate means as much in any number of bits.
 """
 
 import math
@@ -49,7 +50,7 @@ class Tuning:
 
     steps: int
     tokens: int = 1024
-    rate: float = 5e-4
+    rate: float = 1e-3
 
     @property
     def all_tokens(self) -> int:
@@ -281,9 +282,9 @@ class ScaleTuner:
             q = mx.dequantize(*integers, tier.group_size, tier.bits)
             groups = q.reshape(*s.shape, tier.group_size)
             middle = groups.mean(axis=-1)
-            spread = s * mx.maximum(groups.var(axis=-1), 1 / tier.group_size).sqrt()
+            spread = mx.maximum(groups.var(axis=-1), 1 / tier.group_size).sqrt()
             state |= {f"{name} q": q.astype(mx.uint8), f"{name} middle": middle}
-            for kind, start, unit in (("s", s, s), ("c", b + s * middle, spread)):
+            for kind, start, unit in (("s", s, s / spread), ("c", b + s * middle, s)):
                 key = f"{name} {kind}"
                 state |= {f"{key} start": start, f"{key} unit": unit}
                 state |= {f"{key} {moment}": mx.zeros_like(start) for moment in _MOMENTS}
