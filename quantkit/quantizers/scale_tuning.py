@@ -285,10 +285,10 @@ class ScaleTuner:
                 key = f"{name} {kind}"
                 state |= {f"{key} start": start, f"{key} unit": unit}
                 state |= {f"{key} {moment}": mx.zeros_like(start) for moment in _MOMENTS}
+            mx.eval(state)  # one weight's integers in float32 at a time
         if step:
             saved = self._work.arrays(f"tune-{number}-{step % 2}.npz")
             state |= {key: mx.array(values) for key, values in saved.items()}
-        mx.eval(state)
         return state
 
     def _as_stored(self, number: int, state: LayerState) -> dict[str, np.ndarray]:
