@@ -21,6 +21,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -79,7 +80,8 @@ def optiq(out: str, options: list[str]) -> None:
     """Run mlx-optiq, whose sensitivities are then computed in float32.
 
     It measures every weight in every tier by the whole model: with mlx's exponentials of a CPU that
-    would take two hours.
+    would take two hours. It hands its plan to mlx-lm by position, where mlx-lm 0.32.2 has another
+    argument: unmended, all weights get its lowest bits.
     """
     sys.path.append(os.environ["OPTIQ"])
     from optiq.cli import convert
@@ -88,6 +90,14 @@ def optiq(out: str, options: list[str]) -> None:
 
     speed_up_mlx()
     sensitivity._kl_from_ref = mean_kl
+    converter = import_module("mlx_lm.convert")
+    quantize = converter.quantize_model
+
+    def quantize_by_plan(model, config, group_size, bits, mode, quant_predicate):
+        options = {"mode": mode, "quant_predicate": quant_predicate}
+        return quantize(model, config, group_size, bits, **options)
+
+    converter.quantize_model = quantize_by_plan
 
     analyze = llm.analyze_sensitivity_exact
 
@@ -170,8 +180,6 @@ def prepare_dwq(module) -> None:
 
 def prepared(name: str):
     """The main() of a tool that reads our text, computes in float32 and stores BF16."""
-    from importlib import import_module
-
     module = import_module(f"mlx_lm.quant.{name.rpartition('.')[2]}")
     load, store = module.load, module.save
 
