@@ -81,7 +81,7 @@ def optiq(out: str, options: list[str]) -> None:
 
     It measures every weight in every tier by the whole model: with mlx's exponentials of a CPU that
     would take two hours. It hands its plan to mlx-lm by position, where mlx-lm 0.32.2 has another
-    argument: unmended, all weights get its lowest bits.
+    argument: unmended, all weights get 4 bits.
     """
     sys.path.append(os.environ["OPTIQ"])
     from optiq.cli import convert
