@@ -68,7 +68,7 @@ def test_options_in_the_docs_exist():
     looked = 0
     for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
         for line in path.read_text().splitlines():
-            if any(tool in line for tool in ("mlx_lm.", "auto-round ", "pip ")):
+            if any(tool in line for tool in ("mlx_lm.", "optiq ", "auto-round ", "pip ")):
                 continue
             for option in re.findall(r"(?<![\w-])--[a-z][a-z-]+", line):
                 assert option in known | foreign, (path.name, option)
