@@ -43,10 +43,11 @@ def table(args: argparse.Namespace) -> str:
     folder.mkdir(exist_ok=True)
     native = str(demo_checkpoint())
     settings = EvaluationSettings(max_tokens=args.max_tokens)
+    chains = min(args.limit, HASH_CHAINS)
     where = (Path(args.data), folder / "records", settings)
     requests = [
         EvaluationRequest(FIVE, args.limit, *where),
-        EvaluationRequest(("hashhop",), min(args.limit, HASH_CHAINS), *where),
+        EvaluationRequest(("hashhop",), chains, *where),
     ]
     began = time.monotonic()
     written = repos(folder, args.profile)
@@ -64,8 +65,7 @@ def table(args: argparse.Namespace) -> str:
     return "\n".join(
         [
             f"{machine()}; {args.limit} items of each benchmark, at most {args.max_tokens} tokens "
-            f"an answer (HashHop: {min(args.limit, HASH_CHAINS)} items); "
-            f"{(time.monotonic() - began) / 60:.0f} minutes.",
+            f"an answer (HashHop: {chains} items); {(time.monotonic() - began) / 60:.0f} minutes.",
             "",
             "| | repo | items | accuracy | truncated | native | difference | won, lost |",
             "|---|---|---|---|---|---|---|---|",

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from quantkit.backend import free_memory, mx
+from quantkit.formats.affine import AffineWeight, grouped
 from quantkit.formats.codec import decode, fake_quantize, to_mx, to_numpy
 from quantkit.formats.tiers import Tier
 from quantkit.progress import Stage
@@ -63,20 +64,17 @@ class TuningText:
     validate: np.ndarray
 
 
-def _values(q: mx.array, scales: mx.array, biases: mx.array, tier: Tier) -> mx.array:
-    groups = q.astype(mx.float32).reshape(*q.shape[:-1], -1, tier.group_size)
-    return (groups * scales[..., None] + biases[..., None]).reshape(q.shape)
-
-
-def _product(q: mx.array, tier: Tier, scales: mx.array, biases: mx.array) -> Product:
+def _product(weight: AffineWeight, tier: Tier) -> Product:
     """Return the product of a module with the dequantized weight.
 
     Experts are dequantized one by one, so that no gradient is as large as the stack.
     """
+    q, scales, biases = weight.q, weight.scales, weight.biases
     if q.ndim == 2:
-        return plain_product(_values(q, scales, biases, tier))
+        return plain_product(weight.dequantized(tier))
     return experts_product(
-        q.shape, lambda which: _values(q[which], scales[which], biases[which], tier)
+        q.shape,
+        lambda which: AffineWeight(q[which], scales[which], biases[which]).dequantized(tier),
     )
 
 
@@ -260,7 +258,7 @@ class ScaleTuner:
             tier, weight = self._tiers[name], self._model.weights[name]
             if f"{name} q" in state:
                 stored = _stored(state, name, scales_dtype(weight))
-                products[name] = _product(state[f"{name} q"], tier, *stored)
+                products[name] = _product(AffineWeight(state[f"{name} q"], *stored), tier)
             elif len(weight.shape) == 2:  # rounded to nearest; stacks of another kind stay native
                 products[name] = plain_product(fake_quantize(self._model.values(name), tier))
         return products
@@ -277,7 +275,7 @@ class ScaleTuner:
             ones = mx.ones_like(s)
             integers = (mx.array(packed).reshape(rows), ones, mx.zeros_like(ones))
             q = mx.dequantize(*integers, tier.group_size, tier.bits)
-            groups = q.reshape(*s.shape, tier.group_size)
+            groups = grouped(q, tier)
             middle = groups.mean(axis=-1)
             spread = mx.maximum(groups.var(axis=-1), 1 / tier.group_size).sqrt()
             state |= {f"{name} q": q.astype(mx.uint8), f"{name} middle": middle}
