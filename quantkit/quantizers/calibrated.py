@@ -114,9 +114,10 @@ class CalibratedQuantization:
             # The inputs of all layers, for the backward pass.
             space += stream * min(self.text.calibrate.size, EMBEDDING_TOKENS) * (layers + 3)
         if plan.tuning_steps:
-            # All quantized layers, and per group two generations of six float32 values.
+            # All quantized layers, and per group two generations of six float32 values, the mean
+            # and the spread of the integers, and the best scale and bias.
             groups = sum(a.parameters // tier.group_size for a, tier in affine)
-            space += plan.total_bytes + 52 * groups
+            space += plan.total_bytes + 60 * groups
         return space
 
     def _expert_bytes(self) -> int:

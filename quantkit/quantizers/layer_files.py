@@ -49,8 +49,8 @@ class LayerFiles:
         The best point of the tuning stays, in case a shard turns out to be damaged.
         """
         self.work.drop(self._name(stage))
-        for parity in (0, 1):
-            self.work.drop(f"tune-{stage}-{parity}.npz")
+        for name in ("tune-{}-0.npz", "tune-{}-1.npz", "integers-{}.npz"):
+            self.work.drop(name.format(stage))
 
     @staticmethod
     def _name(stage: int) -> str:

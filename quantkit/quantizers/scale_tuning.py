@@ -266,18 +266,15 @@ class ScaleTuner:
     def _layer_state(self, number: int, step: int) -> LayerState:
         """Return the integers, scales, biases and optimizer state of a layer after `step` steps."""
         state: LayerState = {}
+        spreads = self._spreads(number)
         for name, (packed, scales, biases) in self._files.load(number).items():
             tier, weight = self._tiers[name], self._model.weights[name]
             rows = (*weight.shape[:-1], -1)
             s, b = (
                 to_mx(x, weight.dtype).astype(mx.float32).reshape(rows) for x in (scales, biases)
             )
-            ones = mx.ones_like(s)
-            integers = (mx.array(packed).reshape(rows), ones, mx.zeros_like(ones))
-            q = mx.dequantize(*integers, tier.group_size, tier.bits)
-            groups = grouped(q, tier)
-            middle = groups.mean(axis=-1)
-            spread = mx.maximum(groups.var(axis=-1), 1 / tier.group_size).sqrt()
+            q = _integers(packed, tier, s)
+            middle, spread = mx.array(spreads[name])
             state |= {f"{name} q": q.astype(mx.uint8), f"{name} middle": middle}
             for kind, start, unit in (("s", s, s / spread), ("c", b + s * middle, s)):
                 key = f"{name} {kind}"
@@ -288,6 +285,21 @@ class ScaleTuner:
             saved = self._work.arrays(f"tune-{number}-{step % 2}.npz")
             state |= {key: mx.array(values) for key, values in saved.items()}
         return state
+
+    def _spreads(self, number: int) -> dict[str, np.ndarray]:
+        """Return the mean and the standard deviation (2, ..., groups) of the integers of all groups
+        of a layer, by weight. The work directory keeps them."""
+        name = f"integers-{number}.npz"
+        if not self._work.has(name):
+            arrays = {}
+            for weight, (packed, scales, _) in self._files.load(number).items():
+                tier = self._tiers[weight]
+                ones = mx.ones((*self._model.weights[weight].shape[:-1], scales.shape[-1]))
+                groups = grouped(_integers(packed, tier, ones), tier)
+                spread = mx.maximum(groups.var(axis=-1), 1 / tier.group_size).sqrt()
+                arrays[weight] = np.array(mx.stack([groups.mean(axis=-1), spread]))
+            self._work.save_arrays(name, arrays)
+        return self._work.arrays(name)
 
     def _as_stored(self, number: int, state: LayerState) -> dict[str, np.ndarray]:
         """Return scales and biases in their stored dtype."""
@@ -308,6 +320,14 @@ def _rows_of(tensors: Tensors, tier: Tier, dtype: str) -> StoredRows:
         return decode((mx.array(packed[start:stop]), s, b), tier, "F32")
 
     return rows
+
+
+def _integers(packed: np.ndarray, tier: Tier, like: mx.array) -> mx.array:
+    """Return the integers (..., in) of a packed weight in float32, with as many groups as `like`
+    (..., groups)."""
+    ones = mx.ones_like(like)
+    words = mx.array(packed).reshape(*like.shape[:-1], -1)
+    return mx.dequantize(words, ones, mx.zeros_like(ones), tier.group_size, tier.bits)
 
 
 def _stored(state: LayerState, name: str, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
