@@ -99,6 +99,17 @@ def build_model(config: Mapping[str, Any]) -> Any:
         ) from exc
 
 
+def loadable_model(checkpoint: Checkpoint) -> Any:
+    """Build mlx-lm's model of a checkpoint as loading leaves it, without evaluating it.
+
+    Some classes learn from their tensors only that the head is the embedding (Gemma 3). Raises
+    SourceError.
+    """
+    model = _Model(checkpoint)
+    model.sanitize(_placeholders(checkpoint))
+    return model.model
+
+
 class _Model:
     """The mlx-lm model of a checkpoint, built but never evaluated."""
 
@@ -141,7 +152,7 @@ def describe(checkpoint: Checkpoint) -> Layout:
     Raises SourceError for a model_type unknown to mlx-lm, or a checkpoint that it would not load.
     """
     model = _Model(checkpoint)
-    placeholders = {t.name: _placeholder(t.dtype, t.shape) for t in checkpoint.tensors.values()}
+    placeholders = _placeholders(checkpoint)
     stored_name = {id(array): name for name, array in placeholders.items()}
     arrays = model.sanitize(dict(placeholders))
     packed = _packed(checkpoint, arrays)
@@ -228,6 +239,10 @@ def _add_packed(
                 f"tier {tier} needs {list(spec.shape)}."
             )
     layout.add_weight(at, shape, tier, *(view(spec.name) for spec in specs), dtype=dtype)
+
+
+def _placeholders(checkpoint: Checkpoint) -> dict[str, mx.array]:
+    return {t.name: _placeholder(t.dtype, t.shape) for t in checkpoint.tensors.values()}
 
 
 def _placeholder(dtype: str, shape: tuple[int, ...]) -> mx.array:

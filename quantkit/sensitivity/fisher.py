@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from quantkit.backend import free_memory, mx
+from quantkit.backend.cpu_functions import row_dots
 from quantkit.progress import Stage
 from quantkit.quantizers.registry import RTN
 from quantkit.sensitivity.entries import Entry, EntryKey
@@ -196,7 +197,7 @@ class Sweep:
         x = self._saved("x-0.npy")
         for entry in self._entries_of(EMBEDDING):
             moved = self.model.embedded(self._tokens, {entry.weight.name: entry.tier}) - x
-            result.costs[entry.key] = predicted_kl((g * moved).sum(axis=-1))
+            result.costs[entry.key] = predicted_kl(row_dots(g, moved))
             progress(1, entry.weight.name)
         return result
 

@@ -19,7 +19,7 @@ from quantkit.artifacts.inventory import Weight
 from quantkit.backend import mx, on_cpu
 from quantkit.backend.cpu_functions import speed_up_mlx
 from quantkit.backend.memory_limits import memory_limits
-from quantkit.checkpoint.generic import build_model
+from quantkit.checkpoint.generic import loadable_model
 from quantkit.checkpoint.source import Source
 from quantkit.errors import SourceError
 from quantkit.formats.codec import decode, decode_mxfp4, to_mx
@@ -328,7 +328,7 @@ def _build(source: Source) -> Any:
     from mlx.utils import tree_unflatten
     from mlx_lm.models.switch_layers import SwitchLinear
 
-    model = build_model(source.checkpoint.config)
+    model = loadable_model(source.checkpoint)
     packed = {
         weight.name: parse_tier(weight.storage).config_entry()
         for weight in source.inventory.weights

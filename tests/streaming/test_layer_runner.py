@@ -9,7 +9,7 @@ from quantkit.checkpoint.source import open_source
 from quantkit.errors import SourceError
 from quantkit.streaming.layer_runner import StreamingModel
 from tests.support import tiny
-from tests.support.families import LLAMA, MOE, write
+from tests.support.families import GEMMA, LLAMA, MOE, write, write_from_model
 from tests.support.reference import plainly_loaded
 
 
@@ -17,13 +17,14 @@ def sources(tmp_path):
     return {
         "gpt-oss": lambda: tiny.write_gpt_oss(tmp_path / "src"),
         "llama": lambda: write(tmp_path / "src", LLAMA),
+        "gemma3": lambda: write_from_model(tmp_path / "src", GEMMA),
         "qwen3-moe": lambda: write(tmp_path / "src", MOE),
         "qwen3-moe-f16": lambda: write(tmp_path / "src", MOE, "F16"),
     }
 
 
 @pytest.mark.skipif(not on_cpu(), reason="the reference is float32")
-@pytest.mark.parametrize("kind", ["gpt-oss", "llama", "qwen3-moe", "qwen3-moe-f16"])
+@pytest.mark.parametrize("kind", ["gpt-oss", "llama", "gemma3", "qwen3-moe", "qwen3-moe-f16"])
 @pytest.mark.parametrize("length", [3, 40])
 def test_logits_are_those_of_a_plain_load(tmp_path, kind, length):
     folder = sources(tmp_path)[kind]()
@@ -32,6 +33,8 @@ def test_logits_are_those_of_a_plain_load(tmp_path, kind, length):
     model = StreamingModel(open_source(str(folder)))
     assert mx.allclose(model(tokens), expected, atol=1e-4).item()
     assert mx.abs(expected).max().item() > 0.1
+    h = model.run(tokens, lambda *_: None)
+    assert mx.allclose(model.head_block(h, range(8, 24)), expected[..., 8:24], atol=1e-4).item()
 
 
 def test_fine_tunes_that_mlx_lm_refuses(tmp_path):

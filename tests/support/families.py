@@ -32,6 +32,22 @@ MOE = {
     "max_position_embeddings": 512,
     "tie_word_embeddings": False,
 }
+GEMMA = {  # its head's class learns from the tensors that it is the embedding
+    "model_type": "gemma3_text",
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+    "query_pre_attn_scalar": 32,
+    "rms_norm_eps": 1e-6,
+    "vocab_size": 64,
+    "sliding_window": 16,
+    "sliding_window_pattern": 2,
+    "tie_word_embeddings": True,
+    "eos_token_id": 1,
+}
 
 FAMILIES = {  # mixtures of experts
     "qwen3-moe": MOE,
@@ -118,6 +134,8 @@ def write_from_model(folder, config, dtype_of=lambda name: "BF16", extra=()):
 
     rng = np.random.default_rng(0)
     shapes = {n: v.shape for n, v in tree_flatten(build_model(config).parameters())}
+    if config.get("tie_word_embeddings"):
+        shapes.pop("lm_head.weight", None)
     shapes |= dict.fromkeys(extra, (4, 4))
     stored = [TensorSpec(name, dtype_of(name), shape) for name, shape in shapes.items()]
     return tiny.write_checkpoint(
