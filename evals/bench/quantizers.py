@@ -181,10 +181,13 @@ def main() -> None:
     if args.part in (None, "experts"):
         save(table(source, expert_plans(source)), "quantizer-experts")
     if args.part in (None, "tuned"):
-        plan = replace(experts_in(source, "q3g64"), quantizer="gptq")
-        tuned = replace(plan, tuning_steps=TUNED)
-        group = [("gptq", plan), (f"gptq, tuned for {TUNED} steps", tuned)]
-        text = table(source, {"experts q3g64, other weights native": group}, " 1,024 a step,")
+        groups = {}
+        for tier in ("q3g64", "q2g32"):
+            plan = replace(experts_in(source, tier), quantizer="gptq")
+            tuned = replace(plan, tuning_steps=TUNED)
+            rows = [("gptq", plan), (f"gptq, tuned for {TUNED} steps", tuned)]
+            groups[f"experts {tier}, other weights native"] = rows
+        text = table(source, groups, " 1,024 a step,")
         save(text, "quantizer-tuned")
     if args.part in (None, "split"):
         save(split(source), "quantizer-split")
