@@ -102,8 +102,8 @@ def build_model(config: Mapping[str, Any]) -> Any:
 def loadable_model(checkpoint: Checkpoint) -> Any:
     """Build mlx-lm's model of a checkpoint as loading leaves it, without evaluating it.
 
-    Some classes learn from their tensors only that the head is the embedding (Gemma 3). Raises
-    SourceError.
+    Loading may change it: only from the tensors does Gemma 3's class learn that its head is the
+    embedding. Raises SourceError.
     """
     model = _Model(checkpoint)
     model.sanitize(_placeholders(checkpoint))
@@ -242,6 +242,7 @@ def _add_packed(
 
 
 def _placeholders(checkpoint: Checkpoint) -> dict[str, mx.array]:
+    """Return lazy arrays in place of all stored tensors."""
     return {t.name: _placeholder(t.dtype, t.shape) for t in checkpoint.tensors.values()}
 
 
