@@ -68,6 +68,17 @@ def expert_plans(source: Source) -> Groups:
     return groups
 
 
+def tuned_plans(source: Source) -> Groups:
+    """Experts in one tier, other weights native, without scale tuning and with it."""
+    groups: Groups = {}
+    for tier in ("q3g64", "q2g32"):
+        plan = replace(experts_in(source, tier), quantizer="gptq")
+        tuned = replace(plan, tuning_steps=TUNED)
+        group = [("gptq", plan), (f"gptq, tuned for {TUNED} steps", tuned)]
+        groups[f"experts {tier}, other weights native"] = group
+    return groups
+
+
 def recipe_plans(source: Source, profile: SensitivityProfile) -> Groups:
     """Our plans at the bytes of recipes."""
     inventory = source.inventory
@@ -181,14 +192,7 @@ def main() -> None:
     if args.part in (None, "experts"):
         save(table(source, expert_plans(source)), "quantizer-experts")
     if args.part in (None, "tuned"):
-        groups = {}
-        for tier in ("q3g64", "q2g32"):
-            plan = replace(experts_in(source, tier), quantizer="gptq")
-            tuned = replace(plan, tuning_steps=TUNED)
-            rows = [("gptq", plan), (f"gptq, tuned for {TUNED} steps", tuned)]
-            groups[f"experts {tier}, other weights native"] = rows
-        text = table(source, groups, " 1,024 a step,")
-        save(text, "quantizer-tuned")
+        save(table(source, tuned_plans(source), " 1,024 a step,"), "quantizer-tuned")
     if args.part in (None, "split"):
         save(split(source), "quantizer-split")
     if args.part in (None, "recipes"):

@@ -49,8 +49,8 @@ class LayerFiles:
         The best point of the tuning stays, in case a shard turns out to be damaged.
         """
         self.work.drop(self._name(stage))
-        for name in ("tune-{}-0.npz", "tune-{}-1.npz", "integers-{}.npz"):
-            self.work.drop(name.format(stage))
+        for name in (f"tune-{stage}-0", f"tune-{stage}-1", f"integers-{stage}"):
+            self.work.drop(f"{name}.npz")
 
     @staticmethod
     def _name(stage: int) -> str:

@@ -273,7 +273,7 @@ class ScaleTuner:
             s, b = (
                 to_mx(x, weight.dtype).astype(mx.float32).reshape(rows) for x in (scales, biases)
             )
-            q = _integers(packed, tier, s)
+            q = _integers(packed, weight.shape, tier)
             middle, spread = mx.array(spreads[name])
             state |= {f"{name} q": q.astype(mx.uint8), f"{name} middle": middle}
             for kind, start, unit in (("s", s, s / spread), ("c", b + s * middle, s)):
@@ -292,10 +292,9 @@ class ScaleTuner:
         name = f"integers-{number}.npz"
         if not self._work.has(name):
             arrays = {}
-            for weight, (packed, scales, _) in self._files.load(number).items():
-                tier = self._tiers[weight]
-                ones = mx.ones((*self._model.weights[weight].shape[:-1], scales.shape[-1]))
-                groups = grouped(_integers(packed, tier, ones), tier)
+            for weight, (packed, _, _) in self._files.load(number).items():
+                tier, shape = self._tiers[weight], self._model.weights[weight].shape
+                groups = grouped(_integers(packed, shape, tier), tier)
                 spread = mx.maximum(groups.var(axis=-1), 1 / tier.group_size).sqrt()
                 arrays[weight] = np.array(mx.stack([groups.mean(axis=-1), spread]))
             self._work.save_arrays(name, arrays)
@@ -322,12 +321,11 @@ def _rows_of(tensors: Tensors, tier: Tier, dtype: str) -> StoredRows:
     return rows
 
 
-def _integers(packed: np.ndarray, tier: Tier, like: mx.array) -> mx.array:
-    """Return the integers (..., in) of a packed weight in float32, with as many groups as `like`
-    (..., groups)."""
-    ones = mx.ones_like(like)
-    words = mx.array(packed).reshape(*like.shape[:-1], -1)
-    return mx.dequantize(words, ones, mx.zeros_like(ones), tier.group_size, tier.bits)
+def _integers(packed: np.ndarray, shape: tuple[int, ...], tier: Tier) -> mx.array:
+    """Return the integers of a packed weight of `shape` (..., in), in float32."""
+    ones = mx.ones((*shape[:-1], shape[-1] // tier.group_size))
+    words = mx.array(packed).reshape(*shape[:-1], -1)
+    return decode((words, ones, mx.zeros_like(ones)), tier, "F32")
 
 
 def _stored(state: LayerState, name: str, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:

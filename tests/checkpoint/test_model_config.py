@@ -17,7 +17,7 @@ from quantkit.planning.recipe import load_recipe, plan_by_recipe
 from quantkit.publish.record import read_report
 from quantkit.streaming.attention import attention_differences, attention_settings
 from tests.support import tiny
-from tests.support.families import LLAMA
+from tests.support.families import GEMMA, LLAMA
 from tests.support.repo import write_repo
 
 YARN = {
@@ -118,14 +118,8 @@ def test_losing_what_is_asked_for_is_found(form):
         assert "layer 0: the config specifies rope_theta 150000, yarn scaling" in found[0]
 
 
-GEMMA = {
-    **LLAMA,
-    "model_type": "gemma3_text",
-    "head_dim": 32,
-    "num_hidden_layers": 2,
-    "sliding_window": 16,
-    "sliding_window_pattern": 2,
-    "query_pre_attn_scalar": 32,
+GEMMA_LAYERS = {
+    **GEMMA,
     "layer_types": ["sliding_attention", "full_attention"],
     "rope_theta": None,
 }
@@ -134,12 +128,12 @@ LINEAR = {"rope_type": "linear", "factor": 8.0}
 
 def test_layer_types_with_settings_of_their_own():
     """Gemma 3 has one base for sliding layers, and another, with scaling, for full ones."""
-    older = {**GEMMA, "rope_theta": 1e6, "rope_local_base_freq": 1e4, "rope_scaling": LINEAR}
+    older = {**GEMMA_LAYERS, "rope_theta": 1e6, "rope_local_base_freq": 1e4, "rope_scaling": LINEAR}
     settings = {
         "full_attention": {**LINEAR, "rope_theta": 1e6},
         "sliding_attention": {**PLAIN, "rope_theta": 1e4},
     }
-    config = {**GEMMA, "rope_parameters": settings}
+    config = {**GEMMA_LAYERS, "rope_parameters": settings}
     found = with_rope_settings(config)
     assert rotate_alike(rotations(found), rotations(older))
     assert not rotate_alike(rotations(found)[:1], rotations(found)[1:])
@@ -440,7 +434,7 @@ def test_longrope_of_every_name(case):
 
 def test_scaling_without_a_base_is_missed_when_it_is_lost():
     """Gemma 3's published text_config states no base: the family's own is meant."""
-    config = {k: v for k, v in GEMMA.items() if k not in ("rope_theta", "layer_types")}
+    config = {k: v for k, v in GEMMA_LAYERS.items() if k not in ("rope_theta", "layer_types")}
     asked = attention_settings({**config, "rope_scaling": LINEAR})
     lost = build_model({**config, "rope_theta": 1e6, "rope_scaling": None})
     assert attention_differences(asked, lost)

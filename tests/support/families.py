@@ -32,21 +32,13 @@ MOE = {
     "max_position_embeddings": 512,
     "tie_word_embeddings": False,
 }
-GEMMA = {  # its head's class learns from the tensors that it is the embedding
+GEMMA = {  # its class learns from the tensors that its head is the embedding
+    **LLAMA,
     "model_type": "gemma3_text",
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
     "head_dim": 32,
     "query_pre_attn_scalar": 32,
-    "rms_norm_eps": 1e-6,
-    "vocab_size": 64,
     "sliding_window": 16,
     "sliding_window_pattern": 2,
-    "tie_word_embeddings": True,
-    "eos_token_id": 1,
 }
 
 FAMILIES = {  # mixtures of experts
