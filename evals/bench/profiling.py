@@ -55,13 +55,13 @@ def memory() -> str:
 
 
 def working_set(experts: int, tokens: int = TOKENS) -> float:
-    """Bytes: a layer's weights in float32, one stack once more in BF16 and, rounded, in float32
-    (6 bytes a value), and what the layer's modules gave on all tokens, in float32."""
+    """Bytes: a layer's weights in float32, one stack once more in BF16 (2 bytes a value) and packed
+    in 3 bits and a half, and what the layer's modules gave on all tokens, in float32."""
     hidden, heads, keys = 2880, 4096, 512
     stack = experts * hidden * hidden
     layer = 4 * (3 * stack + 2 * hidden * heads + 2 * hidden * keys)
     activations = 4 * tokens * (3 * hidden + heads + 2 * keys + 4 * 3 * hidden)
-    return layer + 6 * stack + activations
+    return layer + (2 + 3.5 / 8) * stack + activations
 
 
 def sweep(name: str) -> None:

@@ -34,6 +34,12 @@ def encode(weight: mx.array, tier: Tier) -> tuple[mx.array, ...]:
     if not tier.quantized:
         return (weight.astype(FLOAT_TYPES[tier.name.upper()]),)
     tier.require_fit("weight", weight.shape)
+    if _is_large_stack(weight):
+        matrices = []
+        for matrix in weight:
+            matrices.append(encode(matrix, tier))
+            mx.eval(matrices[-1])
+        return tuple(mx.stack(list(parts)) for parts in zip(*matrices, strict=True))
     return tuple(mx.quantize(weight, group_size=tier.group_size, bits=tier.bits, mode=tier.mode))
 
 
@@ -59,9 +65,7 @@ def fake_quantize(weight: mx.array, tier: Tier) -> mx.array:
     Scales and biases are widened to float32 first, as in MLX's kernels; BF16 would round the
     products once more.
     """
-    if (
-        weight.ndim > 2 and weight.size > memory_limits().decoded_values
-    ):  # decoding needs temporaries as large
+    if _is_large_stack(weight):
         values = mx.zeros(weight.shape)
         for number, matrix in enumerate(weight):
             values[number] = fake_quantize(matrix, tier)
@@ -70,6 +74,12 @@ def fake_quantize(weight: mx.array, tier: Tier) -> mx.array:
     packed, *scales = encode(weight, tier)
     wide = [x.astype(mx.float32) if x.dtype != mx.uint8 else x for x in scales]
     return decode((packed, *wide), tier, "F32")
+
+
+def _is_large_stack(weight: mx.array) -> bool:
+    """Return whether to take the matrices of a stack one by one, since quantizing and decoding need
+    temporaries as large as their argument, in float32."""
+    return weight.ndim > 2 and weight.size > memory_limits().decoded_values
 
 
 def decode_mxfp4(packed: np.ndarray, scales: np.ndarray) -> mx.array:

@@ -11,12 +11,17 @@ from quantkit.backend import mx
 
 
 def plain_switch_linear(module: Any) -> Any:
-    """Return a replacement for mlx-lm's SwitchLinear with its parameters, for float32 weights."""
+    """Return a replacement for mlx-lm's SwitchLinear with its parameters, for float32 weights.
+
+    It computes with its `instead` in place of its weight, if that is not None: an object of the
+    weight's shape whose slices are arrays.
+    """
     from mlx.nn import Module
 
     class PlainSwitchLinear(Module):  # type: ignore[misc]
         def __init__(self) -> None:
             super().__init__()
+            self.instead: Any = None
             self.weight = module.weight
             if "bias" in module:
                 self.bias = module.bias
@@ -25,7 +30,8 @@ def plain_switch_linear(module: Any) -> Any:
             self, x: mx.array, indices: mx.array, sorted_indices: bool = False
         ) -> mx.array:
             """Return (..., 1, out) for x (..., 1, in) and indices (...), as SwitchLinear does."""
-            return switch_product(self, self.weight, x, indices, sorted_indices)
+            weight = self.weight if self.instead is None else self.instead
+            return switch_product(self, weight, x, indices, sorted_indices)
 
     return PlainSwitchLinear()
 
@@ -48,8 +54,13 @@ def _sorted_product(x: mx.array, indices: mx.array, weight: Any) -> mx.array:
     """Multiply x (n, 1, in), whose rows are sorted by their experts `indices` (n)."""
     counts = np.bincount(np.array(indices), minlength=weight.shape[0])
     by_expert = mx.split(x[:, 0], np.cumsum(counts)[:-1].tolist())
-    # A slice is a view; weight[e] would be a copy.
-    used = [rows @ weight[e : e + 1].squeeze(0).T for e, rows in enumerate(by_expert) if counts[e]]
+    used = []
+    for e, rows in enumerate(by_expert):
+        if counts[e]:
+            # A slice is a view; weight[e] would be a copy.
+            used.append(rows @ weight[e : e + 1].squeeze(0).T)
+            if not isinstance(weight, mx.array):
+                mx.eval(used[-1])  # before mlx takes memory for other slices
     return mx.expand_dims(mx.concatenate(used), -2)
 
 

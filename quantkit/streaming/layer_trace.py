@@ -16,7 +16,7 @@ from quantkit.formats.affine import AffineWeight
 from quantkit.formats.codec import encode, fake_quantize
 from quantkit.formats.tiers import Tier
 from quantkit.streaming.layer_runner import submodule
-from quantkit.streaming.products import Product
+from quantkit.streaming.products import Product, decoded_slices
 from quantkit.streaming.weight_loader import Call, StreamedModule
 
 Observer = Callable[[str, mx.array, "mx.array | None"], None]
@@ -267,20 +267,21 @@ class HookedLayer:
         before = dict(module)
         settings = {k: getattr(module, k, None) for k in ("group_size", "bits", "mode")}
         try:
-            if "scales" in module:
-                _pack(
-                    module,
-                    encode(values, tier) if quantized is None else quantized.packed(tier),
-                    tier,
-                )
+            stack = hasattr(module, "instead") and tier.quantized
+            if stack or "scales" in module:
+                tensors = encode(values, tier) if quantized is None else quantized.packed(tier)
+                if stack:
+                    module.instead = decoded_slices(tensors, tier)
+                else:
+                    _pack(module, tensors, tier)
+            elif quantized is None:
+                module.weight = fake_quantize(values, tier)
             else:
-                module.weight = (
-                    fake_quantize(values, tier)
-                    if quantized is None
-                    else quantized.dequantized(tier)
-                )
+                module.weight = quantized.dequantized(tier)
             yield
         finally:
+            if hasattr(module, "instead"):
+                module.instead = None
             for key in [key for key in module if key not in before]:
                 module.pop(key)
             module.update(before)

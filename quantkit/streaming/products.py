@@ -24,6 +24,18 @@ class ExpertSlices:
         return self._values(which)
 
 
+def decoded_slices(tensors: Sequence[mx.array], tier: Tier) -> ExpertSlices:
+    """Return a packed stack (experts, out, in), whose `tensors` have the order of `encode`, as
+    float32 slices that are decoded on access."""
+    packed, *scales = _wide(tensors)
+
+    def values(which: slice) -> mx.array:
+        return decode((packed[which], *(x[which] for x in scales)), tier, "F32")
+
+    width = packed.shape[-1] * 32 // tier.bits
+    return ExpertSlices((*packed.shape[:-1], width), values)
+
+
 def plain_product(weight: mx.array) -> Product:
     """Return the product with a matrix `weight` (out, in)."""
 
@@ -35,12 +47,7 @@ def plain_product(weight: mx.array) -> Product:
 
 def experts_product(shape: tuple[int, ...], values: Callable[[slice], mx.array]) -> Product:
     """Return the product with a stack of `shape` (experts, out, in), a slice of it at a time."""
-    weight = ExpertSlices(shape, values)
-
-    def experts(module: Any, *args: Any, **kwargs: Any) -> mx.array:
-        return switch_product(module, weight, *args, **kwargs)
-
-    return experts
+    return _slices_product(ExpertSlices(shape, values))
 
 
 def packed_product(tensors: Sequence[mx.array], tier: Tier) -> Product:
@@ -49,13 +56,14 @@ def packed_product(tensors: Sequence[mx.array], tier: Tier) -> Product:
 
     A GPU computes with them as they are, a CPU decodes a matrix at a time.
     """
-    packed, *scales = tensors
-    wide = [x if x.dtype == mx.uint8 else x.astype(mx.float32) for x in scales]
+    packed, *scales = wide = _wide(tensors)
     if on_cpu():
-        return _decoded_product(packed, wide, tier)
+        if packed.ndim > 2:
+            return _slices_product(decoded_slices(tensors, tier))
+        return plain_product(decode(wide, tier, "F32"))
     settings: dict[str, Any] = {
-        "scales": wide[0],
-        "biases": wide[1] if len(wide) > 1 else None,
+        "scales": scales[0],
+        "biases": scales[1] if len(scales) > 1 else None,
         "transpose": True,
         "group_size": tier.group_size,
         "bits": tier.bits,
@@ -75,14 +83,17 @@ def packed_product(tensors: Sequence[mx.array], tier: Tier) -> Product:
     return experts if packed.ndim > 2 else matrix
 
 
-def _decoded_product(packed: mx.array, scales: Sequence[mx.array], tier: Tier) -> Product:
-    def values(which: slice) -> mx.array:
-        return decode((packed[which], *(x[which] for x in scales)), tier, "F32")
+def _slices_product(weight: ExpertSlices) -> Product:
+    def experts(module: Any, *args: Any, **kwargs: Any) -> mx.array:
+        return switch_product(module, weight, *args, **kwargs)
 
-    if packed.ndim == 2:
-        return plain_product(values(slice(None)))
-    width = packed.shape[-1] * 32 // tier.bits
-    return experts_product((*packed.shape[:-1], width), values)
+    return experts
+
+
+def _wide(tensors: Sequence[mx.array]) -> tuple[mx.array, ...]:
+    """Return packed tensors with affine scales and biases in float32."""
+    packed, *scales = tensors
+    return packed, *(x if x.dtype == mx.uint8 else x.astype(mx.float32) for x in scales)
 
 
 def _biased(module: Any, y: mx.array) -> mx.array:

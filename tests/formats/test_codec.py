@@ -98,8 +98,10 @@ def test_carriers_go_there_and_back(dtype, kind):
 
 def test_a_large_stack_is_rounded_in_parts(monkeypatch):
     weight = mx.random.normal((3, 8, 64), key=mx.random.key(0)).astype(mx.bfloat16)
-    whole = fake_quantize(weight, TIERS["q3g32"])
+    whole, packed = fake_quantize(weight, TIERS["q3g32"]), encode(weight, TIERS["q3g32"])
     limits = MemoryLimits(decoded_values=100)
     monkeypatch.setattr("quantkit.formats.codec.memory_limits", lambda: limits)
     assert mx.array_equal(fake_quantize(weight, TIERS["q3g32"]), whole)
+    for ours, theirs in zip(encode(weight, TIERS["q3g32"]), packed, strict=True):
+        assert mx.array_equal(ours, theirs)
     assert mx.abs(whole - weight).max().item() < 0.6

@@ -36,3 +36,18 @@ def test_a_packed_product_is_that_of_the_values(monkeypatch, tier, on_cpu):
     rows, flat = mx.repeat(x, 2, axis=0)[order][:, None], experts.reshape(-1)[order]
     y = product(stack, rows, flat, sorted_indices=True)
     assert mx.allclose(y[:, 0], expected.reshape(10, 32)[order], atol=1e-4)
+
+
+def test_a_packed_stack_is_decoded_an_expert_at_a_time(monkeypatch):
+    """On a CPU: whatever the number of experts, no more than two are in float32 at once."""
+    monkeypatch.setattr(products, "on_cpu", lambda: True)
+    tier, experts = parse_tier("q2g64"), 32
+    linear = SwitchLinear(256, 512, experts, bias=False)
+    product = products.packed_product(encode(linear.weight, tier), tier)
+    x, order = mx.random.normal((experts, 1, 256)), mx.arange(experts)
+    mx.eval(x, order, linear.parameters())
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    mx.eval(product(linear, x, order, sorted_indices=True))
+    matrix = 4 * 256 * 512
+    assert matrix < mx.get_peak_memory() - before < linear.weight.nbytes / 4
