@@ -15,6 +15,7 @@ import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from _common import machine, save
@@ -33,6 +34,7 @@ from quantkit.evaluation.fidelity import EvaluationText
 from quantkit.formats.tiers import NATIVE, parse_tier
 from quantkit.jobs.compare import compare
 from quantkit.jobs.quantize import write_plan
+from quantkit.jobs.quantize_options import QuantizeOptions
 from quantkit.planning.allocator import plan_by_budget
 from quantkit.planning.budget import Budget
 from quantkit.planning.constraints import Constraints
@@ -45,8 +47,19 @@ from quantkit.streaming.layer_runner import StreamingModel
 from quantkit.writer.writer import Rewrite, rewrite
 
 TUNED = 60  # steps
+MORE_TOKENS = 65536  # four times the default
 NEIGHBOURS = 8192  # tokens to evaluate on, a fifth of the documents that calibrate
-Groups = dict[str, list[tuple[str, Plan]]]
+
+
+class Row(NamedTuple):
+    """A row of a table: its plan is quantized on so many tokens, for None on the default."""
+
+    label: str
+    plan: Plan
+    tokens: int | None = None
+
+
+Groups = dict[str, list[Row]]
 
 
 def experts_in(source: Source, tier: str) -> Plan:
@@ -63,7 +76,7 @@ def expert_plans(source: Source) -> Groups:
     groups: Groups = {}
     for tier, methods in (("q3g64", ("rtn", "search", "gptq")), ("q2g32", ("rtn", "gptq"))):
         plan = experts_in(source, tier)
-        group = [(method, replace(plan, quantizer=method)) for method in methods]
+        group = [Row(method, replace(plan, quantizer=method)) for method in methods]
         groups[f"experts {tier}, other weights native"] = group
     return groups
 
@@ -71,11 +84,14 @@ def expert_plans(source: Source) -> Groups:
 def tuned_plans(source: Source) -> Groups:
     """Experts in one tier, other weights native, without scale tuning and with it."""
     groups: Groups = {}
-    for tier in ("q3g64", "q2g32"):
+    for tier, tokens, longer in (("q3g64", MORE_TOKENS, 240), ("q2g32", None, 120)):
         plan = replace(experts_in(source, tier), quantizer="gptq")
-        tuned = replace(plan, tuning_steps=TUNED)
-        group = [("gptq", plan), (f"gptq, tuned for {TUNED} steps", tuned)]
-        groups[f"experts {tier}, other weights native"] = group
+        name = "gptq" if tokens is None else f"gptq on {tokens:,} tokens"
+        groups[f"experts {tier}, other weights native"] = [
+            Row("gptq", plan),
+            Row(f"gptq, tuned for {TUNED} steps", replace(plan, tuning_steps=TUNED)),
+            Row(f"{name}, tuned for {longer} steps", replace(plan, tuning_steps=longer), tokens),
+        ]
     return groups
 
 
@@ -89,14 +105,14 @@ def recipe_plans(source: Source, profile: SensitivityProfile) -> Groups:
         ours = plan_by_budget(
             inventory, profile, Budget(recipe.total_bytes, label=name), constraints
         )
-        rows = [(f"`{name}`, rtn", recipe), ("ours, gptq", ours)]
+        rows = [Row(f"`{name}`, rtn", recipe), Row("ours, gptq", ours)]
         if name == BIG:
             pinned = replace(experts_alone(inventory, profile, recipe), quantizer="gptq")
             label = "ours for the experts alone, other weights as in the recipe"
             rows += [
-                (f"ours, gptq, tuned for {TUNED} steps", replace(ours, tuning_steps=TUNED)),
-                (f"{label}, gptq", pinned),
-                (f"{label}, gptq, tuned", replace(pinned, tuning_steps=TUNED)),
+                Row(f"ours, gptq, tuned for {TUNED} steps", replace(ours, tuning_steps=TUNED)),
+                Row(f"{label}, gptq", pinned),
+                Row(f"{label}, gptq, tuned", replace(pinned, tuning_steps=TUNED)),
             ]
         groups[f"at the bytes of `{name}`"] = rows
     return groups
@@ -108,18 +124,19 @@ def table(source: Source, groups: Groups, tuned: str = "") -> str:
     with tempfile.TemporaryDirectory() as folder:
         for number, (title, group) in enumerate(groups.items()):
             outs, seconds = [], []
-            for i, (_, plan) in enumerate(group):
+            for i, row in enumerate(group):
                 outs.append(str(Path(folder) / f"{number}-{i}"))
                 started = time.monotonic()
-                write_plan(source, plan, Path(outs[-1]))
+                options = QuantizeOptions(quantizer_tokens=row.tokens)
+                write_plan(source, row.plan, Path(outs[-1]), options)
                 seconds.append(time.monotonic() - started)
             found = compare(source, outs)
             rows.append(f"| **{title}** | | | | | |")
-            for (label, _), result, taken in zip(group, found, seconds, strict=True):
+            for row, result, taken in zip(group, found, seconds, strict=True):
                 kl = result.kl_mean
                 share = kl.value / found[0].kl_mean.value
                 rows.append(
-                    f"| {label} | {result.bits_per_weight:.3f} | {kl.value:.4f} "
+                    f"| {row.label} | {result.bits_per_weight:.3f} | {kl.value:.4f} "
                     f"({kl.low:.4f} to {kl.high:.4f}) | {share:.3f} | "
                     f"{100 * result.top1_agreement.value:.1f}% | {taken:.0f} s |"
                 )
