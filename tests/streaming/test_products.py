@@ -39,7 +39,7 @@ def test_a_packed_product_is_that_of_the_values(monkeypatch, tier, on_cpu):
 
 
 def test_a_packed_stack_is_decoded_an_expert_at_a_time(monkeypatch):
-    """On a CPU: whatever the number of experts, only a few are in float32 at once."""
+    """On a CPU: whatever the number of experts, one is decoded at a time."""
     monkeypatch.setattr(products, "on_cpu", lambda: True)
     tier, experts = parse_tier("q2g64"), 32
     linear = SwitchLinear(256, 512, experts, bias=False)
@@ -50,4 +50,4 @@ def test_a_packed_stack_is_decoded_an_expert_at_a_time(monkeypatch):
     before = mx.get_active_memory()
     mx.eval(product(linear, x, order, sorted_indices=True))
     matrix = 4 * 256 * 512
-    assert matrix < mx.get_peak_memory() - before < 4 * matrix
+    assert matrix < mx.get_peak_memory() - before < 8 * matrix < linear.weight.nbytes / 3
