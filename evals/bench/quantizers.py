@@ -143,8 +143,8 @@ def table(source: Source, groups: Groups, tuned: str = "") -> str:
                 print(rows[-1], flush=True)
     return "\n".join(
         [
-            f"{machine()}; quantized on 16,384 tokens unless a row says how many,{tuned} evaluated on "
-            f"{found[0].tokens:,} tokens of {found[0].documents} other documents.",
+            f"{machine()}; quantized on 16,384 tokens unless a row says how many,{tuned} evaluated "
+            f"on {found[0].tokens:,} tokens of {found[0].documents} other documents.",
             "",
             "| | bpw | KL mean | ratio | top-1 | time |",
             "|---|---|---|---|---|---|",
