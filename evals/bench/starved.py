@@ -171,19 +171,12 @@ def run(tier: Tier, caps: list[float]) -> tuple[list[Variant], np.ndarray, list[
     start = time.time()
     for number, layer in enumerate(model.layers):
         names = [name for name in model.weights if name.startswith(f"{layer.path}.")]
-        stacks = [name for name in names if len(model.weights[name].shape) > 2]
-        chosen = stacks if number % EVERY == 0 else []
+        chosen = stacks_of(model, number)
         dry = calls[number]
         with hooked(layer, names) as module:
-            traces = {
-                split: list(recorded(module, Call(streams[split], dry.args, dry.kwargs)))
-                for split in (CALIBRATE, VALIDATE)
-            }
-            for split in traces:
-                streams[split] = mx.concatenate([trace.y for trace in traces[split]])
+            text = recorded(model, module, tier, dry, streams)
             native = Call(streams[EVALUATE], dry.args, dry.kwargs)
             streams[EVALUATE] = through(module, native)
-            text = LayerText(model, module, tier, traces[CALIBRATE], traces[VALIDATE])
             for v in variants:
                 changed: dict[str, AffineWeight | None] = dict.fromkeys(chosen)
                 if v.cap is not None and chosen:
@@ -197,10 +190,23 @@ def run(tier: Tier, caps: list[float]) -> tuple[list[Variant], np.ndarray, list[
     return variants, texts[EVALUATE].documents, kl
 
 
-def recorded(module: HookedLayer, call: Call) -> Iterator[LayerTrace]:
-    """Yield the runs of a layer, a few sequences at a time."""
-    for batch in call.batches():
-        yield module.record(batch)
+def stacks_of(model: StreamingModel, number: int) -> list[str]:
+    """The stacks of a layer that change."""
+    path = f"{model.layers[number].path}."
+    names = [n for n, w in model.weights.items() if n.startswith(path) and len(w.shape) > 2]
+    return [] if number % EVERY else names
+
+
+def recorded(
+    model: StreamingModel, module: HookedLayer, tier: Tier, dry: Call, streams: dict[str, mx.array]
+) -> LayerText:
+    """Run a layer on the `streams` to calibrate and to validate, which move on behind it."""
+    traces = []
+    for split in (CALIBRATE, VALIDATE):
+        call = Call(streams[split], dry.args, dry.kwargs)
+        traces.append([module.record(batch) for batch in call.batches()])
+        streams[split] = mx.concatenate([trace.y for trace in traces[-1]])
+    return LayerText(model, module, tier, *traces)
 
 
 def through(module: HookedLayer, call: Call) -> mx.array:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 from _common import machine, save
-from starved import EVALUATED, EVERY, TOKENS, VALIDATED, LayerText, Variant, recorded, spelled
+from starved import EVALUATED, TOKENS, VALIDATED, Variant, recorded, spelled, stacks_of
 
 from quantkit.backend import mx
 from quantkit.calibration.calibration_set import CalibrationSpec, read_calibration_set
@@ -43,14 +43,9 @@ TUNED_TOKENS = {0.71: 3072, 0.18: 768}  # of the demo: 2.7 and 0.67 inputs per d
 Packed = dict[str, tuple[mx.array, ...]]
 
 
-def stacks_of(model: StreamingModel, number: int) -> list[str]:
-    """The stacks of a layer that change."""
-    path = f"{model.layers[number].path}."
-    names = [n for n, w in model.weights.items() if n.startswith(path) and len(w.shape) > 2]
-    return [] if number % EVERY else names
-
-
-def quantize(model: StreamingModel, cap: float, texts: dict[str, mx.array], files: LayerFiles):
+def quantize(
+    model: StreamingModel, cap: float, texts: dict[str, mx.array], files: LayerFiles
+) -> None:
     """Quantize the experts by gptq on capped inputs, and save their tensors."""
     streams = {split: model.calls(tokens)[0].x for split, tokens in texts.items()}
     calls = model.calls(texts[VALIDATE][:1])
@@ -58,14 +53,9 @@ def quantize(model: StreamingModel, cap: float, texts: dict[str, mx.array], file
         files.save(stage, {})
     for number, layer in enumerate(model.layers):
         names = [name for name in model.weights if name.startswith(f"{layer.path}.")]
-        dry, chosen = calls[number], stacks_of(model, number)
+        chosen = stacks_of(model, number)
         with hooked(layer, names) as module:
-            traces = {
-                split: list(recorded(module, Call(x, dry.args, dry.kwargs)))
-                for split, x in streams.items()
-            }
-            streams = {split: mx.concatenate([t.y for t in traces[split]]) for split in traces}
-            text = LayerText(model, module, TIER, traces[CALIBRATE], traces[VALIDATE])
+            text = recorded(model, module, TIER, calls[number], streams)
             weights = text.quantize(chosen, Variant("gptq", cap, None)) if chosen else {}
         tensors: dict[str, Tensors] = {}
         for name, weight in weights.items():
@@ -76,14 +66,11 @@ def quantize(model: StreamingModel, cap: float, texts: dict[str, mx.array], file
         print(f"cap {cap:g}, layer {number}", flush=True)
 
 
-def outputs(
-    model: StreamingModel, tokens: mx.array, packed: Callable[[int], Packed] | None
-) -> mx.array:
+def outputs(model: StreamingModel, tokens: mx.array, packed: Callable[[int], Packed]) -> mx.array:
     """The last layer's output (sequences, length, hidden), with `packed` tensors by layer."""
     x = model.calls(tokens)[0].x
     for number, dry in enumerate(model.calls(tokens[:1])):
-        changed = {} if packed is None else packed(number)
-        products = {name: packed_product(tensors, TIER) for name, tensors in changed.items()}
+        products = {name: packed_product(tensors, TIER) for name, tensors in packed(number).items()}
         with hooked(model.layers[number], list(products)) as module:
             outs = []
             for batch in Call(x, dry.args, dry.kwargs).batches():
@@ -116,7 +103,7 @@ def row(model: StreamingModel, cap: float) -> str:
         tuner = ScaleTuner(model, tiers, files, Tuning(STEPS, min(count, 1024)), text, silent)
         tuner.run()
         tokens = mx.array(evaluated.tokens)
-        native = outputs(model, tokens, None)
+        native = model.run(tokens, lambda *_: None)
         ways = (
             lambda number: {n: encode(model.values(n), TIER) for n in stacks_of(model, number)},
             loaded(files.load),

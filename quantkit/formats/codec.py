@@ -77,8 +77,8 @@ def fake_quantize(weight: mx.array, tier: Tier) -> mx.array:
 
 
 def _is_large_stack(weight: mx.array) -> bool:
-    """Return whether to take the matrices of a stack one by one, since quantizing and decoding need
-    temporaries as large as their argument, in float32."""
+    """Return whether to take the matrices of a stack one by one: on a CPU, temporaries of decoding
+    are as large as the result, those of quantizing to MXFP4 ten times as large in float32."""
     return weight.ndim > 2 and weight.size > memory_limits().decoded_values
 
 

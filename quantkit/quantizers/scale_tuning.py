@@ -27,7 +27,7 @@ from quantkit.storage.work_dir import Tensors
 from quantkit.streaming.layer_runner import StreamingModel
 from quantkit.streaming.layer_trace import hooked
 from quantkit.streaming.lm_head import divergence_gradient
-from quantkit.streaming.products import Product, experts_product, plain_product
+from quantkit.streaming.products import ExpertSlices, Product, experts_product, plain_product
 from quantkit.streaming.weight_loader import Call, StoredRows
 
 _B1, _B2 = 0.9, 0.999
@@ -73,8 +73,10 @@ def _product(weight: AffineWeight, tier: Tier) -> Product:
     if q.ndim == 2:
         return plain_product(weight.dequantized(tier))
     return experts_product(
-        q.shape,
-        lambda which: AffineWeight(q[which], scales[which], biases[which]).dequantized(tier),
+        ExpertSlices(
+            q.shape,
+            lambda which: AffineWeight(q[which], scales[which], biases[which]).dequantized(tier),
+        )
     )
 
 

@@ -45,9 +45,13 @@ def plain_product(weight: mx.array) -> Product:
     return plain
 
 
-def experts_product(shape: tuple[int, ...], values: Callable[[slice], mx.array]) -> Product:
-    """Return the product with a stack of `shape` (experts, out, in), a slice of it at a time."""
-    return _slices_product(ExpertSlices(shape, values))
+def experts_product(weight: ExpertSlices) -> Product:
+    """Return the product with a stack (experts, out, in), a slice of it at a time."""
+
+    def experts(module: Any, *args: Any, **kwargs: Any) -> mx.array:
+        return switch_product(module, weight, *args, **kwargs)
+
+    return experts
 
 
 def packed_product(tensors: Sequence[mx.array], tier: Tier) -> Product:
@@ -56,10 +60,10 @@ def packed_product(tensors: Sequence[mx.array], tier: Tier) -> Product:
 
     A GPU computes with them as they are, a CPU decodes a matrix at a time.
     """
+    if on_cpu() and tensors[0].ndim > 2:
+        return experts_product(decoded_slices(tensors, tier))
     packed, *scales = wide = _wide(tensors)
     if on_cpu():
-        if packed.ndim > 2:
-            return _slices_product(decoded_slices(tensors, tier))
         return plain_product(decode(wide, tier, "F32"))
     settings: dict[str, Any] = {
         "scales": scales[0],
@@ -81,13 +85,6 @@ def packed_product(tensors: Sequence[mx.array], tier: Tier) -> Product:
         return y + mx.expand_dims(module.bias[indices], -2) if "bias" in module else y
 
     return experts if packed.ndim > 2 else matrix
-
-
-def _slices_product(weight: ExpertSlices) -> Product:
-    def experts(module: Any, *args: Any, **kwargs: Any) -> mx.array:
-        return switch_product(module, weight, *args, **kwargs)
-
-    return experts
 
 
 def _wide(tensors: Sequence[mx.array]) -> tuple[mx.array, ...]:
