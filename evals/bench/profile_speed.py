@@ -35,7 +35,7 @@ from quantkit.quantizers.layerwise import changed_tiers
 from quantkit.sensitivity.entries import ALL_TIERS, candidate_entries
 from quantkit.sensitivity.exact import measure_entries
 from quantkit.sensitivity.store import load_profile
-from quantkit.sensitivity.validation import spearman
+from quantkit.sensitivity.validation import predictions, spearman
 from quantkit.streaming.layer_runner import StreamingModel
 from quantkit.streaming.measure_kl import measure_kl
 
@@ -77,8 +77,8 @@ def profiles(folder: Path, revision: str, model: str) -> dict[str, dict]:
 
 
 def costs_of(profile: SensitivityProfile) -> dict[tuple[str, str], float]:
-    """(weight, tier) -> predicted KL cost, of all entries that have one."""
-    return {(w.name, c.tier): c.kl for w in profile.weights for c in w.costs if c.kl > 0}
+    """(weight, tier) -> predicted KL divergence, of all entries that have one."""
+    return {key: kl for key, kl in predictions(profile).items() if kl > 0}
 
 
 def restricted(profile: SensitivityProfile, keys: set[tuple[str, str]]) -> SensitivityProfile:
@@ -90,7 +90,7 @@ def restricted(profile: SensitivityProfile, keys: set[tuple[str, str]]) -> Sensi
     return replace(profile, weights=tuple(rows))
 
 
-def predictions(source: Source, tokens: mx.array, every: dict[str, SensitivityProfile]) -> dict:
+def checked(source: Source, tokens: mx.array, every: dict[str, SensitivityProfile]) -> dict:
     """name -> (Spearman of all measured entries, its interval, of each draw, median ratio)."""
     predicted = {name: costs_of(profile) for name, profile in every.items()}
     common = set.intersection(*(set(costs) for costs in predicted.values()))
@@ -153,8 +153,7 @@ def table(folder: Path, revision: str, models: Sequence[str]) -> str:
         spec = CalibrationSpec(tokens=MEASURED_TOKENS)
         text = read_calibration_set(source.checkpoint, spec, EVALUATE)
         tokens = mx.array(text.tokens)
-        checked = predictions(source, tokens, every)
-        for name, (rank, interval, each, ratio) in checked.items():
+        for name, (rank, interval, each, ratio) in checked(source, tokens, every).items():
             share = taken["before"]["seconds"] / taken[name]["seconds"]
             lines.append(
                 f"| {model}, {name} | {RUNS[name]:,} | {len(costs_of(every[name])):,} | "

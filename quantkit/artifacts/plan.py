@@ -58,10 +58,10 @@ class TierRow:
 class Optimality:
     """The result of the solver.
 
-    `limits` describe the budget as text. No plan within it has a predicted KL divergence below
-    `bound`; `gap` is the relative distance of this plan to the bound. `shadow_prices` are the KL
-    decrease per additional byte, in nats per token, one for each limit. With expert pruning,
-    `expert_counts` are the numbers of experts for which the knapsack was solved.
+    `limits` describe the budget as text. No plan within it has a sum of KL costs below `bound`;
+    `gap` is the relative distance of this plan to the bound. `shadow_prices` are the KL decrease
+    per additional byte, in nats per token, one for each limit. With expert pruning, `expert_counts`
+    are the numbers of experts for which the knapsack was solved.
     """
 
     limits: tuple[str, ...]
@@ -80,7 +80,9 @@ class Plan:
     quantizer, `tuning_steps` the steps of scale tuning after it. `measured_kl` is the measured KL
     divergence of the whole plan, rounded to nearest; the predictions are for `kl_quantizer`.
     `memory_target` is the memory that the plan was made for, None if its bytes were given
-    otherwise. `pruning` are the experts that it keeps, None for all.
+    otherwise. `pruning` are the experts that it keeps, None for all. `expert_shift` is the part of
+    the predicted KL divergence that no single weight has: all changes together make routers choose
+    other experts.
     """
 
     source: SourceId
@@ -96,10 +98,17 @@ class Plan:
     measured_kl: float | None = None
     memory_target: MemoryTarget | None = None
     pruning: Pruning | None = None
+    expert_shift: float = 0.0
 
     @property
     def predicted_kl(self) -> float | None:
-        """The sum of the predicted KL costs, in nats per token; None without a profile."""
+        """The predicted KL divergence, in nats per token; None without a profile."""
+        costs = self.sum_of_costs
+        return None if costs is None else costs + self.expert_shift
+
+    @property
+    def sum_of_costs(self) -> float | None:
+        """The sum of the KL costs, of which the optimum is proven; None without a profile."""
         costs = [assignment.kl for assignment in self.assignments]
         if self.pruning is not None:
             costs.append(self.pruning.kl)
@@ -188,6 +197,7 @@ class Plan:
             "bits_per_weight": self.bits_per_weight,
             "active_bytes_per_token": self.active_bytes,
             "predicted_kl": self.predicted_kl,
+            "expert_shift": self.expert_shift,
             "kl_quantizer": self.kl_quantizer,
             "measured_kl": self.measured_kl,
             "memory_target": None if self.memory_target is None else asdict(self.memory_target),
@@ -222,6 +232,7 @@ class Plan:
                 measured_kl=_kl(data.get("measured_kl")),
                 memory_target=_memory_target(data.get("memory_target")),
                 pruning=read_pruning(data),
+                expert_shift=_kl(data.get("expert_shift")) or 0.0,
             )
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as exc:
             raise PlanError(f"{where}: not a complete plan ({fault(exc)}). Make it again.") from exc

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from math import isfinite
+from math import isfinite, sqrt
 from statistics import median
 from typing import Any
 
@@ -67,7 +67,8 @@ class SensitivityProfile:
     `method` is `fisher` (predicted from one backward pass) or `kl` (measured). `expert_tokens` maps
     the module path of a stack of experts to the number of tokens that each expert received.
     `quantizer_ratios` correct the costs for other quantizers. `expert_rankings` are the rankings of
-    all blocks of experts, empty if they were not measured.
+    all blocks of experts, empty if they were not measured. `expert_shift_factor` is the factor in
+    `expert_shift`, 0 if it was not measured.
     """
 
     source: SourceId
@@ -82,6 +83,27 @@ class SensitivityProfile:
     versions: Mapping[str, str] = field(default_factory=dict)
     quantizer_ratios: QuantizerRatios = field(default_factory=dict)
     expert_rankings: Mapping[str, ExpertRanking] = field(default_factory=dict)
+    expert_shift_factor: float = 0.0
+
+    def expert_shift(self, costs: Mapping[str, float]) -> float:
+        """Return what changes add to the sum of their costs because later routers choose other
+        experts, in nats per token.
+
+        `costs` maps weights to KL costs. A change of cost c moves the logits of the routers behind
+        it by some sqrt(c); as many tokens choose other experts, at a price that does not shrink
+        with the change. Changes add up in quadrature: factor * sqrt(sum of share * c), `share`
+        being the share of layers behind a weight. EAC-MoE (arXiv 2508.01625) names the problem;
+        the formula is measured, see evals/bench/README.md.
+        """
+        behind = (self._share_behind(w) * costs[w.name] for w in self.weights if w.name in costs)
+        return self.expert_shift_factor * sqrt(sum(behind))
+
+    def _share_behind(self, weight: WeightSensitivity) -> float:
+        """Return the share of layers that read what `weight` changes, its own layer aside."""
+        if weight.layer is None:
+            return float(weight.role == "embedding")
+        layers = 1 + max(w.layer for w in self.weights if w.layer is not None)
+        return (layers - 1 - weight.layer) / layers
 
     def quantized_by(self, quantizer: str) -> "SensitivityProfile":
         """Return the profile with the KL costs that are predicted for a quantizer.
@@ -141,6 +163,7 @@ class SensitivityProfile:
             "expert_tokens": {name: list(seen) for name, seen in self.expert_tokens.items()},
             "quantizer_ratios": self.quantizer_ratios,
             "expert_rankings": {b: r.to_json() for b, r in self.expert_rankings.items()},
+            "expert_shift_factor": self.expert_shift_factor,
             "weights": weights,
         }
 
@@ -171,6 +194,7 @@ class SensitivityProfile:
                     str(block): ExpertRanking.from_json(ranking)
                     for block, ranking in data.get("expert_rankings", {}).items()
                 },
+                expert_shift_factor=_factor(data.get("expert_shift_factor", 0.0)),
             )
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as exc:
             raise ProfileError(
@@ -183,6 +207,12 @@ def _costs(weight: WeightSensitivity) -> dict[str, dict[str, Any]]:
         cost.tier: {"bytes": cost.bytes, "kl": cost.kl, "stderr": cost.stderr}
         for cost in weight.costs
     }
+
+
+def _factor(value: Any) -> float:
+    if isinstance(value, bool) or not 0 <= value < _LARGEST_RATIO:
+        raise MalformedError("an impossible factor of expert-shift")
+    return float(value)
 
 
 def _ratios(data: Mapping[str, Any]) -> QuantizerRatios:

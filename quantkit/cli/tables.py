@@ -85,8 +85,10 @@ def _experts(plan: Plan) -> None:
 
 def _predictions(plan: Plan) -> None:
     if plan.predicted_kl is not None:
-        how = plan.prediction_caveat or "sum of KL costs"
-        print(f"KL divergence     {plan.predicted_kl:.4g} nats per token predicted ({how})")
+        how = f"; {plan.prediction_caveat}" if plan.prediction_caveat else ""
+        shift = f" and expert-shift {plan.expert_shift:.4g}" if plan.expert_shift else ""
+        print(f"KL divergence     {plan.predicted_kl:.4g} nats per token predicted{how}")
+        print(f"                  sum of KL costs {plan.sum_of_costs:.4g}{shift}")
     if plan.measured_kl is not None:
         print(f"                  {plan.measured_kl:.4g} measured, to nearest, on calibration text")
     if plan.quantizer != "rtn":
@@ -95,7 +97,7 @@ def _predictions(plan: Plan) -> None:
     if plan.optimality is not None:
         bound, gap = plan.optimality.bound, plan.optimality.gap
         print(f"within            {' and '.join(plan.optimality.limits)}")
-        print(f"proven            no plan within is predicted below {bound:.4g}; gap {gap:.2g}")
+        print(f"proven            no plan within has a lower sum than {bound:.4g}; gap {gap:.2g}")
         if plan.optimality.expert_counts:
             solved = ", ".join(map(str, plan.optimality.expert_counts))
             print(f"                  solved for {solved} experts kept")

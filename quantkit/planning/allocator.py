@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from math import sqrt
 
 from quantkit.artifacts.experts import Pruning, expert_blocks, first_experts, pruned_inventory
 from quantkit.artifacts.inventory import Inventory
@@ -42,10 +43,10 @@ def plan_by_budget(
             refused.append(exc)
     if not plans:
         raise refused[-1]  # that of the fewest experts
-    best = min(plans, key=lambda plan: (plan.predicted_kl or 0.0, -plan.kept_parameters))
+    best = min(plans, key=lambda plan: (plan.sum_of_costs or 0.0, -plan.kept_parameters))
     bounds = [plan.optimality.bound for plan in plans if plan.optimality is not None]
     assert best.optimality is not None
-    kl, bound = best.predicted_kl or 0.0, min(bounds)
+    kl, bound = best.sum_of_costs or 0.0, min(bounds)
     gap = (kl - bound) / kl if kl > bound else 0.0
     solved = tuple(sorted(counts, reverse=True))
     optimality = replace(best.optimality, bound=bound, gap=gap, expert_counts=solved)
@@ -166,11 +167,14 @@ def corrected_by(
     costs of all numbers of experts. No factor exceeds ten.
     """
     by_tier = {weight.name: weight.by_tier for weight in profile.weights}
-    predicted: dict[str, float] = {}
-    for assignment in plan.assignments:
-        kl = by_tier[assignment.name][assignment.tier].kl
-        predicted[assignment.role] = predicted.get(assignment.role, 0.0) + kl
-    factors = {role: _correction(kl, predicted[role]) for role, kl in measured.items()}
+    predicted: dict[str, dict[str, float]] = {}
+    for a in plan.assignments:
+        predicted.setdefault(a.role, {})[a.name] = by_tier[a.name][a.tier].kl
+    factors = {
+        role: _correction(kl, sum(costs.values()), profile.expert_shift(costs))
+        for role, kl in measured.items()
+        for costs in (predicted[role],)
+    }
     weights = []
     for weight in profile.weights:
         factor = factors.get(weight.role, 1.0)
@@ -187,8 +191,12 @@ def corrected_by(
     return replace(profile, expert_rankings=rankings)
 
 
-def _correction(measured: float, predicted: float) -> float:
-    """Return the factor that makes a prediction equal the measurement, within limits."""
-    if predicted <= 0:
+def _correction(measured: float, costs: float, expert_shift: float = 0.0) -> float:
+    """Return the factor f that makes a prediction equal the measurement, within limits.
+
+    It scales costs, and expert-shift by its root: f costs + sqrt(f) expert_shift = measured.
+    """
+    if costs <= 0:
         return 1.0
-    return min(max(measured / predicted, 1 / _FACTOR), _FACTOR)
+    root = (sqrt(expert_shift**2 + 4 * costs * measured) - expert_shift) / (2 * costs)
+    return min(max(root**2, 1 / _FACTOR), _FACTOR)

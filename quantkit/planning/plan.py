@@ -52,6 +52,7 @@ def with_predictions(plan: Plan, profile: SensitivityProfile) -> Plan:
     return replace(
         plan,
         assignments=assignments,
+        expert_shift=profile.expert_shift({a.name: a.kl or 0.0 for a in assignments}),
         kl_quantizer=profile.quantizer,
         optimality=None,
         measured_kl=None,
@@ -144,6 +145,7 @@ def _with_saved(plan: Plan, saved: Plan, edited: bool) -> Plan:
     return replace(
         plan,
         assignments=assignments,
+        expert_shift=saved.expert_shift,
         kl_quantizer=saved.kl_quantizer,
         optimality=saved.optimality,
         measured_kl=saved.measured_kl,

@@ -1,5 +1,6 @@
 """Make a profile: the folder with `profile.json` and `importance.safetensors`."""
 
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
@@ -37,6 +38,7 @@ from quantkit.sensitivity.entries import (
 )
 from quantkit.sensitivity.exact import measure_resumably
 from quantkit.sensitivity.expert_probe import ExpertProbe
+from quantkit.sensitivity.expert_shift import with_expert_shift
 from quantkit.sensitivity.fisher import StageTable, Sweep
 from quantkit.sensitivity.quantizer_losses import sampled_layers
 from quantkit.sensitivity.store import load_profile
@@ -109,7 +111,14 @@ class Profiling:
     @property
     def steps(self) -> int:
         """The number of steps that `make` reports."""
-        return self.source.inventory.layers + len(self.entries)
+        return self.source.inventory.layers + len(self.entries) + self.measures_expert_shift
+
+    @property
+    def measures_expert_shift(self) -> bool:
+        """Whether expert-shift is measured: gradients lack it, and only routers cause it."""
+        settings = self.settings
+        predicted = settings.method == "fisher" and settings.quantizer == RTN
+        return predicted and self.source.inventory.experts is not None
 
 
 def is_first() -> bool:
@@ -213,6 +222,12 @@ def make(profiling: Profiling, progress: Progress) -> SensitivityProfile:
         if not first:
             output.discard()
             return profile
+        if profiling.measures_expert_shift:
+            started = time.monotonic()
+            stage(0, "expert-shift")
+            profile = with_expert_shift(model, profile)
+            stage(1, "expert-shift")
+            seconds += time.monotonic() - started
         output.write(PROFILE_FILE, profile.to_json())
         output.write("run.json", {"seconds": seconds, "entries": len(profiling.entries)})
         _write_importance(output.repo / IMPORTANCE_FILE, assembly.importance())

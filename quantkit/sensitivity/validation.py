@@ -8,7 +8,7 @@ import numpy as np
 
 from quantkit.artifacts.sensitivity import SensitivityProfile
 from quantkit.backend import mx
-from quantkit.sensitivity.entries import Entry
+from quantkit.sensitivity.entries import Entry, EntryKey
 from quantkit.sensitivity.exact import measure_entries
 from quantkit.streaming.layer_runner import StreamingModel
 
@@ -45,8 +45,8 @@ def validate(
     started = time.monotonic()
     truth = measure_entries(model, mx.array(tokens), entries, done)
     taken = time.monotonic() - started
-    costs = {(w.name, cost.tier): cost.kl for w in profile.weights for cost in w.costs}
-    pairs = [(*e.key, costs[e.key], float(truth[e.key].mean())) for e in entries]
+    predicted_kl = predictions(profile)
+    pairs = [(*e.key, predicted_kl[e.key], float(truth[e.key].mean())) for e in entries]
     predicted, measured = (np.array([pair[i] for pair in pairs]) for i in (2, 3))
     return ProfileValidation(
         entries=len(entries),
@@ -56,6 +56,15 @@ def validate(
         seconds_measured=taken,
         pairs=tuple(pairs),
     )
+
+
+def predictions(profile: SensitivityProfile) -> dict[EntryKey, float]:
+    """Return the predicted KL divergence of every entry alone, with its expert-shift."""
+    return {
+        (w.name, cost.tier): cost.kl + profile.expert_shift({w.name: cost.kl})
+        for w in profile.weights
+        for cost in w.costs
+    }
 
 
 def spearman(a: np.ndarray, b: np.ndarray) -> float:

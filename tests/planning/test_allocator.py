@@ -241,6 +241,25 @@ def test_corrections_by_role(inventory, profile):
         assert [n.kl for n in new.costs] == pytest.approx([factor * o.kl for o in old.costs])
 
 
+def test_a_correction_leaves_expert_shift_its_part(inventory, profile):
+    """The corrected profile predicts what was measured, expert-shift included."""
+    plan = plan_by_budget(
+        inventory, profile, Budget(int(4 * inventory.parameters / 8)), Constraints()
+    )
+    shifting = replace(profile, expert_shift_factor=0.1)
+    names = {w.name: w for w in profile.weights if w.role == "q"}
+    tiers = {a.name: a.tier for a in plan.assignments}
+
+    def predicted(by):
+        costs = {w.name: w.by_tier[tiers[w.name]].kl for w in by.weights if w.name in names}
+        return sum(costs.values()) + by.expert_shift(costs)
+
+    for share in (0.5, 3):
+        wanted = share * predicted(shifting)
+        after = corrected_by(shifting, plan, {"q": wanted})
+        assert predicted(after) == pytest.approx(wanted)
+
+
 def test_predictions_are_those_of_the_plans_quantizer(inventory, profile):
     """Where calibrated rounding helps most, tiers get smaller, and others larger."""
     ratios = {"gptq": {"expert_down": dict.fromkeys(TIERS, 0.1)}}

@@ -1,0 +1,51 @@
+"""Measure the factor of expert-shift, which costs from gradients lack: choices have no gradient."""
+
+from dataclasses import replace
+
+from quantkit.artifacts.sensitivity import SensitivityProfile, TierCost
+from quantkit.backend import mx
+from quantkit.calibration.calibration_set import CalibrationSpec, read_calibration_set
+from quantkit.calibration.splits import VALIDATE
+from quantkit.formats.tiers import parse_tier
+from quantkit.streaming.layer_runner import StreamingModel
+from quantkit.streaming.measure_kl import measure_kl
+
+_TOKENS = 512
+_COST = 5e-4  # nats per token: so small a change costs as much by expert-shift
+
+
+def with_expert_shift(model: StreamingModel, profile: SensitivityProfile) -> SensitivityProfile:
+    """Return `profile` with the factor of expert-shift, 0 if none of its changes are small enough.
+
+    It is measured in one run of the model with many small changes at once, on 512 tokens of the
+    shipped documents to validate on: on the text of a profile more tokens change their experts.
+    """
+    changes = small_changes(profile, _COST)
+    if not changes:
+        return replace(profile, expert_shift_factor=0.0)
+    text = profile.calibration
+    spec = CalibrationSpec(tokens=_TOKENS, sequence_length=text.sequence_length, seed=text.seed)
+    tokens = mx.array(read_calibration_set(model.source.checkpoint, spec, VALIDATE).tokens)
+    tiers = {name: parse_tier(cost.tier) for name, cost in changes.items()}
+    (measured,) = measure_kl(model, tokens, [tiers], lambda _: None)
+    costs = {name: cost.kl for name, cost in changes.items()}
+    more = max(0.0, float(measured.mean()) - sum(costs.values()))
+    by_factor = replace(profile, expert_shift_factor=1.0).expert_shift(costs)
+    return replace(profile, expert_shift_factor=more / by_factor if by_factor else 0.0)
+
+
+def small_changes(profile: SensitivityProfile, most: float) -> dict[str, TierCost]:
+    """Return the costliest tier of each weight in a layer below one limit, the highest limit whose
+    tiers cost at most `most` together, in nats per token; weights without any are left out.
+    """
+    rows = [
+        (cost.kl, w.name, cost) for w in profile.weights if w.layer is not None for cost in w.costs
+    ]
+    chosen: dict[str, TierCost] = {}
+    total = 0.0
+    for kl, name, cost in sorted((row for row in rows if row[0] > 0), key=lambda row: row[:2]):
+        total += kl - (chosen[name].kl if name in chosen else 0.0)
+        if total > most:
+            break
+        chosen[name] = cost
+    return chosen
