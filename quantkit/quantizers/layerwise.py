@@ -141,8 +141,8 @@ class LayerwiseQuantizer:
     def _quantize_up_to(self, last: int) -> None:
         reached = [n for n in range(1, last + 1) if self._work.has(f"x-{n}.npy")]
         first = max(reached, default=0)
-        if first == 0:  # refuse models that cannot be driven layer by layer
-            self.model.run(self.tokens[:1], lambda *_: None)
+        if first == 0:
+            self.model.require_layerwise(self.tokens)
         for number in range(first, last + 1):
             if number == len(self.model.layers):
                 self.files.save(number, self._quantize_head())

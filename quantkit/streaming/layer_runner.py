@@ -57,6 +57,7 @@ class StreamingModel:
         paths = {id(module): path for path, module in self.model.named_modules()}
         layers = _list_of_layers(self.model)
         self.layers = [StreamedModule(m, paths[id(m)], self.fetch) for m in layers]
+        self._is_layerwise = False  # not yet known
         self.tables: dict[str, VocabularyTable] = {}
         self._wrap_around()
         layers[:] = self.layers
@@ -94,8 +95,17 @@ class StreamingModel:
             with self._instead([through(*numbered) for numbered in enumerate(self.layers)]):
                 self.model(tokens)
         except _EnoughError:
-            pass
+            self._is_layerwise = True
         return last[0]
+
+    def require_layerwise(self, tokens: mx.array) -> None:
+        """Raise SourceError for a model that changes the output between two layers.
+
+        `tokens` (batch, tokens) show it in a run of the first sequence, unless the model has run
+        before.
+        """
+        if not self._is_layerwise:
+            self.run(tokens[:1], lambda *_: None)
 
     def _require_passed_on(self, number: int, last: list[mx.array], call: Call) -> None:
         if last and not mx.array_equal(last[0], call.x):

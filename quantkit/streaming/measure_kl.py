@@ -38,7 +38,7 @@ def measure_kl(
     """
     removed = removed or [{} for _ in changes]
     start = model.calls(tokens)
-    model.run(tokens[:1], lambda *_: None)  # refuse models that cannot be driven layer by layer
+    model.require_layerwise(tokens)
     together = max(1, memory_limits().stream_bytes // start[0].x.nbytes)
     divergences: list[np.ndarray] = []
     for first in range(0, len(changes), together):

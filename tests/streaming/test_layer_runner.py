@@ -3,11 +3,13 @@
 from importlib.metadata import version
 
 import pytest
+from mlx_lm.models import llama
 
 from quantkit.backend import mx, on_cpu
 from quantkit.checkpoint.source import open_source
 from quantkit.errors import SourceError
 from quantkit.streaming.layer_runner import StreamingModel
+from quantkit.streaming.measure_kl import measure_kl
 from tests.support import tiny
 from tests.support.families import GEMMA, LLAMA, MOE, write, write_from_model
 from tests.support.reference import plainly_loaded
@@ -93,6 +95,25 @@ def test_values_that_are_not_finite_name_the_layer(tmp_path):
     model = StreamingModel(open_source(str(tiny.write_gpt_oss(tmp_path / "src", spoil))))
     with pytest.raises(SourceError, match=r"layer 2 \(model.layers.2\): .* not finite"):
         model.run(mx.zeros((1, 4), mx.int32), lambda *_: None)
+
+
+def test_outputs_that_change_between_layers_are_refused_before_anything_is_measured(
+    tmp_path, monkeypatch
+):
+    def doubling(self, tokens, *_):
+        h = self.embed_tokens(tokens)
+        for layer in self.layers:
+            h = 2 * layer(h, "causal", None)
+        return self.norm(h)
+
+    source = open_source(str(write(tmp_path / "src", LLAMA)))
+    tokens = mx.zeros((2, 4), mx.int32)
+    sound = StreamingModel(source)
+    sound.run(tokens, lambda *_: None)
+    monkeypatch.setattr(llama.LlamaModel, "__call__", doubling)
+    sound.require_layerwise(tokens)  # its run has shown it
+    with pytest.raises(SourceError, match="changes the output between layers 0 and 1"):
+        measure_kl(StreamingModel(source), tokens, [{}], lambda _: None)
 
 
 def test_weights_are_let_go(checkpoint):
