@@ -215,6 +215,9 @@ def print_profile(profile: SensitivityProfile) -> None:
     )
     if profile.relative_error is not None:
         print(f"standard error    {100 * profile.relative_error:.0f}% of an entry (median)")
+    if profile.expert_shift_factor:
+        factor = f"{profile.expert_shift_factor:.3g}"
+        print(f"expert-shift      {factor} sqrt(share of layers behind a weight x its cost)")
     if kept := ", ".join(f"{n}: {kl:.3g}" for n, kl in profile.removal_costs.items()):
         print(f"experts kept      {kept} (KL divergence, all layers)")
     counts = [n for seen in profile.expert_tokens.values() for n in seen]
