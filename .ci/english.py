@@ -26,7 +26,7 @@ LEVELS = {
     "no noun": (0.1, "per 1,000 words"),
     "vague names": (0, "bindings"),
     "not imperative": (0, "public docstrings"),
-    "long functions": (9, "above 40 lines"),
+    "long functions": (8, "above 40 lines"),
     "many parameters": (0, "functions with more than six"),
     "no shapes": (0, "public functions on arrays"),
 }

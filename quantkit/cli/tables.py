@@ -187,28 +187,12 @@ def print_profile(profile: SensitivityProfile) -> None:
     """Print the KL cost of each role in each tier: the sum over its weights, and the worst
     layer.
     """
-    tiers = sorted(
-        {cost.tier for w in profile.weights for cost in w.costs if cost.kl > 0},
-        key=lambda tier: (-parse_tier(tier).stored_bytes((1, 128)), tier),
-    )
-    table = plain_table("role", "#weights", *(f"#{tier}" for tier in tiers), "worst")
-    for role in ROLES:
-        weights = [weight for weight in profile.weights if weight.role == role]
-        if not weights:
-            continue
-        cells = []
-        for tier in tiers:
-            costs = [w.by_tier[tier].kl for w in weights if tier in w.by_tier]
-            cells.append(f"{sum(costs):.2g}" if len(costs) == len(weights) else "-")
-        worst = max(weights, key=lambda w: max(cost.kl for cost in w.costs))
-        layer = "" if worst.layer is None else f"layer {worst.layer}"
-        table.add_row(role, str(len(weights)), *cells, layer)
-    text = profile.calibration
     print_table(
-        table,
+        _cost_table(profile),
         f"{profile.source.name}: KL divergence to native in nats per token, summed over a role's "
         f"weights ({profile.method}, {profile.quantizer})",
     )
+    text = profile.calibration
     print(
         f"calibration       {text.name}: {text.sequences} sequences of {text.sequence_length} "
         f"tokens, {text.documents} documents, seed {text.seed}"
@@ -226,6 +210,26 @@ def print_profile(profile: SensitivityProfile) -> None:
     estimated = sum(weight.estimated for weight in profile.weights)
     if estimated:
         print(f"estimated         {estimated} stacks have experts without tokens")
+
+
+def _cost_table(profile: SensitivityProfile) -> "Table":
+    tiers = sorted(
+        {cost.tier for w in profile.weights for cost in w.costs if cost.kl > 0},
+        key=lambda tier: (-parse_tier(tier).stored_bytes((1, 128)), tier),
+    )
+    table = plain_table("role", "#weights", *(f"#{tier}" for tier in tiers), "worst")
+    for role in ROLES:
+        weights = [weight for weight in profile.weights if weight.role == role]
+        if not weights:
+            continue
+        cells = []
+        for tier in tiers:
+            costs = [w.by_tier[tier].kl for w in weights if tier in w.by_tier]
+            cells.append(f"{sum(costs):.2g}" if len(costs) == len(weights) else "-")
+        worst = max(weights, key=lambda w: max(cost.kl for cost in w.costs))
+        layer = "" if worst.layer is None else f"layer {worst.layer}"
+        table.add_row(role, str(len(weights)), *cells, layer)
+    return table
 
 
 def print_validation(check: Mapping[str, Any]) -> None:

@@ -2,10 +2,13 @@
 
 from dataclasses import replace
 
+import numpy as np
+
 from quantkit.artifacts.sensitivity import SensitivityProfile, TierCost
 from quantkit.backend import mx
 from quantkit.calibration.calibration_set import CalibrationSpec, read_calibration_set
 from quantkit.calibration.splits import VALIDATE
+from quantkit.checkpoint.checkpoint import Checkpoint
 from quantkit.formats.tiers import parse_tier
 from quantkit.streaming.layer_runner import StreamingModel
 from quantkit.streaming.measure_kl import measure_kl
@@ -14,20 +17,31 @@ _TOKENS = 512
 _COST = 5e-4  # nats per token: so small a change costs as much by expert-shift
 
 
-def with_expert_shift(model: StreamingModel, profile: SensitivityProfile) -> SensitivityProfile:
+def expert_shift_text(checkpoint: Checkpoint, profiled: CalibrationSpec) -> np.ndarray:
+    """Return the token ids (sequences, length) to measure expert-shift on: 512 tokens of the
+    shipped documents to validate on.
+
+    On the text of a profile, which is `profiled`, more tokens change their experts. Raises
+    CalibrationError.
+    """
+    length = min(profiled.sequence_length, _TOKENS // 2)
+    spec = CalibrationSpec(tokens=_TOKENS, sequence_length=length, seed=profiled.seed)
+    return read_calibration_set(checkpoint, spec, VALIDATE).tokens
+
+
+def with_expert_shift(
+    model: StreamingModel, profile: SensitivityProfile, tokens: np.ndarray
+) -> SensitivityProfile:
     """Return `profile` with the factor of expert-shift, 0 if none of its changes are small enough.
 
-    It is measured in one run of the model with many small changes at once, on 512 tokens of the
-    shipped documents to validate on: on the text of a profile more tokens change their experts.
+    It is measured in one run of the model with many small changes at once, on `tokens` (sequences,
+    length).
     """
     changes = small_changes(profile, _COST)
     if not changes:
         return replace(profile, expert_shift_factor=0.0)
-    text = profile.calibration
-    spec = CalibrationSpec(tokens=_TOKENS, sequence_length=text.sequence_length, seed=text.seed)
-    tokens = mx.array(read_calibration_set(model.source.checkpoint, spec, VALIDATE).tokens)
     tiers = {name: parse_tier(cost.tier) for name, cost in changes.items()}
-    (measured,) = measure_kl(model, tokens, [tiers], lambda _: None)
+    (measured,) = measure_kl(model, mx.array(tokens), [tiers], lambda _: None)
     costs = {name: cost.kl for name, cost in changes.items()}
     more = max(0.0, float(measured.mean()) - sum(costs.values()))
     by_factor = replace(profile, expert_shift_factor=1.0).expert_shift(costs)

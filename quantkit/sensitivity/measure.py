@@ -38,7 +38,7 @@ from quantkit.sensitivity.entries import (
 )
 from quantkit.sensitivity.exact import measure_resumably
 from quantkit.sensitivity.expert_probe import ExpertProbe
-from quantkit.sensitivity.expert_shift import with_expert_shift
+from quantkit.sensitivity.expert_shift import expert_shift_text, with_expert_shift
 from quantkit.sensitivity.fisher import StageTable, Sweep
 from quantkit.sensitivity.quantizer_losses import sampled_layers
 from quantkit.sensitivity.store import load_profile
@@ -95,7 +95,8 @@ class Profiling:
 
     `existing` is the profile in `out`, to which `entries` are added. `experts` ranks experts, None
     if that is not requested, or done. `more_tokens` (sequences, length) are text to compare
-    quantizers on, None to compare none.
+    quantizers on, None to compare none; `shift_tokens` are text to measure expert-shift on, None
+    for dense models and for methods whose costs include it.
     """
 
     source: Source
@@ -107,18 +108,13 @@ class Profiling:
     entries: tuple[Entry, ...]
     experts: ExpertProbe | None = None
     more_tokens: np.ndarray | None = None
+    shift_tokens: np.ndarray | None = None
 
     @property
     def steps(self) -> int:
         """The number of steps that `make` reports."""
-        return self.source.inventory.layers + len(self.entries) + self.measures_expert_shift
-
-    @property
-    def measures_expert_shift(self) -> bool:
-        """Whether expert-shift is measured: gradients lack it, and only routers cause it."""
-        settings = self.settings
-        predicted = settings.method == "fisher" and settings.quantizer == RTN
-        return predicted and self.source.inventory.experts is not None
+        steps = self.source.inventory.layers + len(self.entries)
+        return steps + (self.shift_tokens is not None)
 
 
 def is_first() -> bool:
@@ -145,10 +141,7 @@ def prepare(source: Source, out: Path, settings: ProfileSettings, force: bool = 
     require_same_attention(source.checkpoint)
     with in_field("calibration"):
         text = read_calibration_set(source.checkpoint, settings.text)
-        more_tokens = None
-        if settings.method == "fisher" and settings.quantizer == RTN:
-            more = replace(settings.text, tokens=_compared_tokens(settings.text.tokens))
-            more_tokens = read_calibration_set(source.checkpoint, more).tokens
+        more_tokens, shift_tokens = _more_texts(source, settings)
     existing = None
     hashed = with_hashes(source.inventory.source, remembered_hashes(source))
     source = replace(source, inventory=replace(source.inventory, source=hashed))
@@ -164,7 +157,22 @@ def prepare(source: Source, out: Path, settings: ProfileSettings, force: bool = 
     missing = tuple(e for e in settings.entries(weights) if e.key not in present)
     experts = _expert_probe(source, settings, existing)
     force = force or existing is not None
-    return Profiling(source, out, settings, force, text, existing, missing, experts, more_tokens)
+    return Profiling(
+        source, out, settings, force, text, existing, missing, experts, more_tokens, shift_tokens
+    )
+
+
+def _more_texts(
+    source: Source, settings: ProfileSettings
+) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """Return the tokens to compare quantizers and to measure expert-shift on, where that is due."""
+    if settings.method != "fisher" or settings.quantizer != RTN:
+        return None, None
+    more = replace(settings.text, tokens=_compared_tokens(settings.text.tokens))
+    more_tokens = read_calibration_set(source.checkpoint, more).tokens
+    if source.inventory.experts is None:
+        return more_tokens, None
+    return more_tokens, expert_shift_text(source.checkpoint, settings.text)
 
 
 def _compared_tokens(profiled: int) -> int:
@@ -222,17 +230,25 @@ def make(profiling: Profiling, progress: Progress) -> SensitivityProfile:
         if not first:
             output.discard()
             return profile
-        if profiling.measures_expert_shift:
-            started = time.monotonic()
-            stage(0, "expert-shift")
-            profile = with_expert_shift(model, profile)
-            stage(1, "expert-shift")
-            seconds += time.monotonic() - started
+        if profiling.shift_tokens is not None:
+            profile, taken = _with_expert_shift(model, profile, profiling.shift_tokens, stage)
+            seconds += taken
         output.write(PROFILE_FILE, profile.to_json())
         output.write("run.json", {"seconds": seconds, "entries": len(profiling.entries)})
         _write_importance(output.repo / IMPORTANCE_FILE, assembly.importance())
         output.commit()
     return profile
+
+
+def _with_expert_shift(
+    model: StreamingModel, profile: SensitivityProfile, tokens: np.ndarray, stage: Stage
+) -> tuple[SensitivityProfile, float]:
+    """Return the profile with its factor of expert-shift, and the seconds that it took."""
+    started = time.monotonic()
+    stage(0, "expert-shift")
+    profile = with_expert_shift(model, profile, tokens)
+    stage(1, "expert-shift")
+    return profile, time.monotonic() - started
 
 
 def _require_sequences(profiling: Profiling, processes: int) -> None:

@@ -17,7 +17,7 @@ from quantkit.planning.allocator import plan_by_budget
 from quantkit.planning.budget import Budget
 from quantkit.planning.constraints import Constraints
 from quantkit.planning.plan import with_predictions
-from quantkit.sensitivity.expert_shift import small_changes
+from quantkit.sensitivity.expert_shift import expert_shift_text, small_changes
 from quantkit.sensitivity.measure import ProfileSettings
 from quantkit.sensitivity.validation import predictions
 from quantkit.streaming.layer_runner import StreamingModel
@@ -46,9 +46,7 @@ def test_many_small_changes_are_predicted_as_they_are_measured(source, tmp_path)
     profile = make_profile(source, tmp_path / "p", SETTINGS)
     assert profile.expert_shift_factor > 0
     changes = small_changes(profile, 5e-4)
-    tokens = read_calibration_set(
-        source.checkpoint, CalibrationSpec(tokens=512, sequence_length=24), VALIDATE
-    ).tokens
+    tokens = expert_shift_text(source.checkpoint, SETTINGS.text)
     tiers = {name: parse_tier(cost.tier) for name, cost in changes.items()}
     (measured,) = measure_kl(StreamingModel(source), mx.array(tokens), [tiers], lambda _: None)
     costs = of_all(profile, changes)
@@ -57,6 +55,18 @@ def test_many_small_changes_are_predicted_as_they_are_measured(source, tmp_path)
     assert predicted == pytest.approx(float(measured.mean()), rel=1e-4)
     again = SensitivityProfile.from_json(profile.to_json(), "again")
     assert again.expert_shift_factor == profile.expert_shift_factor
+
+
+@pytest.mark.parametrize(("profiled", "shape"), [(24, (21, 24)), (128, (4, 128)), (2048, (2, 256))])
+def test_its_text_is_short_and_never_calibrates(source, profiled, shape):
+    """However long the sequences of the profile are, which the shipped text could not fill."""
+    spec = CalibrationSpec(tokens=96, sequence_length=profiled)
+    tokens = expert_shift_text(source.checkpoint, spec)
+    assert tokens.shape == shape
+    spec = CalibrationSpec(tokens=512, sequence_length=shape[1])
+    assert (tokens == read_calibration_set(source.checkpoint, spec, VALIDATE).tokens).all()
+    other = read_calibration_set(source.checkpoint, spec)
+    assert (tokens != other.tokens[: len(tokens)]).any()
 
 
 def test_a_dense_model_has_none(tmp_path):
