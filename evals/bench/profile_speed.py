@@ -32,7 +32,7 @@ from quantkit.planning.allocator import plan_by_budget
 from quantkit.planning.budget import parse_budget
 from quantkit.planning.constraints import Constraints
 from quantkit.quantizers.layerwise import changed_tiers
-from quantkit.sensitivity.entries import ALL_TIERS, candidate_entries
+from quantkit.sensitivity.entries import ALL_TIERS, Entry, candidate_entries
 from quantkit.sensitivity.exact import measure_entries
 from quantkit.sensitivity.store import load_profile
 from quantkit.sensitivity.validation import predictions, spearman
@@ -90,7 +90,20 @@ def restricted(profile: SensitivityProfile, keys: set[tuple[str, str]]) -> Sensi
     return replace(profile, weights=tuple(rows))
 
 
-def checked(source: Source, tokens: mx.array, every: dict[str, SensitivityProfile]) -> dict:
+def measured_on(source: Source, tokens: mx.array, entries: list[Entry], file: Path) -> dict:
+    """(weight, tier) -> measured KL divergence; `file` keeps what was measured before."""
+    truth = json.loads(file.read_text()) if file.exists() else {}
+    missing = [e for e in entries if "\t".join(e.key) not in truth]
+    if missing:
+        measured = measure_entries(StreamingModel(source), tokens, missing, lambda _: None)
+        truth |= {"\t".join(key): float(kl.mean()) for key, kl in measured.items()}
+        file.write_text(json.dumps(truth))
+    return {e.key: truth["\t".join(e.key)] for e in entries}
+
+
+def checked(
+    source: Source, tokens: mx.array, every: dict[str, SensitivityProfile], file: Path
+) -> dict:
     """name -> (Spearman of all measured entries, its interval, of each draw, median ratio)."""
     predicted = {name: costs_of(profile) for name, profile in every.items()}
     common = set.intersection(*(set(costs) for costs in predicted.values()))
@@ -101,8 +114,7 @@ def checked(source: Source, tokens: mx.array, every: dict[str, SensitivityProfil
         for seed in SEEDS
     ]
     chosen = [entries[number] for number in dict.fromkeys(n for draw in draws for n in draw)]
-    measured = measure_entries(StreamingModel(source), tokens, chosen, lambda _: None)
-    truth = {key: float(kl.mean()) for key, kl in measured.items()}
+    truth = measured_on(source, tokens, chosen, file)
     result = {}
     for name, costs in predicted.items():
         guess, real = (np.array([of[e.key] for e in chosen]) for of in (costs, truth))
@@ -153,7 +165,8 @@ def table(folder: Path, revision: str, models: Sequence[str]) -> str:
         spec = CalibrationSpec(tokens=MEASURED_TOKENS)
         text = read_calibration_set(source.checkpoint, spec, EVALUATE)
         tokens = mx.array(text.tokens)
-        for name, (rank, interval, each, ratio) in checked(source, tokens, every).items():
+        truth = folder / f"{model}-measured.json"
+        for name, (rank, interval, each, ratio) in checked(source, tokens, every, truth).items():
             share = taken["before"]["seconds"] / taken[name]["seconds"]
             lines.append(
                 f"| {model}, {name} | {RUNS[name]:,} | {len(costs_of(every[name])):,} | "

@@ -2,7 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from math import isfinite, sqrt
+from functools import cached_property
+from math import inf, isfinite, sqrt
 from statistics import median
 from typing import Any
 
@@ -68,7 +69,7 @@ class SensitivityProfile:
     the module path of a stack of experts to the number of tokens that each expert received.
     `quantizer_ratios` correct the costs for other quantizers. `expert_rankings` are the rankings of
     all blocks of experts, empty if they were not measured. `expert_shift_factor` is the factor in
-    `expert_shift`, 0 if it was not measured.
+    `expert_shift`, None if it was not measured.
     """
 
     source: SourceId
@@ -83,27 +84,36 @@ class SensitivityProfile:
     versions: Mapping[str, str] = field(default_factory=dict)
     quantizer_ratios: QuantizerRatios = field(default_factory=dict)
     expert_rankings: Mapping[str, ExpertRanking] = field(default_factory=dict)
-    expert_shift_factor: float = 0.0
+    expert_shift_factor: float | None = None
 
     def expert_shift(self, costs: Mapping[str, float]) -> float:
-        """Return what changes add to the sum of their costs because later routers choose other
-        experts, in nats per token.
+        """Return the KL divergence that changes add to the sum of their costs because later routers
+        choose other experts, in nats per token; 0 if its factor was not measured.
 
         `costs` maps weights to KL costs. A change of cost c moves the logits of the routers behind
-        it by some sqrt(c); as many tokens choose other experts, at a price that does not shrink
-        with the change. Changes add up in quadrature: factor * sqrt(sum of share * c), `share`
-        being the share of layers behind a weight. EAC-MoE (arXiv 2508.01625) names the problem;
-        the formula is measured, see evals/bench/README.md.
+        it in proportion to sqrt(c), and so the number of tokens that choose other experts; the
+        price of such a choice does not shrink with the change. Changes add up in quadrature:
+        factor * sqrt(sum of share * c), `share` being the share of layers behind a weight. EAC-MoE
+        (arXiv 2508.01625) names the problem; the formula is measured, see evals/bench/README.md.
         """
-        behind = (self._share_behind(w) * costs[w.name] for w in self.weights if w.name in costs)
-        return self.expert_shift_factor * sqrt(sum(behind))
+        if not self.expert_shift_factor:
+            return 0.0
+        shares = self._shares_behind
+        return self.expert_shift_factor * sqrt(sum(shares[n] * kl for n, kl in costs.items()))
 
-    def _share_behind(self, weight: WeightSensitivity) -> float:
-        """Return the share of layers that read what `weight` changes, its own layer aside."""
-        if weight.layer is None:
-            return float(weight.role == "embedding")
-        layers = 1 + max(w.layer for w in self.weights if w.layer is not None)
-        return (layers - 1 - weight.layer) / layers
+    @cached_property
+    def _shares_behind(self) -> dict[str, float]:
+        """The share of layers behind each weight, its own layer aside.
+
+        A tied embedding counts as a head, which is most of its cost.
+        """
+        layers = 1 + max((w.layer for w in self.weights if w.layer is not None), default=0)
+        tied = all(weight.role != "lm_head" for weight in self.weights)
+        ends = {"embedding": 0.0 if tied else 1.0}
+        return {
+            w.name: ends.get(w.role, 0.0) if w.layer is None else (layers - 1 - w.layer) / layers
+            for w in self.weights
+        }
 
     def quantized_by(self, quantizer: str) -> "SensitivityProfile":
         """Return the profile with the KL costs that are predicted for a quantizer.
@@ -194,7 +204,7 @@ class SensitivityProfile:
                     str(block): ExpertRanking.from_json(ranking)
                     for block, ranking in data.get("expert_rankings", {}).items()
                 },
-                expert_shift_factor=_factor(data.get("expert_shift_factor", 0.0)),
+                expert_shift_factor=_factor(data.get("expert_shift_factor")),
             )
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as exc:
             raise ProfileError(
@@ -209,8 +219,10 @@ def _costs(weight: WeightSensitivity) -> dict[str, dict[str, Any]]:
     }
 
 
-def _factor(value: Any) -> float:
-    if isinstance(value, bool) or not 0 <= value < _LARGEST_RATIO:
+def _factor(value: Any) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not 0 <= value < inf:
         raise MalformedError("an impossible factor of expert-shift")
     return float(value)
 

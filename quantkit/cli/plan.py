@@ -69,7 +69,7 @@ def plan(
 ) -> None:
     """Choose a tier for every weight and count the bytes, before any download.
 
-    `--budget` finds the tiers of least predicted KL divergence, proven optimal; `--recipe` follows
+    `--budget` finds the tiers whose sum of KL costs is least, proven optimal; `--recipe` follows
     rules. Sizes are exact. A saved plan may be edited: change a `tier`, then count it again with
     `--plan`.
 

@@ -86,9 +86,10 @@ def _experts(plan: Plan) -> None:
 def _predictions(plan: Plan) -> None:
     if plan.predicted_kl is not None:
         how = f"; {plan.prediction_caveat}" if plan.prediction_caveat else ""
-        shift = f" and expert-shift {plan.expert_shift:.4g}" if plan.expert_shift else ""
         print(f"KL divergence     {plan.predicted_kl:.4g} nats per token predicted{how}")
-        print(f"                  sum of KL costs {plan.sum_of_costs:.4g}{shift}")
+    if plan.expert_shift:
+        shift = f"{plan.expert_shift:.4g}"
+        print(f"                  sum of KL costs {plan.sum_of_costs:.4g}, expert-shift {shift}")
     if plan.measured_kl is not None:
         print(f"                  {plan.measured_kl:.4g} measured, to nearest, on calibration text")
     if plan.quantizer != "rtn":
@@ -97,7 +98,7 @@ def _predictions(plan: Plan) -> None:
     if plan.optimality is not None:
         bound, gap = plan.optimality.bound, plan.optimality.gap
         print(f"within            {' and '.join(plan.optimality.limits)}")
-        print(f"proven            no plan within has a lower sum than {bound:.4g}; gap {gap:.2g}")
+        print(f"proven            no sum of KL costs within is below {bound:.4g}; gap {gap:.2g}")
         if plan.optimality.expert_counts:
             solved = ", ".join(map(str, plan.optimality.expert_counts))
             print(f"                  solved for {solved} experts kept")
@@ -199,9 +200,9 @@ def print_profile(profile: SensitivityProfile) -> None:
     )
     if profile.relative_error is not None:
         print(f"standard error    {100 * profile.relative_error:.0f}% of an entry (median)")
-    if profile.expert_shift_factor:
+    if profile.expert_shift_factor is not None:
         factor = f"{profile.expert_shift_factor:.3g}"
-        print(f"expert-shift      {factor} sqrt(share of layers behind a weight x its cost)")
+        print(f"expert-shift      {factor} sqrt(sum of share of layers behind a weight x its cost)")
     if kept := ", ".join(f"{n}: {kl:.3g}" for n, kl in profile.removal_costs.items()):
         print(f"experts kept      {kept} (KL divergence, all layers)")
     counts = [n for seen in profile.expert_tokens.values() for n in seen]

@@ -40,6 +40,10 @@ def run_profiling(profiling: Profiling, progress: Progress | None = None) -> Sen
         progress.note(f"the text has only {text.tokens:,} of {wanted.tokens:,} tokens")
     note_skipped_rows(text.name, text.skipped_rows, progress)
     profile = make(profiling, progress)
+    if profiling.shift_tokens is not None and profile.expert_shift_factor is None:
+        progress.note(
+            "this profile lacks expert-shift: `force` makes it again, and predicts better"
+        )
     error = profile.relative_error or 0
     if error > _LARGE_ERROR:
         progress.note(

@@ -1,4 +1,4 @@
-"""The allocator: from a sensitivity profile and a budget to the plan of least predicted KL."""
+"""The allocator: from a sensitivity profile and a budget to the plan of least KL costs."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -22,7 +22,8 @@ _FACTOR = 10.0  # the most by which a measurement corrects the predictions of a 
 def plan_by_budget(
     inventory: Inventory, profile: SensitivityProfile, budget: Budget, constraints: Constraints
 ) -> Plan:
-    """Return the plan of least predicted KL within `budget`. Raises PlanError if no plan is.
+    """Return the plan within `budget` whose sum of KL costs is least. Raises PlanError if no plan
+    is.
 
     Every number of experts to keep is solved for itself, and the best plan is returned.
     """
@@ -198,5 +199,6 @@ def _correction(measured: float, costs: float, expert_shift: float = 0.0) -> flo
     """
     if costs <= 0:
         return 1.0
+    measured = max(0.0, measured)
     root = (sqrt(expert_shift**2 + 4 * costs * measured) - expert_shift) / (2 * costs)
     return min(max(root**2, 1 / _FACTOR), _FACTOR)

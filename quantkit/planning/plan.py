@@ -49,15 +49,17 @@ def with_predictions(plan: Plan, profile: SensitivityProfile) -> Plan:
     profile = profile.quantized_by(plan.quantizer)
     costs = {w.name: {cost.tier: cost.kl for cost in w.costs} for w in profile.weights}
     assignments = tuple(replace(c, kl=costs[c.name].get(c.tier)) for c in plan.assignments)
-    return replace(
+    plan = replace(
         plan,
         assignments=assignments,
-        expert_shift=profile.expert_shift({a.name: a.kl or 0.0 for a in assignments}),
         kl_quantizer=profile.quantizer,
         optimality=None,
         measured_kl=None,
         pruning=_predicted(plan.pruning, profile),
     )
+    complete = plan.sum_of_costs is not None
+    kl = {a.name: a.kl for a in assignments if a.kl is not None}
+    return replace(plan, expert_shift=profile.expert_shift(kl) if complete else 0.0)
 
 
 def _predicted(pruning: Pruning | None, profile: SensitivityProfile) -> Pruning | None:

@@ -20,7 +20,6 @@ from quantkit.calibration.calibration_set import (
     CalibrationSpec,
     read_calibration_set,
 )
-from quantkit.calibration.splits import VALIDATE
 from quantkit.checkpoint.provenance import input_key, versions
 from quantkit.checkpoint.pruned import require_prunable
 from quantkit.checkpoint.source import Source, remembered_hashes
@@ -38,7 +37,11 @@ from quantkit.sensitivity.entries import (
 )
 from quantkit.sensitivity.exact import measure_resumably
 from quantkit.sensitivity.expert_probe import ExpertProbe
-from quantkit.sensitivity.expert_shift import expert_shift_text, with_expert_shift
+from quantkit.sensitivity.expert_shift import (
+    expert_shift_text,
+    text_to_check,
+    with_expert_shift,
+)
 from quantkit.sensitivity.fisher import StageTable, Sweep
 from quantkit.sensitivity.quantizer_losses import sampled_layers
 from quantkit.sensitivity.store import load_profile
@@ -96,7 +99,7 @@ class Profiling:
     `existing` is the profile in `out`, to which `entries` are added. `experts` ranks experts, None
     if that is not requested, or done. `more_tokens` (sequences, length) are text to compare
     quantizers on, None to compare none; `shift_tokens` are text to measure expert-shift on, None
-    for dense models and for methods whose costs include it.
+    for dense models, and for costs that are measured or a calibrated quantizer's.
     """
 
     source: Source
@@ -141,7 +144,7 @@ def prepare(source: Source, out: Path, settings: ProfileSettings, force: bool = 
     require_same_attention(source.checkpoint)
     with in_field("calibration"):
         text = read_calibration_set(source.checkpoint, settings.text)
-        more_tokens, shift_tokens = _more_texts(source, settings)
+        more_tokens = _text_to_compare(source, settings)
     existing = None
     hashed = with_hashes(source.inventory.source, remembered_hashes(source))
     source = replace(source, inventory=replace(source.inventory, source=hashed))
@@ -156,23 +159,27 @@ def prepare(source: Source, out: Path, settings: ProfileSettings, force: bool = 
     weights = source.inventory.weights
     missing = tuple(e for e in settings.entries(weights) if e.key not in present)
     experts = _expert_probe(source, settings, existing)
+    shift_tokens = _text_for_expert_shift(source, settings)
     force = force or existing is not None
     return Profiling(
         source, out, settings, force, text, existing, missing, experts, more_tokens, shift_tokens
     )
 
 
-def _more_texts(
-    source: Source, settings: ProfileSettings
-) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """Return the tokens to compare quantizers and to measure expert-shift on, where that is due."""
+def _text_to_compare(source: Source, settings: ProfileSettings) -> np.ndarray | None:
+    """Return the tokens (sequences, length) to compare quantizers on, None to compare none."""
     if settings.method != "fisher" or settings.quantizer != RTN:
-        return None, None
+        return None
     more = replace(settings.text, tokens=_compared_tokens(settings.text.tokens))
-    more_tokens = read_calibration_set(source.checkpoint, more).tokens
-    if source.inventory.experts is None:
-        return more_tokens, None
-    return more_tokens, expert_shift_text(source.checkpoint, settings.text)
+    return read_calibration_set(source.checkpoint, more).tokens
+
+
+def _text_for_expert_shift(source: Source, settings: ProfileSettings) -> np.ndarray | None:
+    """Return the tokens (sequences, length) to measure expert-shift on, None if that is not due."""
+    by_gradients = settings.method == "fisher" and settings.quantizer == RTN
+    if not by_gradients or source.inventory.experts is None:
+        return None
+    return expert_shift_text(source.checkpoint, settings.text)
 
 
 def _compared_tokens(profiled: int) -> int:
@@ -219,36 +226,36 @@ def make(profiling: Profiling, progress: Progress) -> SensitivityProfile:
         try:
             model = StreamingModel(profiling.source)
             output.require_space(_work_bytes(model, profiling))
-            tables, seconds = _tables(model, profiling, ProfileWork(output.work), stage)
+            profile, importance, seconds = _measured(model, profiling, output.work, stage)
         except SourceError:
             output.discard()
             raise
-        source, existing = profiling.source, profiling.existing
-        assembly = Assembly(source.inventory.weights, profiling.entries, tables, existing)
-        described = _described(source, profiling.settings, profiling.calibration)
-        profile = assembly.profile(described)
         if not first:
             output.discard()
             return profile
-        if profiling.shift_tokens is not None:
-            profile, taken = _with_expert_shift(model, profile, profiling.shift_tokens, stage)
-            seconds += taken
         output.write(PROFILE_FILE, profile.to_json())
         output.write("run.json", {"seconds": seconds, "entries": len(profiling.entries)})
-        _write_importance(output.repo / IMPORTANCE_FILE, assembly.importance())
+        _write_importance(output.repo / IMPORTANCE_FILE, importance)
         output.commit()
     return profile
 
 
-def _with_expert_shift(
-    model: StreamingModel, profile: SensitivityProfile, tokens: np.ndarray, stage: Stage
-) -> tuple[SensitivityProfile, float]:
-    """Return the profile with its factor of expert-shift, and the seconds that it took."""
-    started = time.monotonic()
-    stage(0, "expert-shift")
-    profile = with_expert_shift(model, profile, tokens)
-    stage(1, "expert-shift")
-    return profile, time.monotonic() - started
+def _measured(
+    model: StreamingModel, profiling: Profiling, work: Path, stage: Stage
+) -> tuple[SensitivityProfile, dict[str, np.ndarray], float]:
+    """Return the profile, the importance of its weights, and the seconds that both took."""
+    source = profiling.source
+    tables, seconds = _tables(model, profiling, ProfileWork(work), stage)
+    entries, existing = profiling.entries, profiling.existing
+    assembly = Assembly(source.inventory.weights, entries, tables, existing)
+    profile = assembly.profile(_described(source, profiling.settings, profiling.calibration))
+    if profiling.shift_tokens is not None and is_first():
+        started = time.monotonic()
+        stage(0, "expert-shift")
+        profile = with_expert_shift(model, profile, profiling.shift_tokens)
+        stage(1, "expert-shift")
+        seconds += time.monotonic() - started
+    return profile, assembly.importance(), seconds
 
 
 def _require_sequences(profiling: Profiling, processes: int) -> None:
@@ -268,7 +275,7 @@ def validate_profile(
     Raises CalibrationError.
     """
     with in_field("calibration"):
-        text = read_calibration_set(profiling.source.checkpoint, profiling.settings.text, VALIDATE)
+        tokens = text_to_check(profiling.source.checkpoint, profiling.settings.text)
     entries = profiling.settings.entries(profiling.source.inventory.weights)
     run = load_json(profiling.out / "run.json", InputError)
     seconds = run["seconds"] * len(entries) / max(1, run["entries"])
@@ -277,7 +284,7 @@ def validate_profile(
         StreamingModel(profiling.source),
         profile,
         [entries[i] for i in sorted(drawn.tolist())],
-        text.tokens,
+        tokens,
         lambda name: progress(1, name),
     ).extrapolated(len(entries), seconds)
 

@@ -52,6 +52,12 @@ def profiled(checkpoint, text, tmp_path_factory):
     return out
 
 
+def factor(folder):
+    found = json.loads((Path(folder) / "profile.json").read_text())["expert_shift_factor"]
+    assert found > 0
+    return found
+
+
 def table(folder):
     made = json.loads((Path(folder) / "profile.json").read_text())
     return {(w["name"], t): loss for w in made["weights"] for t, loss in w["costs"].items()}
@@ -221,6 +227,7 @@ def test_more_tiers_measure_only_what_is_missing(cli, checkpoint, text, profiled
     assert second.exit_code == 0, second.output
     assert json.loads((out / "run.json").read_text())["entries"] < len(table(profiled))
     assert table(out) == table(profiled)
+    assert factor(out) == factor(profiled)
     before = (out / "profile.json").stat().st_mtime_ns
     assert cli("profile", checkpoint, "-o", out, "--calibration", text, *SMALL).exit_code == 0
     assert (out / "profile.json").stat().st_mtime_ns == before
@@ -285,6 +292,7 @@ def test_two_processes_give_the_same_table(checkpoint, text, profiled, tmp_path)
     for key, loss in alone.items():
         assert together[key]["kl"] == pytest.approx(loss["kl"], rel=1e-3, abs=1e-9), key
         assert together[key]["stderr"] == pytest.approx(loss["stderr"], rel=1e-2, abs=1e-9), key
+    assert factor(tmp_path / "out") == pytest.approx(factor(profiled), rel=1e-2)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
