@@ -48,6 +48,7 @@ from quantkit.writer.writer import Rewrite, rewrite
 
 TUNED = 60  # steps
 MORE_TOKENS = 65536  # four times the default
+LONGER = 240  # steps, with more tokens
 NEIGHBOURS = 8192  # tokens to evaluate on, a fifth of the documents that calibrate
 
 
@@ -84,7 +85,7 @@ def expert_plans(source: Source) -> Groups:
 def tuned_plans(source: Source) -> Groups:
     """Experts in one tier, other weights native, without scale tuning and with it."""
     groups: Groups = {}
-    for tier, tokens, longer in (("q3g64", MORE_TOKENS, 240), ("q2g32", None, 120)):
+    for tier, tokens, longer in (("q3g64", MORE_TOKENS, LONGER), ("q2g32", None, 120)):
         plan = replace(experts_in(source, tier), quantizer="gptq")
         name = "gptq" if tokens is None else f"gptq on {tokens:,} tokens"
         groups[f"experts {tier}, other weights native"] = [
@@ -112,7 +113,12 @@ def recipe_plans(source: Source, profile: SensitivityProfile) -> Groups:
             rows += [
                 Row(f"ours, gptq, tuned for {TUNED} steps", replace(ours, tuning_steps=TUNED)),
                 Row(f"{label}, gptq", pinned),
-                Row(f"{label}, gptq, tuned", replace(pinned, tuning_steps=TUNED)),
+                Row(f"{label}, gptq, tuned for {TUNED} steps", replace(pinned, tuning_steps=TUNED)),
+                Row(
+                    f"{label}, gptq on {MORE_TOKENS:,} tokens, tuned for {LONGER} steps",
+                    replace(pinned, tuning_steps=LONGER),
+                    MORE_TOKENS,
+                ),
             ]
         groups[f"at the bytes of `{name}`"] = rows
     return groups
