@@ -15,6 +15,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -36,6 +37,7 @@ from quantkit.sensitivity.entries import ALL_TIERS, Entry, candidate_entries
 from quantkit.sensitivity.exact import measure_entries
 from quantkit.sensitivity.store import load_profile
 from quantkit.sensitivity.validation import predictions, spearman
+from quantkit.sensitivity.work import ProfileWork
 from quantkit.streaming.layer_runner import StreamingModel
 from quantkit.streaming.measure_kl import measure_kl
 
@@ -92,13 +94,15 @@ def restricted(profile: SensitivityProfile, keys: set[tuple[str, str]]) -> Sensi
 
 def measured_on(source: Source, tokens: mx.array, entries: list[Entry], file: Path) -> dict:
     """(weight, tier) -> measured KL divergence; `file` keeps what was measured before."""
-    truth = json.loads(file.read_text()) if file.exists() else {}
-    missing = [e for e in entries if "\t".join(e.key) not in truth]
+    work = ProfileWork(file.parent)
+    truth = work.costs(file.name) if work.has(file.name) else {}
+    missing = [e for e in entries if e.key not in truth]
     if missing:
-        measured = measure_entries(StreamingModel(source), tokens, missing, lambda _: None)
-        truth |= {"\t".join(key): float(kl.mean()) for key, kl in measured.items()}
-        file.write_text(json.dumps(truth))
-    return {e.key: truth["\t".join(e.key)] for e in entries}
+        started = time.monotonic()
+        truth |= measure_entries(StreamingModel(source), tokens, missing, lambda _: None)
+        rows = {key: kl.tolist() for key, kl in truth.items()}
+        work.save_costs(file.name, rows, time.monotonic() - started)
+    return {e.key: float(truth[e.key].mean()) for e in entries}
 
 
 def checked(

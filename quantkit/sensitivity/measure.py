@@ -85,6 +85,11 @@ class ProfileSettings:
         return default_entries(weights, self.more_tiers, self.routers)
 
     @property
+    def predicts_rounding(self) -> bool:
+        """Whether costs are predicted by gradients, for weights that are rounded to nearest."""
+        return self.method == "fisher" and self.quantizer == RTN
+
+    @property
     def tier_names(self) -> tuple[str, ...]:
         """All tiers that are measured for some weight."""
         if self.tiers is not None:
@@ -168,7 +173,7 @@ def prepare(source: Source, out: Path, settings: ProfileSettings, force: bool = 
 
 def _text_to_compare(source: Source, settings: ProfileSettings) -> np.ndarray | None:
     """Return the tokens (sequences, length) to compare quantizers on, None to compare none."""
-    if settings.method != "fisher" or settings.quantizer != RTN:
+    if not settings.predicts_rounding:
         return None
     more = replace(settings.text, tokens=_compared_tokens(settings.text.tokens))
     return read_calibration_set(source.checkpoint, more).tokens
@@ -176,8 +181,7 @@ def _text_to_compare(source: Source, settings: ProfileSettings) -> np.ndarray | 
 
 def _text_for_expert_shift(source: Source, settings: ProfileSettings) -> np.ndarray | None:
     """Return the tokens (sequences, length) to measure expert-shift on, None if that is not due."""
-    by_gradients = settings.method == "fisher" and settings.quantizer == RTN
-    if not by_gradients or source.inventory.experts is None:
+    if not settings.predicts_rounding or source.inventory.experts is None:
         return None
     return expert_shift_text(source.checkpoint, settings.text)
 
