@@ -31,13 +31,19 @@ def expert_shift_text(checkpoint: Checkpoint, profiled: CalibrationSpec) -> np.n
     return read_calibration_set(checkpoint, spec, VALIDATE).tokens
 
 
-def text_to_check(checkpoint: Checkpoint, profiled: CalibrationSpec) -> np.ndarray:
-    """Return token ids (sequences, length) to check predictions on, which neither a profile of the
-    text `profiled` nor its expert-shift has read, if there is enough text. Raises CalibrationError.
+def text_to_check(
+    checkpoint: Checkpoint, profiled: CalibrationSpec, shift_tokens: np.ndarray | None
+) -> np.ndarray:
+    """Return token ids (sequences, length) to check a profile of the text `profiled` on.
+
+    They are others than `shift_tokens` (sequences, length), on which its expert-shift was measured,
+    if there is enough text. Raises CalibrationError.
     """
+    if shift_tokens is None:
+        return read_calibration_set(checkpoint, profiled, VALIDATE).tokens
     more = replace(profiled, tokens=profiled.tokens + _TOKENS)
     tokens = read_calibration_set(checkpoint, more, VALIDATE).tokens
-    read = passages(expert_shift_text(checkpoint, profiled))
+    read = passages(shift_tokens)
     # Half of the passages, as in `overlaps`: chats share the opening of their template.
     unread = [s for s in tokens if np.isin(passages(s[None]), read).mean() < 0.5]
     return np.stack(unread or list(tokens))[: profiled.sequences]

@@ -37,11 +37,7 @@ from quantkit.sensitivity.entries import (
 )
 from quantkit.sensitivity.exact import measure_resumably
 from quantkit.sensitivity.expert_probe import ExpertProbe
-from quantkit.sensitivity.expert_shift import (
-    expert_shift_text,
-    text_to_check,
-    with_expert_shift,
-)
+from quantkit.sensitivity.expert_shift import expert_shift_text, text_to_check, with_expert_shift
 from quantkit.sensitivity.fisher import StageTable, Sweep
 from quantkit.sensitivity.quantizer_losses import sampled_layers
 from quantkit.sensitivity.store import load_profile
@@ -279,7 +275,8 @@ def validate_profile(
     Raises CalibrationError.
     """
     with in_field("calibration"):
-        tokens = text_to_check(profiling.source.checkpoint, profiling.settings.text)
+        checkpoint, spec = profiling.source.checkpoint, profiling.settings.text
+        tokens = text_to_check(checkpoint, spec, profiling.shift_tokens)
     entries = profiling.settings.entries(profiling.source.inventory.weights)
     run = load_json(profiling.out / "run.json", InputError)
     seconds = run["seconds"] * len(entries) / max(1, run["entries"])

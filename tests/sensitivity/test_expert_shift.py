@@ -68,7 +68,7 @@ def test_its_text_is_short_and_read_by_nothing_else(tmp_path, profiled, shape):
     assert tokens.shape == shape
     short = replace(spec, sequence_length=shape[1])
     for other in (
-        text_to_check(source.checkpoint, short),
+        text_to_check(source.checkpoint, short, tokens),
         read_calibration_set(source.checkpoint, short).tokens,
     ):
         assert other.shape == (600 // shape[1], shape[1])
