@@ -35,6 +35,7 @@ from quantkit.planning.frontier import recipe_plans
 from quantkit.planning.knapsack import solve
 from quantkit.planning.knapsack_items import Option
 from quantkit.quantizers.layerwise import changed_tiers
+from quantkit.quantizers.registry import RTN
 from quantkit.sensitivity.store import load_profile
 from quantkit.streaming.layer_runner import StreamingModel
 from quantkit.streaming.measure_kl import measure_kl
@@ -51,11 +52,14 @@ def demo_and_profile(name: str | None) -> tuple[Source, SensitivityProfile]:
         return source, make_profile(source, Path(folder) / "profile")
 
 
-def experts_alone(inventory: Inventory, profile: SensitivityProfile, recipe: Plan) -> Plan:
+def experts_alone(
+    inventory: Inventory, profile: SensitivityProfile, recipe: Plan, quantizer: str = RTN
+) -> Plan:
     """The 120B's situation: all but the experts pinned to the recipe's tiers, the same bytes."""
     rest = [c for c in recipe.assignments if c.role not in EXPERT_ROLES]
     pins = tuple((assignment.name, parse_tier(assignment.tier)) for assignment in rest)
-    return plan_by_budget(inventory, profile, Budget(recipe.total_bytes), Constraints(pins=pins))
+    constraints = Constraints(pins=pins, quantizer=quantizer)
+    return plan_by_budget(inventory, profile, Budget(recipe.total_bytes), constraints)
 
 
 def table(source: Source, profile: SensitivityProfile) -> str:

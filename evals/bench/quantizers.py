@@ -108,7 +108,7 @@ def recipe_plans(source: Source, profile: SensitivityProfile) -> Groups:
         )
         rows = [Row(f"`{name}`, rtn", recipe), Row("ours, gptq", ours)]
         if name == BIG:
-            pinned = replace(experts_alone(inventory, profile, recipe), quantizer="gptq")
+            pinned = experts_alone(inventory, profile, recipe, "gptq")
             label = "ours for the experts alone, other weights as in the recipe"
             rows += [
                 Row(f"ours, gptq, tuned for {TUNED} steps", replace(ours, tuning_steps=TUNED)),

@@ -81,6 +81,7 @@ def load_imatrix(path: Path, inventory: Inventory) -> Imatrix:
         name = f"{_gguf_name(weight)}.weight"
         if (sums := arrays.get(f"{name}.in_sum2")) is None:
             continue
+        sums = sums.reshape(-1, sums.shape[-1])  # GGUF stores a single row in one dimension
         counts = arrays.get(f"{name}.counts", np.zeros(0)).reshape(-1)
         matrices = weight.shape[0] if len(weight.shape) > 2 else 1
         if sums.shape != (matrices, weight.shape[-1]) or counts.shape != (matrices,):
@@ -174,17 +175,21 @@ class ImatrixQuantization:
         weight = self.model.weights[name]
         rows, width = weight.shape[-2:]
         step = max(1, memory_limits().block_values // width)
+        read = rows if len(weight.shape) > 2 else step  # experts are read whole
         blocks: list[AffineWeight] = []
         for matrix, importance in enumerate(self.imatrix.importance[name]):
-            for start in range(0, rows, step):
-                stop = min(start + step, rows)
-                values = self.model.values(name, matrix * rows + start, matrix * rows + stop)
+            for first in range(matrix * rows, (matrix + 1) * rows, read):
+                values = self.model.values(name, first, min(first + read, (matrix + 1) * rows))
                 require_finite(name, values)
-                block = search(
-                    values.astype(mx.float32), mx.array(importance), tier, scales_dtype(weight)
-                )
-                mx.eval(block.q, block.scales, block.biases)
-                blocks.append(block)
+                for start in range(0, len(values), step):
+                    block = search(
+                        values[start : start + step].astype(mx.float32),
+                        mx.array(importance),
+                        tier,
+                        scales_dtype(weight),
+                    )
+                    mx.eval(block.q, block.scales, block.biases)
+                    blocks.append(block)
         return tuple(to_numpy(tensor) for tensor in concatenate(blocks, axis=0).packed(tier))
 
     def expert_inputs(self, folder: Path) -> dict[str, ExpertInputs]:

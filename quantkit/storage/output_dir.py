@@ -176,8 +176,13 @@ class OutputDirectory:
         self._records[record["name"]] = record
         self._save()
 
-    def require_space(self, needed: int) -> None:
-        """Check that `needed` more bytes fit on the disk. Raises OutputError."""
+    def require_space(self, work: int, files: int = 0) -> None:
+        """Check that `files` more bytes of output and `work` bytes of scratch fit on the disk.
+
+        Scratch of an interrupted run is there already, and counts. Raises OutputError.
+        """
+        there = sum(path.stat().st_size for path in self.work.rglob("*") if path.is_file())
+        needed = files + max(0, work - there)
         free = shutil.disk_usage(self.folder).free
         if free < needed + _SPARE:
             raise OutputError(

@@ -13,8 +13,8 @@ from quantkit.backend import mx
 def plain_switch_linear(module: Any) -> Any:
     """Return a replacement for mlx-lm's SwitchLinear with its parameters, for float32 weights.
 
-    It computes with its `instead` in place of its weight, if that is not None: an object of the
-    weight's shape whose slices are arrays.
+    It computes with its `instead` in place of its weight, if that is not None: an object with the
+    weight's shape, and `times` as in ExpertMatrices.
     """
     from mlx.nn import Module
 
@@ -42,7 +42,7 @@ def switch_product(
     """Return the output (..., 1, out) of mlx-lm's SwitchLinear `module` for `x` (..., 1, in).
 
     `indices` (...) are the experts; `weight` (experts, out, in) is an array, or an object of that
-    shape whose slices are arrays.
+    shape with `times` as in ExpertMatrices.
     """
     out = (_sorted_product if sorted_indices else _gathered_product)(x, indices, weight)
     if "bias" in module:
@@ -56,11 +56,13 @@ def _sorted_product(x: mx.array, indices: mx.array, weight: Any) -> mx.array:
     by_expert = mx.split(x[:, 0], np.cumsum(counts)[:-1].tolist())
     used = []
     for e, rows in enumerate(by_expert):
-        if counts[e]:
-            # A slice is a view; weight[e] would be a copy.
+        if not counts[e]:
+            continue
+        if isinstance(weight, mx.array):  # a slice is a view; weight[e] would be a copy
             used.append(rows @ weight[e : e + 1].squeeze(0).T)
-            if not isinstance(weight, mx.array):
-                mx.eval(used[-1])  # before mlx takes memory for other slices
+        else:
+            used.append(weight.times(rows, e))
+            mx.eval(used[-1])  # before mlx takes memory for other matrices
     return mx.expand_dims(mx.concatenate(used), -2)
 
 

@@ -16,7 +16,7 @@ from quantkit.formats.affine import AffineWeight
 from quantkit.formats.codec import encode, fake_quantize
 from quantkit.formats.tiers import Tier
 from quantkit.streaming.layer_runner import submodule
-from quantkit.streaming.products import Product, decoded_slices
+from quantkit.streaming.products import Product, decoded_matrices
 from quantkit.streaming.weight_loader import Call, StreamedModule
 
 Observer = Callable[[str, mx.array, "mx.array | None"], None]
@@ -271,7 +271,7 @@ class HookedLayer:
             if stack or "scales" in module:
                 tensors = encode(values, tier) if quantized is None else quantized.packed(tier)
                 if stack:
-                    module.instead = decoded_slices(tensors, tier)
+                    module.instead = decoded_matrices(tensors, tier)
                 else:
                     _pack(module, tensors, tier)
             elif quantized is None:

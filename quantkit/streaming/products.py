@@ -12,41 +12,45 @@ Product = Callable[..., mx.array]
 """Replaces a weight's module: called with the module and its arguments."""
 
 
-class ExpertSlices:
-    """A stack (experts, out, in) whose matrices `values(which)` makes on access, so that the whole
-    stack is never in memory."""
+class ExpertMatrices:
+    """A stack (experts, out, in) that is never whole in memory: `times(rows, expert)` returns the
+    product of rows (n, in) with one of its matrices, (n, out)."""
 
-    def __init__(self, shape: tuple[int, ...], values: Callable[[slice], mx.array]) -> None:
+    def __init__(
+        self, shape: tuple[int, ...], times: Callable[[mx.array, int], mx.array]
+    ) -> None:
         self.shape = shape
-        self._values = values
-
-    def __getitem__(self, which: slice) -> mx.array:
-        return self._values(which)
+        self.times = times
 
 
-def decoded_slices(tensors: Sequence[mx.array], tier: Tier) -> ExpertSlices:
-    """Return a packed stack (experts, out, in), whose `tensors` have the order of `encode`, as
-    float32 slices that are decoded on access."""
+def decoded_matrices(tensors: Sequence[mx.array], tier: Tier) -> ExpertMatrices:
+    """Return a packed stack (experts, out, in), whose `tensors` have the order of `encode`. Its
+    matrices are decoded to float32 when they are used."""
     packed, *scales = _wide(tensors)
 
-    def values(which: slice) -> mx.array:
-        return decode((packed[which], *(x[which] for x in scales)), tier, "F32")
+    def times(rows: mx.array, expert: int) -> mx.array:
+        return rows @ decode((packed[expert], *(x[expert] for x in scales)), tier, "F32").T
 
     width = packed.shape[-1] * 32 // tier.bits
-    return ExpertSlices((*packed.shape[:-1], width), values)
+    return ExpertMatrices((*packed.shape[:-1], width), times)
+
+
+def linear_product(times: Callable[[mx.array], mx.array]) -> Product:
+    """Return the product with a matrix (out, in): `times` multiplies rows (..., in) by it."""
+
+    def linear(module: Any, x: mx.array) -> mx.array:
+        return _biased(module, times(x))
+
+    return linear
 
 
 def plain_product(weight: mx.array) -> Product:
     """Return the product with a matrix `weight` (out, in)."""
-
-    def plain(module: Any, x: mx.array) -> mx.array:
-        return _biased(module, x @ weight.T)
-
-    return plain
+    return linear_product(lambda x: x @ weight.T)
 
 
-def experts_product(weight: ExpertSlices) -> Product:
-    """Return the product with a stack (experts, out, in), a slice of it at a time."""
+def experts_product(weight: ExpertMatrices) -> Product:
+    """Return the product with a stack (experts, out, in), a matrix at a time."""
 
     def experts(module: Any, *args: Any, **kwargs: Any) -> mx.array:
         return switch_product(module, weight, *args, **kwargs)
@@ -61,7 +65,7 @@ def packed_product(tensors: Sequence[mx.array], tier: Tier) -> Product:
     A GPU computes with them as they are, a CPU decodes a matrix at a time.
     """
     if on_cpu() and tensors[0].ndim > 2:
-        return experts_product(decoded_slices(tensors, tier))
+        return experts_product(decoded_matrices(tensors, tier))
     packed, *scales = wide = _wide(tensors)
     if on_cpu():
         return plain_product(decode(wide, tier, "F32"))

@@ -16,7 +16,7 @@ from quantkit.backend import on_cpu
 from quantkit.checkpoint.checkpoint import INDEX_FILE
 from quantkit.checkpoint.provenance import input_key, versions
 from quantkit.checkpoint.source import Source, file_hashes
-from quantkit.errors import DamagedError, InputError, OutputError, SourceError, TierError
+from quantkit.errors import DamagedError, InputError, SourceError, TierError
 from quantkit.progress import Progress, Stage
 from quantkit.storage.hashing import hash_file
 from quantkit.storage.input_key import InputKey
@@ -199,16 +199,9 @@ def _write_shards(
 
 
 def _require_space(job: Rewrite, output: OutputDirectory, missing: Sequence[Shard]) -> None:
-    """Check the free space on the disk. Raises OutputError, leaving behind only finished shards."""
-    space = sum(shard.tensor_bytes for shard in missing)
-    if job.quantization and missing:
-        space += job.quantization.work_bytes(job.shard_bytes)
-    try:
-        output.require_space(space)
-    except OutputError:
-        if len(missing) == len(job.shards):
-            output.discard()
-        raise
+    """Check the free space on the disk. Raises OutputError, which removes no finished work."""
+    work = job.quantization.work_bytes(job.shard_bytes) if job.quantization and missing else 0
+    output.require_space(work, sum(shard.tensor_bytes for shard in missing))
 
 
 @contextmanager

@@ -9,13 +9,16 @@ import pytest
 import quantkit
 from quantkit.artifacts.experts import Pruning, expert_blocks
 from quantkit.backend import mx
+from quantkit.backend.memory_limits import MemoryLimits
 from quantkit.calibration.calibration_set import read_calibration_set
 from quantkit.checkpoint.source import open_source
 from quantkit.formats.tiers import parse_tier
 from quantkit.planning.plan import make_plan
+from quantkit.planning.recipe import load_recipe, plan_by_recipe
 from quantkit.quantizers.input_sums import Inputs, InputSums
 from quantkit.streaming.layer_runner import StreamingModel
 from quantkit.streaming.layer_trace import hooked
+from tests.support import tiny
 from tests.support.repo import write_repo
 from tests.support.text import words
 
@@ -51,7 +54,9 @@ def imatrix(checkpoint, text, tmp_path_factory):
                 sums.add(Inputs.of(step.args))
                 name = f"blk.{number}.{GGUF[last]}.weight"
                 squares = [np.diag(np.array(sums.total(i))) for i in range(matrices)]
-                arrays[f"{name}.in_sum2"] = mx.array(np.stack(squares))
+                # As llama.cpp stores them, a plain weight's sums have one dimension.
+                stored = np.stack(squares) if matrices > 1 else np.stack(squares)[0]
+                arrays[f"{name}.in_sum2"] = mx.array(stored)
                 arrays[f"{name}.counts"] = mx.array(sums.counts.astype(np.float32)[:, None])
     path = tmp_path_factory.mktemp("imatrix") / "tiny.gguf"
     sizes = {
@@ -208,3 +213,18 @@ def test_of_the_experts_that_are_kept(checkpoint, imatrix, tmp_path):
     assert len(stacks) > 20
     for name in stacks:
         assert mx.array_equal(everything[name][1:], some[name]).item(), name
+
+
+def test_experts_are_read_whole_in_little_memory(imatrix, tmp_path, monkeypatch):
+    """The experts of a fine-tune in BF16 are stored transposed, and cannot be cut by rows."""
+    source = open_source(str(tiny.write_gpt_oss(tmp_path / "src", packed=False)))
+    plan = plan_by_recipe(source.inventory, load_recipe("uniform-3"))
+    plan = replace(plan, quantizer="search")
+    write_repo(source, plan, tmp_path / "much", imatrix=imatrix)
+    few = MemoryLimits(block_values=5 * 64)
+    monkeypatch.setattr("quantkit.quantizers.imatrix.memory_limits", lambda: few)
+    write_repo(source, plan, tmp_path / "little", imatrix=imatrix)
+    much, little = weights(tmp_path / "much"), weights(tmp_path / "little")
+    assert any(name.endswith("gate_proj.scales") for name in much)
+    for name in much:
+        assert mx.array_equal(much[name], little[name]).item(), name

@@ -15,6 +15,8 @@ from quantkit.errors import OutputError, SourceError, TierError
 from quantkit.formats.tiers import MXFP4, NATIVE, TIERS, parse_tier
 from quantkit.planning.plan import make_plan
 from quantkit.planning.recipe import load_recipe, plan_by_recipe, recipe_names
+from quantkit.storage.input_key import InputKey
+from quantkit.storage.output_dir import OutputDirectory
 from tests.support import tiny
 from tests.support.repo import Calls, write_repo
 
@@ -432,6 +434,29 @@ def test_too_little_space(tmp_path, checkpoint, monkeypatch):
     with pytest.raises(OutputError, match=r"0.00 GB free, 0\.\d+ GB needed"):
         quantize(checkpoint, tmp_path / "deep" / "out")
     assert not list(tmp_path.iterdir())
+
+
+def test_an_interrupted_run_asks_only_for_the_space_that_it_lacks(tmp_path, monkeypatch):
+    def free(count):
+        usage = namedtuple("usage", "total used free")(10**9, 10**9, count)
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+
+    def begin():
+        return OutputDirectory(tmp_path / "out", InputKey({"plan": "3 bits"}), force=False)
+
+    free(100_000_000)
+    with begin() as output:
+        output.require_space(30_000_000)
+        (output.work / "quantized-0.npz").write_bytes(bytes(20_000_000))
+    free(80_000_000)  # 20 MB are scratch now, 64 MB stay free
+    with begin() as output:
+        output.require_space(30_000_000)
+        with pytest.raises(OutputError, match="GB needed"):
+            output.require_space(30_000_000, 10_000_000)
+    free(1000)
+    with pytest.raises(OutputError, match="GB needed"), begin() as output:
+        output.require_space(30_000_000)
+    assert (output.work / "quantized-0.npz").stat().st_size == 20_000_000
 
 
 def plant(name, index, bits):
