@@ -1,6 +1,6 @@
 """Explain a plan: its alternatives, the next steps, and its difference to another plan."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from quantkit.artifacts.experts import pruned_inventory
@@ -85,6 +85,7 @@ def explain(
     prices = plan.optimality.shadow_prices if plan.optimality else ()
     active = None if plan.active_bytes is None else 0
     profile = profile.quantized_by(plan.quantizer)
+    constraints = replace(constraints, quantizer=plan.quantizer)
     groups = groups_of(inventory, profile, Budget(0, active_bytes=active), constraints)
     tiers = {assignment.name: assignment.tier for assignment in plan.assignments}
     pairs = [_steps(group, tiers[group.weights[0].name], prices) for group in groups]

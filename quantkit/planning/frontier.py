@@ -62,7 +62,8 @@ def recipe_baselines(
 ) -> list[Plan]:
     """Return the plans of shipped recipes that fit the budget and use up its bytes.
 
-    `constraints` hold for them, save that their routers may be quantized. Recipes keep all experts.
+    `constraints` hold for them, save that their routers may be quantized; so does their quantizer,
+    which rounds floating-point tiers to nearest. Recipes keep all experts.
     """
     baselines: list[Plan] = []
     if not constraints.may_keep(inventory.experts):
@@ -75,7 +76,10 @@ def recipe_baselines(
         if budget.active_bytes is not None and (plan.active_bytes or 0) > budget.active_bytes:
             continue
         if not constraints.ties and all(a.tier in allowed[a.name] for a in plan.assignments):
-            baselines.append(plan)
+            plan = replace(
+                plan, quantizer=constraints.quantizer, memory_target=budget.memory_target
+            )
+            baselines.append(with_predictions(plan, profile))
     return baselines
 
 

@@ -320,13 +320,14 @@ class LayerwiseQuantizer:
         tokens = self.tokens[: min(count, self.calibrating)]
         tables = {n: t.weight for n, t in self.model.tables.items() if n in self.tiers}
         names = [name for name, weight in tables.items() if weight.role == "embedding"]
+        hessians: dict[str, mx.array] = {}
         with suppress(RuntimeError, ValueError):  # mlx cannot differentiate every operation
-            hessians = embedding_hessians(self.model, names, tokens, self._work, self.progress)
-            for name, hessian in hessians.items():
-                if hessian.any().item():
-                    damped = shrunk(hessian * tokens.size, tokens.size, hessian, DEFAULT_PRIOR)
-                    table = tables[name]
-                    done[name] = self._quantize_table(table, damped[None], self._quantizer)
+            if names:
+                hessians = embedding_hessians(self.model, names, tokens, self._work, self.progress)
+        for name, hessian in hessians.items():
+            if hessian.any().item():
+                damped = shrunk(hessian * tokens.size, tokens.size, hessian, DEFAULT_PRIOR)
+                done[name] = self._quantize_table(tables[name], damped[None], self._quantizer)
         self.files.save(EMBEDDING, done)
         drop_gradients(self.model, self._work)
         self.progress(1, "embedding")

@@ -234,7 +234,10 @@ def make(profiling: Profiling, progress: Progress) -> SensitivityProfile:
             output.discard()
             return profile
         output.write(PROFILE_FILE, profile.to_json())
-        output.write("run.json", {"seconds": seconds, "entries": len(profiling.entries)})
+        run = {"seconds": seconds, "entries": len(profiling.entries)}
+        if not profiling.entries and (before := profiling.out / "run.json").is_file():
+            run = load_json(before, InputError)  # experts were ranked, and nothing else
+        output.write("run.json", run)
         _write_importance(output.repo / IMPORTANCE_FILE, importance)
         output.commit()
     return profile

@@ -16,9 +16,7 @@ class ExpertMatrices:
     """A stack (experts, out, in) that is never whole in memory: `times(rows, expert)` returns the
     product of rows (n, in) with one of its matrices, (n, out)."""
 
-    def __init__(
-        self, shape: tuple[int, ...], times: Callable[[mx.array, int], mx.array]
-    ) -> None:
+    def __init__(self, shape: tuple[int, ...], times: Callable[[mx.array, int], mx.array]) -> None:
         self.shape = shape
         self.times = times
 

@@ -6,6 +6,7 @@ weight, three times over. `mx.checkpoint` does not help where values are evaluat
 """
 
 from collections.abc import Callable, Sequence
+from typing import cast
 
 from quantkit.backend import mx
 from quantkit.formats.codec import to_mx, to_numpy
@@ -30,7 +31,7 @@ def recomputed(function: Function) -> Function:
         mx.eval(gradients)
         return tuple(_constants(gradients))
 
-    return run
+    return cast(Function, run)
 
 
 def _constants(arrays: Sequence[mx.array]) -> list[mx.array]:

@@ -7,12 +7,14 @@ from dataclasses import replace
 import pytest
 
 from quantkit.artifacts.memory import MemoryTarget
+from quantkit.artifacts.roles import EXPERT_ROLES
 from quantkit.checkpoint.model_config import ModelConfig
 from quantkit.checkpoint.source import open_source
 from quantkit.errors import InputError, PlanError
 from quantkit.planning.allocator import corrected_by, plan_by_budget
 from quantkit.planning.budget import Budget, parse_budget, parse_speed
 from quantkit.planning.constraints import Constraints
+from quantkit.planning.explain import explain
 from quantkit.planning.frontier import frontier, recipe_baselines
 from quantkit.planning.plan import with_predictions
 from quantkit.planning.recipe import load_recipe, plan_by_recipe
@@ -173,6 +175,19 @@ def test_why_a_weight_got_its_tier(cli, checkpoint, saved):
     assert "layers.2.self_attn.q_proj" in shown
 
 
+def test_a_plan_is_explained_for_its_own_quantizer(inventory):
+    """One that is saved may have tiers that the default quantizer does not write."""
+    profile = made_up(inventory, ("mxfp8", "q4g64", "q3g64"))
+    limit = int(4.6 * inventory.parameters / 8)
+    plan = plan_by_budget(inventory, profile, Budget(limit), Constraints())
+    assert "mxfp8" in {assignment.tier for assignment in plan.assignments}
+    own, default = (
+        explain(plan, inventory, profile, Constraints(quantizer=name)) for name in ("rtn", "gptq")
+    )
+    assert own.down
+    assert default == own
+
+
 def test_tied_weights_change_together_and_every_limit_has_its_price(cli, checkpoint, saved):
     free = planned(cli, checkpoint, saved, "-b", "5bpw")
     limit = int(free["active_bytes_per_token"] * 0.9)
@@ -227,6 +242,20 @@ def test_recipes_of_the_same_bytes_stand_for_election(inventory, profile):
     ]
     assert names == ["recipe moringlabs-3.6bit"]
     assert not recipe_baselines(inventory, profile, Budget(theirs.total_bytes - 1), Constraints())
+
+
+def test_recipes_stand_for_election_under_the_quantizer_of_the_others(inventory, profile):
+    ratios = {"gptq": {role: {"q3g64": 0.25} for role in EXPERT_ROLES}}
+    profile = replace(profile, quantizer_ratios=ratios)
+    theirs = plan_by_recipe(inventory, load_recipe("moringlabs-3.6bit"))
+    budget = Budget(theirs.total_bytes, memory_target=MemoryTarget(context=4096))
+    plans = {
+        name: recipe_baselines(inventory, profile, budget, Constraints(quantizer=name))[0]
+        for name in ("rtn", "gptq")
+    }
+    assert plans["gptq"].quantizer == "gptq"
+    assert plans["gptq"].memory_target == budget.memory_target
+    assert plans["gptq"].predicted_kl < 0.5 * plans["rtn"].predicted_kl
 
 
 def test_corrections_by_role(inventory, profile):

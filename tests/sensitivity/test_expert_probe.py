@@ -32,13 +32,14 @@ def read(profile):
 def test_rankings_are_added_to_a_profile_that_lacks_them(cli, source, tmp_path):
     out = tmp_path / "profile"
     assert cli("profile", source, "-o", out, *FEW).exit_code == 0
-    plain = read(out)
+    plain, took = read(out), (out / "run.json").read_text()
     assert plain["expert_rankings"] == {}
     shown = cli("profile", source, "-o", out, *FEW, "--prune")
     assert shown.exit_code == 0, shown.output
     assert "experts kept      7: " in shown.stdout
     ranked = read(out)
     assert ranked["weights"] == plain["weights"]
+    assert (out / "run.json").read_text() == took  # of the entries, by which `--check` counts
     assert list(ranked["expert_rankings"]) == list(
         expert_blocks(open_source(str(source)).inventory)
     )
