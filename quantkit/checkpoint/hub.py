@@ -68,14 +68,18 @@ def open_hub(repo: str, revision: str | None) -> Checkpoint:
 
 
 def open_cached(repo: str, revision: str | None) -> Checkpoint | None:
-    """Open a repo from the Hub's cache, None unless it was downloaded completely."""
+    """Open a repo from the Hub's cache, None unless its shards were downloaded completely."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
         folder = snapshot_download(repo, revision=revision, local_files_only=True)
-        return open_folder(Path(folder), repo, Path(folder).name)
-    except (LocalEntryNotFoundError, SourceError):
+    except LocalEntryNotFoundError as exc:
+        # Newer clients miss all that `download` leaves out, and name the folder.
+        folder = getattr(exc, "snapshot_path", None)
+    try:
+        return None if folder is None else open_folder(Path(folder), repo, Path(folder).name)
+    except SourceError:
         return None
 
 
@@ -84,15 +88,14 @@ def download(checkpoint: Checkpoint) -> Path:
 
     Raises HubError, or OutputError if the disk is too small.
     """
-    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub import snapshot_download
     from huggingface_hub.utils import enable_progress_bars
 
+    if checkpoint.folder is not None:
+        return checkpoint.folder
     repo, revision = checkpoint.name, checkpoint.revision
     shards = [file.name for file in checkpoint.files]
-    whole = open_cached(repo, revision)
-    if whole is not None and [file.name for file in whole.files] == shards:
-        return whole.path("")
-    _require_space(Path(constants.HF_HUB_CACHE), sum(file.size for file in checkpoint.files))
+    _require_space(checkpoint)
     enable_progress_bars()
     with _clear_errors(repo, revision):
         # Without folders: repos of gpt-oss also hold original/ and metal/, as large again.
@@ -110,15 +113,27 @@ def fetch_file(repo: str, name: str) -> Path:
         return Path(hf_hub_download(repo, name))
 
 
-def _require_space(cache: Path, needed: int) -> None:
+def _require_space(checkpoint: Checkpoint) -> None:
+    """Check that the shards that the cache lacks fit on the disk. Raises OutputError."""
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    cache = Path(constants.HF_HUB_CACHE)
+    blobs = cache / repo_folder_name(repo_id=checkpoint.name, repo_type="model") / "blobs"
+    needed = sum(file.size - _downloaded(blobs, file) for file in checkpoint.files)
     existing = next(path for path in (cache, *cache.parents) if path.exists())
     free = shutil.disk_usage(existing).free
-    # Counts files of an interrupted download again, which errs on the safe side.
     if free < needed:
         raise OutputError(
             f"{cache}: {free / 1e9:.2f} GB free, {needed / 1e9:.2f} GB needed for the download. "
             "Make room, or set HF_HOME to another disk."
         )
+
+
+def _downloaded(blobs: Path, file: SourceFile) -> int:
+    """Return how many bytes of a shard are in the cache, be it of an interrupted download."""
+    paths = (blobs / str(file.sha256), blobs / f"{file.sha256}.incomplete")
+    return max((path.stat().st_size for path in paths if path.is_file()), default=0)
 
 
 def _file(sibling: Any, name: str) -> SourceFile:

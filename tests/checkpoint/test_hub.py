@@ -1,10 +1,16 @@
 """Checkpoints on the Hub, through the real client, against a stand-in on loopback."""
 
 import json
+import shutil
+from collections import namedtuple
 
 import pytest
 
+from quantkit.artifacts.inventory import SourceFile
+from quantkit.checkpoint.checkpoint import Checkpoint
+from quantkit.checkpoint.hub import _require_space
 from quantkit.checkpoint.source import file_hashes, open_source
+from quantkit.errors import OutputError
 from tests.support import hub, tiny
 
 
@@ -45,6 +51,41 @@ def test_quantized_from_the_hub(online, tmp_path, checkpoint):
     # Once downloaded it needs no Hub any more.
     again = online("http://127.0.0.1:9", "plan", "openai/tiny", "-r", "uniform-4", "--json")
     assert again.returncode == 0, again.stderr
+
+
+def test_a_downloaded_repo_is_found_again(online, tmp_path, checkpoint):
+    """It is complete without the folders that are left out, and asks for no more space."""
+    folder = tmp_path / "published"
+    shutil.copytree(checkpoint, folder)
+    (folder / "original").mkdir()
+    (folder / "original" / "model.bin").write_bytes(bytes(1000))
+    (folder / ".gitattributes").write_text("*.safetensors filter=lfs")
+    first, second, full = (("quantize", "openai/tiny", "-o", name) for name in ("a", "b", "c"))
+    with hub.serving({"openai/tiny": folder}) as (endpoint, log):
+        done = online(endpoint, *first, "-r", "mxfp4-q8")
+        assert done.returncode == 0, done.stderr
+        log.clear()
+        done = online(endpoint, *second, "-r", "uniform-4")
+        assert done.returncode == 0, done.stderr
+        read = [path for _, path, size in log if path.endswith(".safetensors") and size]
+        assert len(read) == len(set(read)), read  # its header, and nothing else
+    done = online("http://127.0.0.1:9", *full, "-r", "uniform-3")
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("suffix", ["", ".incomplete"])
+def test_space_is_needed_for_what_the_cache_lacks(tmp_path, monkeypatch, suffix):
+    usage = namedtuple("usage", "total used free")(10**9, 10**9, 700)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    file = SourceFile("model.safetensors", 1000, "abc")
+    found = Checkpoint("openai/tiny", hub.COMMIT, None, {}, {}, (file,))
+    with pytest.raises(OutputError, match="needed for the download"):
+        _require_space(found)
+    blobs = tmp_path / "models--openai--tiny" / "blobs"
+    blobs.mkdir(parents=True)
+    (blobs / f"abc{suffix}").write_bytes(bytes(400))
+    _require_space(found)
 
 
 def one_line(done):
