@@ -66,6 +66,10 @@ class DamagedError(SourceError):
     """A value is NaN or infinite, or a file does not have its published hash."""
 
 
+class UnreadableError(SourceError):
+    """A file of a checkpoint cannot be read now, as on a disk that is gone for a while."""
+
+
 class MalformedError(TypeError, ValueError):
     """A value read from JSON is malformed. Readers of files turn it into an InputError."""
 

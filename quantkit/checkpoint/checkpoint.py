@@ -16,7 +16,7 @@ from quantkit.artifacts.inventory import SourceFile, SourceId
 from quantkit.checkpoint.foreign import recognize_files
 from quantkit.checkpoint.headers import StoredTensor, read_header
 from quantkit.checkpoint.model_config import ModelConfig, with_rope_settings
-from quantkit.errors import SourceError
+from quantkit.errors import SourceError, UnreadableError
 from quantkit.formats.dtypes import numpy_dtype
 from quantkit.storage.hashing import digest
 from quantkit.storage.json_files import load_json
@@ -81,7 +81,7 @@ class Checkpoint:
             try:
                 done = os.preadv(self._descriptor(tensor.file), [buffer], offset)
             except OSError as exc:
-                raise SourceError(f"{tensor.file}: cannot be read ({exc.strerror}).") from exc
+                raise UnreadableError(f"{tensor.file}: cannot be read ({exc.strerror}).") from exc
             if done == 0:
                 raise SourceError(
                     f"{tensor.file}: ends inside tensor {tensor.name!r}, though it was whole when "
@@ -114,7 +114,7 @@ class Checkpoint:
             try:
                 self._descriptors[file] = os.open(self.path(file), os.O_RDONLY)
             except OSError as exc:
-                raise SourceError(f"{file}: cannot be read ({exc.strerror}).") from exc
+                raise UnreadableError(f"{file}: cannot be read ({exc.strerror}).") from exc
         return self._descriptors[file]
 
     def path(self, file: str) -> Path:

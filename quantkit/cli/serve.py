@@ -98,6 +98,7 @@ def serve(
             f"`quantkit serve` needs {exc.name}: pip install 'quantkit[serve]'."
         ) from exc
     address = where.address()
+    app.end_at_once()
     service = open_service(
         out, sampling.parameters(), cache_bytes=cache_bytes, trust_remote_code=trust_remote_code
     )

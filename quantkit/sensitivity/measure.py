@@ -10,10 +10,7 @@ import numpy as np
 
 from quantkit.artifacts.experts import expert_counts, parse_expert_counts
 from quantkit.artifacts.inventory import Weight, with_hashes
-from quantkit.artifacts.sensitivity import (
-    IMPORTANCE_FILE,
-    SensitivityProfile,
-)
+from quantkit.artifacts.sensitivity import IMPORTANCE_FILE, SensitivityProfile
 from quantkit.backend import mx, on_cpu
 from quantkit.calibration.calibration_set import (
     CalibrationSet,
@@ -23,7 +20,7 @@ from quantkit.calibration.calibration_set import (
 from quantkit.checkpoint.provenance import input_key, versions
 from quantkit.checkpoint.pruned import require_prunable
 from quantkit.checkpoint.source import Source, remembered_hashes
-from quantkit.errors import InputError, SourceError, in_field
+from quantkit.errors import InputError, SourceError, UnreadableError, in_field
 from quantkit.formats.files import write_file
 from quantkit.formats.tiers import TensorSpec
 from quantkit.progress import Progress, Stage
@@ -227,8 +224,9 @@ def make(profiling: Profiling, progress: Progress) -> SensitivityProfile:
             model = StreamingModel(profiling.source)
             output.require_space(_work_bytes(model, profiling))
             profile, importance, seconds = _measured(model, profiling, output.work, stage)
-        except SourceError:
-            output.discard()
+        except SourceError as exc:
+            if not isinstance(exc, UnreadableError):  # what is done stays for the next run
+                output.discard()
             raise
         if not first:
             output.discard()

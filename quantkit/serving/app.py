@@ -5,6 +5,7 @@ import hmac
 import json
 import logging
 import os
+import signal
 import socket
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -12,6 +13,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import uvicorn
 from pydantic import BaseModel, ValidationError
 from starlette.applications import Starlette
 from starlette.datastructures import Headers
@@ -312,15 +314,17 @@ def require_address(address: Address) -> None:
         ) from exc
 
 
-def run(service: Service, address: Address) -> None:
-    """Serve until the process is told to end, which it does at once."""
-    import signal
+def end_at_once() -> None:
+    """Let Ctrl-C and SIGTERM end the process: mlx-lm's thread may be deep in a load or a prompt."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: os._exit(0))
 
-    import uvicorn
+
+def run(service: Service, address: Address) -> None:
+    """Serve until the process is told to end, which it does at once. Closes the engine."""
 
     class Server(uvicorn.Server):
         def handle_exit(self, *_: Any) -> None:
-            """End the process: the generation thread may be deep in a prompt."""
             os._exit(0)
 
     # The generation thread should not wait 5 ms for the interpreter while answers are written.
@@ -335,6 +339,7 @@ def run(service: Service, address: Address) -> None:
         access_log=False,
         server_header=False,
     )
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: os._exit(0))
-    Server(config).run()
+    try:
+        Server(config).run()
+    finally:  # the port may have been taken meanwhile
+        service.engine.close()

@@ -78,7 +78,7 @@ class Engine:
         self._generator = _generator(server, self._provider, cache)
         self._provider.loaded.wait()
         if self._provider.failure is not None:
-            self.close()
+            self.close()  # or its thread keeps the process alive
             raise self._provider.failure
         self.tokenizer = self._provider.tokenizer
         self.vocabulary: int = max(self.tokenizer.get_vocab().values()) + 1

@@ -230,7 +230,11 @@ def open_service(
     )
     given = {name: value for name, value in (defaults or {}).items() if value is not None}
     sampling = replace(Sampling(max_tokens=engine.context), **given)  # type: ignore[arg-type]
-    prompts = open_prompts(engine.tokenizer, repo_folder(repo))
+    try:
+        prompts = open_prompts(engine.tokenizer, repo_folder(repo))
+    except BaseException:
+        engine.close()
+        raise
     name = Path(repo).resolve().name if Path(repo).is_dir() else repo
     return Service(engine, name, Channels(engine.tokenizer), prompts, sampling)
 

@@ -451,6 +451,24 @@ def test_values_that_are_not_finite(cli, text, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["src"]
 
 
+def test_a_source_that_is_gone_for_a_while(cli, checkpoint, text, profiled, tmp_path, monkeypatch):
+    """What is measured stays, and the next run goes on from there."""
+    options = ("-o", tmp_path / "out", "--calibration", text, *SMALL)
+    read, work = os.preadv, tmp_path / "out.partial" / "work"
+
+    def failing(*args):
+        if any(work.glob("stage-*")):
+            raise OSError(5, "Input/output error")
+        return read(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.preadv", failing)
+        assert "cannot be read (Input/output error)" in refusal(cli, checkpoint, *options)
+    assert any(work.glob("stage-*"))
+    assert cli("profile", checkpoint, *options).exit_code == 0
+    assert table(tmp_path / "out") == table(profiled)
+
+
 def test_a_full_disk(cli, checkpoint, text, tmp_path, monkeypatch):
     """Refused at the start where it is seen, and gone on from where it is not."""
     options = ("-o", tmp_path / "out", "--calibration", text, *SMALL)
