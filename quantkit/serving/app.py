@@ -9,7 +9,7 @@ import signal
 import socket
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -321,7 +321,7 @@ def end_at_once() -> None:
 
 
 def run(service: Service, address: Address) -> None:
-    """Serve until the process is told to end, which it does at once. Closes the engine."""
+    """Serve until the process is told to end, which it does at once."""
 
     class Server(uvicorn.Server):
         def handle_exit(self, *_: Any) -> None:
@@ -339,7 +339,6 @@ def run(service: Service, address: Address) -> None:
         access_log=False,
         server_header=False,
     )
-    try:
+    with suppress(SystemExit):  # the port was taken meanwhile, as uvicorn has said
         Server(config).run()
-    finally:  # the port may have been taken meanwhile
-        service.engine.close()
+    os._exit(2)  # mlx-lm's thread would keep the process alive
