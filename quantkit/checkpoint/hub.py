@@ -67,18 +67,27 @@ def open_hub(repo: str, revision: str | None) -> Checkpoint:
     return Checkpoint(repo, commit, None, config, merge_headers(headers, weight_map), files)
 
 
-def open_cached(repo: str, revision: str | None) -> Checkpoint | None:
-    """Open a repo from the Hub's cache, None unless its shards were downloaded completely."""
+def cached_folder(repo: str, revision: str | None = None) -> Path | None:
+    """Return the folder of a repo in the Hub's cache, which may lack files; None if there is none.
+
+    It is current as far as the cache knows.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        folder = snapshot_download(repo, revision=revision, local_files_only=True)
+        return Path(snapshot_download(repo, revision=revision, local_files_only=True))
     except LocalEntryNotFoundError as exc:
-        # Newer clients miss all that `download` leaves out, and name the folder.
+        # Newer clients miss all files that were left out on purpose, and name the folder.
         folder = getattr(exc, "snapshot_path", None)
+        return None if folder is None else Path(folder)
+
+
+def open_cached(repo: str, revision: str | None) -> Checkpoint | None:
+    """Open a repo from the Hub's cache, None unless its shards were downloaded completely."""
+    folder = cached_folder(repo, revision)
     try:
-        return None if folder is None else open_folder(Path(folder), repo, Path(folder).name)
+        return None if folder is None else open_folder(folder, repo, folder.name)
     except SourceError:
         return None
 

@@ -13,7 +13,8 @@ from quantkit.backend import mx, on_cpu
 from quantkit.backend.cpu_functions import speed_up_mlx
 from quantkit.checkpoint.stock import load_stock
 from quantkit.errors import OutputError, first_line
-from quantkit.generation.chat_model import require_repo
+from quantkit.generation.chat_model import repo_folder, require_repo
+from quantkit.generation.memory import sequences_that_fit
 from quantkit.streaming.experts import plain_switch_linear
 
 _GPU_BATCH, _CPU_BATCH = 32, 16
@@ -49,6 +50,7 @@ class BatchModel:
         """Raises OutputError if mlx-lm does not load it."""
         require_repo(repo)
         self._model, self.tokenizer = load_stock(repo, trust_remote_code=trust_remote_code)
+        self._folder = repo_folder(repo)
         self.arithmetic = "as stored"
         if on_cpu():
             speed_up_mlx()
@@ -64,11 +66,15 @@ class BatchModel:
         seed: int = 0,
         batch: int | None = None,
     ) -> Iterator[Completion]:
-        """Yield the answers as they end, `batch` prompts at a time. Raises OutputError."""
+        """Yield the answers as they end, `batch` prompts at a time. Raises OutputError.
+
+        The default is 16 on a CPU; on a GPU 32, or as many as fit if all become as long as they
+        may.
+        """
         from mlx_lm.generate import BatchGenerator
         from mlx_lm.sample_utils import make_sampler
 
-        size = batch or (_CPU_BATCH if on_cpu() else _GPU_BATCH)
+        size = batch or self._default_batch(requests)
         mx.random.seed(seed)
         generator = BatchGenerator(
             self._model,
@@ -88,6 +94,12 @@ class BatchModel:
             raise OutputError(f"mlx-lm failed to generate ({first_line(exc)}).") from exc
         finally:
             generator.close()
+
+    def _default_batch(self, requests: Sequence[Request]) -> int:
+        if on_cpu():
+            return _CPU_BATCH
+        longest = max((len(one.prompt) + one.max_tokens for one in requests), default=0)
+        return sequences_that_fit(self._folder, longest, _GPU_BATCH)
 
     def _completions(
         self, generator: Any, requests: Sequence[Request], places: dict[int, int]

@@ -8,7 +8,7 @@ from typing import Any
 
 from quantkit.backend import mx
 from quantkit.calibration.chat_template import Message, normalize_messages
-from quantkit.checkpoint.hub import is_repo_id
+from quantkit.checkpoint.hub import cached_folder, is_repo_id
 from quantkit.checkpoint.stock import load_stock
 from quantkit.errors import InputError, OutputError, first_line
 from quantkit.generation.harmony import Channels, Delta
@@ -177,9 +177,7 @@ def repo_folder(repo: str) -> Path | None:
     """Return the folder of a repo that has been loaded, from the Hub's cache if need be."""
     if Path(repo).is_dir():
         return Path(repo)
-    from huggingface_hub import snapshot_download
-
     try:
-        return Path(snapshot_download(repo, local_files_only=True))
+        return cached_folder(repo)
     except Exception:  # noqa: BLE001  (huggingface_hub raises anything)
         return None

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from quantkit.backend import mx
 from quantkit.checkpoint.stock import load_stock
 from quantkit.errors import InputError, OutputError, first_line
 from quantkit.generation.chat_model import require_repo
@@ -334,9 +333,3 @@ def _context(model: Any) -> int:
     return int(
         given or (text.get("max_position_embeddings") if isinstance(text, dict) else 0) or 131072
     )
-
-
-def default_cache_bytes() -> int:
-    """Return the bytes that the prompt cache may take: an eighth of the memory."""
-    info = mx.device_info()
-    return int(info.get("memory_size", 16 << 30)) // 8

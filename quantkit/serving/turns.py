@@ -16,6 +16,7 @@ from quantkit.errors import InputError, first_line
 from quantkit.generation.answers import parse_calls
 from quantkit.generation.chat_model import repo_folder
 from quantkit.generation.harmony import COMMENTARY, FINAL, Channels, Delta, HarmonyReader
+from quantkit.generation.memory import prompt_cache_bytes
 from quantkit.generation.prompts import (
     Functions,
     HarmonyPrompts,
@@ -24,13 +25,7 @@ from quantkit.generation.prompts import (
     Wishes,
     open_prompts,
 )
-from quantkit.serving.engine import (
-    Engine,
-    Prefill,
-    Sampling,
-    Step,
-    default_cache_bytes,
-)
+from quantkit.serving.engine import Engine, Prefill, Sampling, Step
 
 _log = logging.getLogger("quantkit.serve")
 REASONING, TEXT, CALL = "reasoning", "text", "call"
@@ -225,9 +220,8 @@ def open_service(
     `defaults` are sampling parameters that a request may leave out; without `max_tokens` an answer
     may fill the context. Raises OutputError if mlx-lm does not load the repo.
     """
-    engine = Engine(
-        repo, cache_bytes=cache_bytes or default_cache_bytes(), trust_remote_code=trust_remote_code
-    )
+    most = cache_bytes or prompt_cache_bytes(repo_folder(repo))
+    engine = Engine(repo, cache_bytes=most, trust_remote_code=trust_remote_code)
     given = {name: value for name, value in (defaults or {}).items() if value is not None}
     sampling = replace(Sampling(max_tokens=engine.context), **given)  # type: ignore[arg-type]
     try:
