@@ -68,10 +68,7 @@ def open_hub(repo: str, revision: str | None) -> Checkpoint:
 
 
 def cached_folder(repo: str, revision: str | None = None) -> Path | None:
-    """Return the folder of a repo in the Hub's cache, which may lack files; None if there is none.
-
-    It is current as far as the cache knows.
-    """
+    """Return the folder of a repo in the Hub's cache, which may lack files; None if not cached."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
