@@ -185,9 +185,27 @@ class HookedLayer:
                 return self._run(Call(x, trace.call.args, trace.call.kwargs))
 
         zeros = [mx.zeros_like(trace.values(readout)) for readout in readouts]
-        _, (at_input, *at_readouts) = mx.vjp(run, [trace.call.x, *zeros], [g])
-        mx.eval(at_input, at_readouts)
+        at_input, *at_readouts = self.vjp(run, [trace.call.x, *zeros], g)
         return at_input, dict(zip(readouts, at_readouts, strict=True))
+
+    def vjp(
+        self, run: Callable[..., mx.array], inputs: Sequence[mx.array], g: mx.array
+    ) -> list[mx.array]:
+        """Return the gradients at the `inputs` of `run`, which runs the layer, evaluated.
+
+        `g` (batch, tokens, hidden) is the gradient at its output; results have the shapes of the
+        inputs.
+        """
+        modules = [self.module, *(hook.module for hook in (*self._hooks.values(), *self._holders))]
+        for module in modules:
+            module.train()  # mlx-lm then avoids Metal kernels, which have no gradients
+        try:
+            _, gradients = mx.vjp(run, list(inputs), [g])
+            mx.eval(gradients)
+        finally:
+            for module in modules:
+                module.eval()
+        return gradients
 
     def rerun(self, trace: LayerTrace, name: str, readout: Readout | None) -> mx.array:
         """Return the values (..., width) at `readout` (None: the layer's output) after a change of
