@@ -37,8 +37,8 @@ def measure_kl(
     none does. `done` receives the number of each measured change.
     """
     removed = removed or [{} for _ in changes]
-    start = model.calls(tokens)
     model.require_layerwise(tokens)
+    start = model.calls(tokens)
     together = max(1, memory_limits().stream_bytes // start[0].x.nbytes)
     divergences: list[np.ndarray] = []
     for first in range(0, len(changes), together):
