@@ -288,6 +288,7 @@ class HookedLayer:
             stack = hasattr(module, "instead") and tier.quantized
             if stack or "scales" in module:
                 tensors = encode(values, tier) if quantized is None else quantized.packed(tier)
+                mx.eval(tensors)
                 if stack:
                     module.instead = decoded_matrices(tensors, tier)
                 else:
@@ -296,6 +297,8 @@ class HookedLayer:
                 module.weight = fake_quantize(values, tier)
             else:
                 module.weight = quantized.dequantized(tier)
+            mx.eval(module.parameters())
+            del values, quantized  # they would stay in memory while the layer runs
             yield
         finally:
             if hasattr(module, "instead"):

@@ -72,8 +72,9 @@ def _wave(
                     call = Call(streams.get(number, x), dry.args, dry.kwargs)
                     with ExitStack() as stack:
                         for name in names:
-                            values = model.values(name)
-                            stack.enter_context(module.changed(name, values, tiers[name]))
+                            stack.enter_context(
+                                module.changed(name, model.values(name), tiers[name])
+                            )
                         for block in less:
                             routed = block_in_layer(module.module, layer.path, block, blocks[block])
                             stack.enter_context(routed.without(gone[block]))

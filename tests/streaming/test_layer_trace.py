@@ -10,7 +10,8 @@ from quantkit.formats.tiers import parse_tier
 from quantkit.quantizers.embeddings import embedding_hessians
 from quantkit.storage.work_dir import WorkDirectory
 from quantkit.streaming.layer_runner import StreamingModel
-from quantkit.streaming.layer_trace import hooked
+from quantkit.streaming.layer_trace import HookedLayer, hooked
+from quantkit.streaming.measure_kl import measure_kl
 from quantkit.streaming.products import packed_product
 from tests.support.families import LLAMA, write
 from tests.support.text import words
@@ -56,6 +57,23 @@ def with_changed(module, model, call, names):
         return module.record(call).steps
     with module.changed(names[0], model.values(names[0]), TIER):
         return with_changed(module, model, call, names[1:])
+
+
+def test_changed_weights_are_in_memory_only_as_packed(checkpoint, monkeypatch):
+    """While a layer runs with all of its experts changed, their native values are gone."""
+
+    def run(self, call):
+        memory.append(mx.get_active_memory())
+        return plain(self, call)
+
+    plain, memory = HookedLayer.run, []
+    monkeypatch.setattr(HookedLayer, "run", run)
+    model = StreamingModel(open_source(str(checkpoint)))
+    experts = [w for w in model.weights.values() if w.layer == 1 and w.role.startswith("expert")]
+    assert len(experts) == 3
+    tiers = {weight.name: TIER for weight in experts}
+    measure_kl(model, mx.zeros((1, 8), mx.int32), [tiers], lambda _: None)
+    assert max(memory) - min(memory) < model.values(experts[0].name).nbytes
 
 
 def test_layers_whose_kernels_have_no_gradient_are_differentiated_without_them(
