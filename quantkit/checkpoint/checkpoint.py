@@ -26,6 +26,7 @@ INDEX_FILE = "model.safetensors.index.json"
 CHAT_TEMPLATES = "additional_chat_templates/*.jinja"
 SINGLE_FILE = "model.safetensors"
 _SAMPLE_BYTES = 4096
+_MOST_BYTES = 1 << 30  # of one read: macOS can refuse 2 GiB
 _BLOB = re.compile(r"[0-9a-f]{64}")
 
 
@@ -79,7 +80,7 @@ class Checkpoint:
         offset = tensor.start + start * dtype.itemsize
         while len(buffer):
             try:
-                done = os.preadv(self._descriptor(tensor.file), [buffer], offset)
+                done = os.preadv(self._descriptor(tensor.file), [buffer[:_MOST_BYTES]], offset)
             except OSError as exc:
                 raise UnreadableError(f"{tensor.file}: cannot be read ({exc.strerror}).") from exc
             if done == 0:

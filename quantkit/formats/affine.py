@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from quantkit.backend import mx
+from quantkit.backend.memory_limits import memory_limits
 from quantkit.formats.tiers import Tier
 
 
@@ -26,11 +27,22 @@ class AffineWeight:
     def packed(self, tier: Tier) -> tuple[mx.array, mx.array, mx.array]:
         """Return the stored tensors: integers packed into uint32 (..., out, in * bits / 32), little
         end first, scales and biases (..., out, groups)."""
-        eights = self.q.reshape(*self.q.shape[:-1], -1, 8).astype(mx.uint64)
-        shifts = mx.arange(8, dtype=mx.uint64) * tier.bits
-        words = (eights << shifts).sum(axis=-1, keepdims=True).view(mx.uint8)[..., : tier.bits]
-        flat = mx.contiguous(words.reshape(*self.q.shape[:-1], -1))
-        return flat.view(mx.uint32), self.scales, self.biases
+        rows = self.q.reshape(-1, self.q.shape[-1])
+        step = max(1, memory_limits().decoded_values // rows.shape[1])
+        words = []
+        for start in range(0, len(rows), step):
+            words.append(_packed_rows(rows[start : start + step], tier.bits))
+            mx.eval(words[-1])  # temporaries take nine bytes per value
+        packed = mx.concatenate(words).reshape(*self.q.shape[:-1], -1)
+        return packed, self.scales, self.biases
+
+
+def _packed_rows(rows: mx.array, bits: int) -> mx.array:
+    """Pack integers (rows, in) into uint32 (rows, in * bits / 32), eight of them at a time."""
+    eights = rows.reshape(len(rows), -1, 8).astype(mx.uint64)
+    shifts = mx.arange(8, dtype=mx.uint64) * bits
+    words = (eights << shifts).sum(axis=-1, keepdims=True).view(mx.uint8)[..., :bits]
+    return mx.contiguous(words.reshape(len(rows), -1)).view(mx.uint32)
 
 
 def concatenate(weights: list[AffineWeight], axis: int) -> AffineWeight:

@@ -86,9 +86,7 @@ def _back(model: StreamingModel, number: int, call: Call, at_output: mx.array) -
             def run(x: mx.array, batch: Call = batch) -> mx.array:
                 return module.run(replace(batch, x=x))
 
-            _, (at_input,) = mx.vjp(run, [batch.x], [at_output[start : start + len(batch.x)]])
-            mx.eval(at_input)
-            gradients.append(at_input)
+            gradients += module.vjp(run, [batch.x], at_output[start : start + len(batch.x)])
     return mx.concatenate(gradients)
 
 

@@ -18,7 +18,6 @@ from quantkit.artifacts.plan import Plan
 from quantkit.backend import mx
 from quantkit.backend.memory_limits import memory_limits
 from quantkit.errors import InputError
-from quantkit.formats.affine import AffineWeight, concatenate
 from quantkit.formats.codec import to_numpy
 from quantkit.formats.tiers import Tier
 from quantkit.progress import Progress
@@ -176,7 +175,7 @@ class ImatrixQuantization:
         rows, width = weight.shape[-2:]
         step = max(1, memory_limits().block_values // width)
         read = rows if len(weight.shape) > 2 else step  # experts are read whole
-        blocks: list[AffineWeight] = []
+        blocks: list[tuple[mx.array, ...]] = []
         for matrix, importance in enumerate(self.imatrix.importance[name]):
             for first in range(matrix * rows, (matrix + 1) * rows, read):
                 values = self.model.values(name, first, min(first + read, (matrix + 1) * rows))
@@ -188,9 +187,9 @@ class ImatrixQuantization:
                         tier,
                         scales_dtype(weight),
                     )
-                    mx.eval(block.q, block.scales, block.biases)
-                    blocks.append(block)
-        return tuple(to_numpy(tensor) for tensor in concatenate(blocks, axis=0).packed(tier))
+                    blocks.append(block.packed(tier))
+                    mx.eval(blocks[-1])
+        return tuple(to_numpy(mx.concatenate(list(x))) for x in zip(*blocks, strict=True))
 
     def expert_inputs(self, folder: Path) -> dict[str, ExpertInputs]:
         """Return how many inputs the experts of each stack had."""

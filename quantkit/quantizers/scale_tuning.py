@@ -249,8 +249,7 @@ class ScaleTuner:
                 return module.run_with(replace(call, x=x), self._products(number, tried))
 
             changes = [state[f"{key} change"] for key in keys]
-            _, (at_input, *slopes) = mx.vjp(run, [call.x, *changes], [g])
-            mx.eval(at_input, slopes)
+            at_input, *slopes = module.vjp(run, [call.x, *changes], g)
         self._move(state, dict(zip(keys, slopes, strict=True)), step)
         moved = {k: np.array(v) for k, v in state.items() if k.rpartition(" ")[2] in _MOMENTS}
         self._work.save_arrays(f"tune-{number}-{(step + 1) % 2}.npz", moved)

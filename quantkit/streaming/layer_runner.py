@@ -10,7 +10,7 @@ stay packed on a GPU, for mlx's kernels; on the CPU experts are plain products.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from importlib.metadata import version
 from typing import Any
@@ -35,6 +35,9 @@ from quantkit.streaming.weight_loader import (
     VocabularyTable,
 )
 from quantkit.units import version_numbers
+
+_CHECKED_TOKENS = 32
+_TOLERANCE = 1e-3  # of the largest logit
 
 
 class _EnoughError(Exception):
@@ -69,15 +72,31 @@ class StreamingModel:
     def run(self, tokens: mx.array, seen: Callable[[int, Call, mx.array], None]) -> mx.array:
         """Return the output of the last layer (batch, tokens, hidden) for tokens (batch, tokens).
 
-        `seen` receives the number, the call and the output of every layer. Raises SourceError if
-        the model changes the output between two layers, or if a layer returns NaN.
+        `seen` receives the number, the call and the output of every layer. Raises SourceError as
+        `require_layerwise` does, or if a layer returns NaN.
         """
+        self.require_layerwise(tokens)
+        last: list[mx.array] = []
+
+        def until_last(number: int, call: Call, y: mx.array) -> None:
+            seen(number, call, y)
+            if number == len(self.layers) - 1:
+                last.append(y)
+                raise _EnoughError
+
+        with suppress(_EnoughError):
+            self._logits(tokens, until_last)
+        return last[0]
+
+    def _logits(self, tokens: mx.array, seen: Callable[[int, Call, mx.array], None]) -> mx.array:
+        """Return the logits; `seen` receives the number, call and output of every layer."""
         last: list[mx.array] = []
 
         def through(number: int, layer: StreamedModule) -> Callable[[Call], mx.array]:
             def run(call: Call) -> mx.array:
                 self._require_passed_on(number, last, call)
                 y = layer.run(call)
+                self._require_single(call, y)
                 if not mx.isfinite(y).all().item():
                     raise SourceError(
                         f"layer {number} ({layer.path}): its output is not finite. Is the "
@@ -85,30 +104,42 @@ class StreamingModel:
                     )
                 last[:] = [y]
                 seen(number, call, y)
-                if number == len(self.layers) - 1:
-                    raise _EnoughError
                 return y
 
             return run
 
-        try:
-            with self._instead([through(*numbered) for numbered in enumerate(self.layers)]):
-                self.model(tokens)
-        except _EnoughError:
-            self._is_layerwise = True
-        return last[0]
+        with self._instead([through(*numbered) for numbered in enumerate(self.layers)]):
+            logits: mx.array = self.model(tokens)
+        return logits
 
     def require_layerwise(self, tokens: mx.array) -> None:
-        """Raise SourceError for a model that changes the output between two layers.
+        """Raise SourceError unless the model is its layers, each called once in turn, and a head.
 
-        `tokens` (batch, tokens) show it in a run of the first sequence, unless the model has run
-        before.
+        The start of the first sequence of `tokens` (batch, tokens) shows it, once for a model.
         """
-        if not self._is_layerwise:
-            self.run(tokens[:1], lambda *_: None)
+        if self._is_layerwise:
+            return
+        outputs: list[mx.array] = []
+        expected = self._logits(
+            tokens[:1, :_CHECKED_TOKENS], lambda _number, _call, y: outputs.append(y)
+        )
+        logits = self.head(outputs[: len(self.layers)][-1])
+        if (mx.abs(logits - expected).max() > _TOLERANCE * mx.abs(expected).max()).item():
+            raise SourceError(
+                f"{self.source.inventory.model_type}: computes more than its layers once and its "
+                "head; such models cannot be profiled."
+            )
+        self._is_layerwise = True
+
+    def _require_single(self, call: Call, y: Any) -> None:
+        if not isinstance(y, mx.array) or y.ndim != 3 or y.shape != call.x.shape:
+            raise SourceError(
+                f"{self.source.inventory.model_type}: its layers pass more than one array; such "
+                "models cannot be profiled."
+            )
 
     def _require_passed_on(self, number: int, last: list[mx.array], call: Call) -> None:
-        if last and not mx.array_equal(last[0], call.x):
+        if number and last and not mx.array_equal(last[0], call.x):
             raise SourceError(
                 f"{self.source.inventory.model_type}: changes the output between layers "
                 f"{number - 1} and {number}; such models cannot be profiled."
@@ -283,7 +314,11 @@ class StreamingModel:
         for path, module in list(self.model.named_modules()):
             if path in owned and not f"{path}.".startswith(inside):
                 parent, _, name = path.rpartition(".")
-                setattr(submodule(self.model, parent), name, self._wrapped(path, module))
+                owner = submodule(self.model, parent)
+                if isinstance(owner, list):
+                    owner[int(name)] = self._wrapped(path, module)
+                else:
+                    setattr(owner, name, self._wrapped(path, module))
 
     def _wrapped(self, path: str, module: Any) -> StreamedModule:
         weight = self.weights.get(path)

@@ -185,9 +185,27 @@ class HookedLayer:
                 return self._run(Call(x, trace.call.args, trace.call.kwargs))
 
         zeros = [mx.zeros_like(trace.values(readout)) for readout in readouts]
-        _, (at_input, *at_readouts) = mx.vjp(run, [trace.call.x, *zeros], [g])
-        mx.eval(at_input, at_readouts)
+        at_input, *at_readouts = self.vjp(run, [trace.call.x, *zeros], g)
         return at_input, dict(zip(readouts, at_readouts, strict=True))
+
+    def vjp(
+        self, run: Callable[..., mx.array], inputs: Sequence[mx.array], g: mx.array
+    ) -> list[mx.array]:
+        """Return the gradients at the `inputs` of `run`, which runs the layer, evaluated.
+
+        `g` (batch, tokens, hidden) is the gradient at its output; results have the shapes of the
+        inputs.
+        """
+        modules = [self.module, *(hook.module for hook in (*self._hooks.values(), *self._holders))]
+        for module in modules:
+            module.train()  # mlx-lm then avoids Metal kernels, which have no gradients
+        try:
+            _, gradients = mx.vjp(run, list(inputs), [g])
+            mx.eval(gradients)
+        finally:
+            for module in modules:
+                module.eval()
+        return gradients
 
     def rerun(self, trace: LayerTrace, name: str, readout: Readout | None) -> mx.array:
         """Return the values (..., width) at `readout` (None: the layer's output) after a change of
@@ -270,6 +288,7 @@ class HookedLayer:
             stack = hasattr(module, "instead") and tier.quantized
             if stack or "scales" in module:
                 tensors = encode(values, tier) if quantized is None else quantized.packed(tier)
+                mx.eval(tensors)
                 if stack:
                     module.instead = decoded_matrices(tensors, tier)
                 else:
@@ -278,6 +297,8 @@ class HookedLayer:
                 module.weight = fake_quantize(values, tier)
             else:
                 module.weight = quantized.dequantized(tier)
+            mx.eval(module.parameters())
+            del values, quantized  # they would stay in memory while the layer runs
             yield
         finally:
             if hasattr(module, "instead"):

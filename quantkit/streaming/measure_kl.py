@@ -37,8 +37,8 @@ def measure_kl(
     none does. `done` receives the number of each measured change.
     """
     removed = removed or [{} for _ in changes]
-    start = model.calls(tokens)
     model.require_layerwise(tokens)
+    start = model.calls(tokens)
     together = max(1, memory_limits().stream_bytes // start[0].x.nbytes)
     divergences: list[np.ndarray] = []
     for first in range(0, len(changes), together):
@@ -72,8 +72,9 @@ def _wave(
                     call = Call(streams.get(number, x), dry.args, dry.kwargs)
                     with ExitStack() as stack:
                         for name in names:
-                            values = model.values(name)
-                            stack.enter_context(module.changed(name, values, tiers[name]))
+                            stack.enter_context(
+                                module.changed(name, model.values(name), tiers[name])
+                            )
                         for block in less:
                             routed = block_in_layer(module.module, layer.path, block, blocks[block])
                             stack.enter_context(routed.without(gone[block]))

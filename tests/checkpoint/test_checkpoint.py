@@ -9,6 +9,7 @@ import pytest
 from quantkit.checkpoint.checkpoint import open_folder
 from quantkit.checkpoint.source import file_hashes, open_source
 from quantkit.errors import SourceError
+from quantkit.formats.dtypes import numpy_dtype
 from tests.support import tiny
 
 INDEX = "model.safetensors.index.json"
@@ -146,6 +147,25 @@ def test_structure_is_that_of_names_types_shapes_and_config(tmp_path, checkpoint
     assert open_folder(resharded).id.structure == one
     other = {**tiny.CONFIG, "rope_theta": 5}
     assert open_folder(tiny.write_gpt_oss(tmp_path / "b", config=other)).id.structure != one
+
+
+def test_large_tensors_are_read_in_parts(checkpoint, monkeypatch):
+    """macOS can refuse to read 2 GiB at once."""
+    opened = open_source(str(checkpoint)).checkpoint
+    tensor = max(opened.tensors.values(), key=lambda tensor: tensor.nbytes)
+    count = tensor.nbytes // numpy_dtype(tensor.dtype).itemsize
+    whole = opened.read(tensor, 0, count)
+    asked, preadv = [], os.preadv
+
+    def counting(descriptor, buffers, offset):
+        asked.append(sum(len(buffer) for buffer in buffers))
+        return preadv(descriptor, buffers, offset)
+
+    monkeypatch.setattr("quantkit.checkpoint.checkpoint.os.preadv", counting)
+    monkeypatch.setattr("quantkit.checkpoint.checkpoint._MOST_BYTES", 1000)
+    assert np.array_equal(opened.read(tensor, 0, count), whole)
+    assert max(asked) == 1000
+    assert sum(asked) == tensor.nbytes
 
 
 def test_a_shard_that_shrinks_after_opening(source):

@@ -11,8 +11,18 @@ from quantkit.errors import SourceError
 from quantkit.streaming.layer_runner import StreamingModel
 from quantkit.streaming.measure_kl import measure_kl
 from tests.support import tiny
-from tests.support.families import GEMMA, LLAMA, MOE, write, write_from_model
+from tests.support.families import (
+    GEMMA,
+    GEMMA3N,
+    GEMMA4,
+    LLAMA,
+    MOE,
+    NANBEIGE,
+    write,
+    write_from_model,
+)
 from tests.support.reference import plainly_loaded
+from tests.support.text import words
 
 
 def sources(tmp_path):
@@ -114,6 +124,40 @@ def test_outputs_that_change_between_layers_are_refused_before_anything_is_measu
     sound.require_layerwise(tokens)  # its run has shown it
     with pytest.raises(SourceError, match="changes the output between layers 0 and 1"):
         measure_kl(StreamingModel(source), tokens, [{}], lambda _: None)
+
+
+REFUSED = {
+    "gemma4": (GEMMA4, "gemma4_text: its layers pass more than one array"),
+    "gemma3n": (GEMMA3N, "gemma3n: its layers pass more than one array"),
+    "nanbeige": (NANBEIGE, "nanbeige: computes more than its layers once and its head"),
+    "nanbeige without norms": ({**NANBEIGE, "skip_loop_final_norm": True}, "nanbeige: computes"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_models_that_are_more_than_their_layers_and_head_are_refused(cli, tmp_path, kind):
+    """In one line, by profiles, calibrated quantizers and comparisons alike."""
+    config, message = REFUSED[kind]
+    folder = write_from_model(tmp_path / "src", config)
+    tokens = mx.random.randint(0, 64, (3, 40), key=mx.random.key(0))
+    model = StreamingModel(open_source(str(folder)))
+    if on_cpu():
+        assert mx.allclose(model(tokens), plainly_loaded(folder)(tokens), atol=1e-3).item()
+    with pytest.raises(SourceError, match=message):
+        measure_kl(model, tokens, [{}], lambda _: None)
+    with pytest.raises(SourceError, match=message):
+        StreamingModel(open_source(str(folder))).run(tokens, lambda *_: None)
+    text = words(tmp_path / "text.txt", 3)
+    gptq = ("-r", "uniform-3", "--quantizer", "gptq")
+    for command in (
+        ("profile", folder, "-o", tmp_path / "profile", "--calibration", text, "--tokens", 48),
+        ("quantize", folder, "-o", tmp_path / "out", *gptq, "--calibration", text),
+        ("compare", folder, folder, "--text", text),
+    ):
+        done = cli(*command)
+        assert done.exit_code == 2, done.output
+        assert message in done.stderr
+        assert done.stderr.splitlines()[-1].startswith("error: ")
 
 
 def test_weights_are_let_go(checkpoint):

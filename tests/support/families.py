@@ -40,6 +40,48 @@ GEMMA = {  # its class learns from the tensors that its head is the embedding
     "sliding_window": 16,
     "sliding_window_pattern": 2,
 }
+# Models of which the layers, run once in turn, and the head are not the whole.
+_WINDOWS = {"head_dim": 32, "sliding_window": 16, "max_position_embeddings": 512}
+GEMMA4 = {  # a layer passes its keys and values on
+    **{key: value for key, value in LLAMA.items() if key != "rope_theta"},
+    **_WINDOWS,
+    "model_type": "gemma4_text",
+    "global_head_dim": 32,
+    "sliding_window_pattern": 2,
+    "num_kv_shared_layers": 0,
+    "hidden_size_per_layer_input": 0,
+    "layer_types": ["sliding_attention", "full_attention"],
+}
+GEMMA3N = {  # a layer passes a stack of streams on
+    "model_type": "gemma3n",
+    "eos_token_id": 1,
+    "vocab_size": 64,
+    "text_config": {
+        **LLAMA,
+        **_WINDOWS,
+        "model_type": "gemma3n_text",
+        "intermediate_size": [128, 128],
+        "num_kv_shared_layers": 0,
+        "vocab_size_per_layer_input": 64,
+        "hidden_size_per_layer_input": 32,
+        "rope_local_base_freq": 10000.0,
+        "final_logit_softcapping": 30.0,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "activation_sparsity_pattern": [0.0, 0.0],
+        "altup_num_inputs": 4,
+        "altup_coef_clip": 120.0,
+        "altup_correct_scale": True,
+        "altup_active_idx": 0,
+        "laurel_rank": 16,
+    },
+}
+NANBEIGE = {  # all layers run twice
+    **LLAMA,
+    "model_type": "nanbeige",
+    "num_loops": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 512,
+}
 
 FAMILIES = {  # mixtures of experts
     "qwen3-moe": MOE,
