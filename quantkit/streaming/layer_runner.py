@@ -36,7 +36,6 @@ from quantkit.streaming.weight_loader import (
 )
 from quantkit.units import version_numbers
 
-_CHECKED_TOKENS = 32
 _TOLERANCE = 1e-3  # of the largest logit
 
 
@@ -72,24 +71,10 @@ class StreamingModel:
     def run(self, tokens: mx.array, seen: Callable[[int, Call, mx.array], None]) -> mx.array:
         """Return the output of the last layer (batch, tokens, hidden) for tokens (batch, tokens).
 
-        `seen` receives the number, the call and the output of every layer. Raises SourceError as
-        `require_layerwise` does, or if a layer returns NaN.
+        `seen` receives the number, the call and the output of every layer. Raises SourceError
+        unless the model is its layers, each called once in turn, and a head, or if a layer returns
+        NaN. The first run shows it, by a token that goes on to the head.
         """
-        self.require_layerwise(tokens)
-        last: list[mx.array] = []
-
-        def until_last(number: int, call: Call, y: mx.array) -> None:
-            seen(number, call, y)
-            if number == len(self.layers) - 1:
-                last.append(y)
-                raise _EnoughError
-
-        with suppress(_EnoughError):
-            self._logits(tokens, until_last)
-        return last[0]
-
-    def _logits(self, tokens: mx.array, seen: Callable[[int, Call, mx.array], None]) -> mx.array:
-        """Return the logits; `seen` receives the number, call and output of every layer."""
         last: list[mx.array] = []
 
         def through(number: int, layer: StreamedModule) -> Callable[[Call], mx.array]:
@@ -104,46 +89,48 @@ class StreamingModel:
                     )
                 last[:] = [y]
                 seen(number, call, y)
-                return y
+                if number < len(self.layers) - 1:
+                    return y
+                if self._is_layerwise:
+                    raise _EnoughError
+                return y[:1, :1]
 
             return run
 
-        with self._instead([through(*numbered) for numbered in enumerate(self.layers)]):
-            logits: mx.array = self.model(tokens)
-        return logits
+        with suppress(_EnoughError):
+            with self._instead([through(*numbered) for numbered in enumerate(self.layers)]):
+                logits = self.model(tokens)
+            self._require_head(logits, last[0][:1, :1])
+            self._is_layerwise = True
+        return last[0]
 
     def require_layerwise(self, tokens: mx.array) -> None:
-        """Raise SourceError unless the model is its layers, each called once in turn, and a head.
+        """Raise SourceError unless the model can be run layer by layer, as `run` does.
 
-        The start of the first sequence of `tokens` (batch, tokens) shows it, once for a model.
+        The first sequence of `tokens` (batch, tokens) shows it, unless the model has run before.
         """
-        if self._is_layerwise:
-            return
-        outputs: list[mx.array] = []
-        expected = self._logits(
-            tokens[:1, :_CHECKED_TOKENS], lambda _number, _call, y: outputs.append(y)
-        )
-        logits = self.head(outputs[: len(self.layers)][-1])
+        if not self._is_layerwise:
+            self.run(tokens[:1], lambda *_: None)
+
+    def _refusal(self, habit: str) -> SourceError:
+        kind = self.source.inventory.model_type
+        return SourceError(f"{kind}: {habit}; such models cannot be profiled.")
+
+    def _require_head(self, logits: mx.array, h: mx.array) -> None:
+        expected = self.head(h)
         if (mx.abs(logits - expected).max() > _TOLERANCE * mx.abs(expected).max()).item():
-            raise SourceError(
-                f"{self.source.inventory.model_type}: computes more than its layers once and its "
-                "head; such models cannot be profiled."
-            )
-        self._is_layerwise = True
+            raise self._refusal("computes more than its layers once and its head")
 
     def _require_single(self, call: Call, y: Any) -> None:
         if not isinstance(y, mx.array) or y.ndim != 3 or y.shape != call.x.shape:
-            raise SourceError(
-                f"{self.source.inventory.model_type}: its layers pass more than one array; such "
-                "models cannot be profiled."
-            )
+            raise self._refusal("its layers pass more than one array")
 
     def _require_passed_on(self, number: int, last: list[mx.array], call: Call) -> None:
-        if number and last and not mx.array_equal(last[0], call.x):
-            raise SourceError(
-                f"{self.source.inventory.model_type}: changes the output between layers "
-                f"{number - 1} and {number}; such models cannot be profiled."
-            )
+        if last and number == 0:
+            raise self._refusal("computes more than its layers once and its head")
+        if last and not mx.array_equal(last[0], call.x):
+            between = f"between layers {number - 1} and {number}"
+            raise self._refusal(f"changes the output {between}")
 
     def calls(self, tokens: mx.array) -> list[Call]:
         """Return the call of each layer for tokens (batch, tokens), without running any layer.
