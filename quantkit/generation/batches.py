@@ -98,7 +98,9 @@ class BatchModel:
             for response in responses:
                 place = places[response.uid]
                 if place not in tokens and (among := requests[place].among):
-                    first[place] = np.array(response.logprobs[mx.array(list(among))], np.float32)
+                    # NumPy cannot read bfloat16.
+                    chosen = response.logprobs[mx.array(list(among))].astype(mx.float32)
+                    first[place] = np.array(chosen)
                 answer = tokens.setdefault(place, [])
                 if response.finish_reason != "stop":
                     answer.append(int(response.token))
