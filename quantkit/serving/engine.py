@@ -223,10 +223,11 @@ def _server_module() -> Any:
     try:
         from mlx_lm import server
 
-        server.TextStateMachine, server.ResponseGenerator, server.LRUPromptCache  # noqa: B018
+        server.ResponseGenerator, server.LRUPromptCache  # noqa: B018
+        server.TextStateMachine.split  # noqa: B018  (0.32.0 has none)
     except (ImportError, AttributeError) as exc:
         raise InputError(
-            "`quantkit serve` needs mlx-lm 0.32 or newer, which needs Python 3.11 or newer."
+            "`quantkit serve` needs mlx-lm 0.32.1 or newer, which needs Python 3.11 or newer."
         ) from exc
     return server
 

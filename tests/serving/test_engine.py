@@ -65,10 +65,10 @@ def test_a_repo_that_does_not_load_is_one_line(tmp_path):
         Engine(str(tmp_path / "none"))
 
 
-def test_an_old_mlx_lm_is_one_line(monkeypatch, tmp_path):
-    import mlx_lm.server
-
+@pytest.mark.parametrize("missing", ["TextStateMachine", "TextStateMachine.split"])
+def test_an_old_mlx_lm_is_one_line(monkeypatch, tmp_path, missing):
     (tmp_path / "config.json").write_text("{}")
-    monkeypatch.delattr(mlx_lm.server, "TextStateMachine")
-    with pytest.raises(InputError, match=r"needs mlx-lm 0\.32 or newer, which needs Python 3\.11"):
+    monkeypatch.delattr(f"mlx_lm.server.{missing}")
+    message = r"needs mlx-lm 0\.32\.1 or newer, which needs Python 3\.11"
+    with pytest.raises(InputError, match=message):
         Engine(str(tmp_path))
