@@ -16,9 +16,8 @@ from itertools import pairwise
 from typing import Any
 
 from quantkit.backend import mx
-from quantkit.checkpoint.stock import load_stock
+from quantkit.checkpoint.stock import load_stock, require_repo
 from quantkit.errors import InputError, OutputError, first_line
-from quantkit.generation.chat_model import require_repo
 from quantkit.generation.prompts import Prompt
 
 _TOGETHER, _PREFILL_TOGETHER, _PREFILL_STEP = 32, 8, 2048
@@ -224,7 +223,7 @@ def _server_module() -> Any:
         from mlx_lm import server
 
         server.ResponseGenerator, server.LRUPromptCache  # noqa: B018
-        server.TextStateMachine.split  # noqa: B018  (0.32.0 has none)
+        server.TextStateMachine.split  # noqa: B018  (missing in 0.32.0)
     except (ImportError, AttributeError) as exc:
         raise InputError(
             "`quantkit serve` needs mlx-lm 0.32.1 or newer, which needs Python 3.11 or newer."
