@@ -118,6 +118,8 @@ class Engine:
                     state = context.text_sm.make_state(context.initial_state)
                     yield Prefill(cached, len(prompt.tokens), cached)
                 elif isinstance(item, tuple):
+                    # Served alone, a context comes before mlx-lm looks into the prompt cache.
+                    cached = max(context.prompt_cache_count, 0)
                     yield Prefill(cached + item[0], len(prompt.tokens), cached)
                 else:
                     segments: Sequence[tuple[str, str]] = ()

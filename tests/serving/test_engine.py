@@ -1,7 +1,10 @@
 """Models without channels, real ones, and the fit to mlx-lm."""
 
+import time
+
 import openai
 import pytest
+from mlx_lm.models.cache import LRUPromptCache
 
 from quantkit.demo.build import plain_checkpoint
 from quantkit.errors import InputError, OutputError
@@ -45,6 +48,19 @@ def test_a_prompt_that_was_read_to_its_end_is_answered_again(llama):
             model="m", messages=QUESTION, temperature=0, max_tokens=1
         )
         assert said.choices[0].message.content
+
+
+def test_a_seeded_answer_counts_the_tokens_that_were_read_before(llama, monkeypatch):
+    fetch = LRUPromptCache.fetch_nearest_cache
+
+    def slowly(*arguments):
+        time.sleep(0.2)
+        return fetch(*arguments)
+
+    monkeypatch.setattr(LRUPromptCache, "fetch_nearest_cache", slowly)
+    for _ in range(2):
+        said = llama.chat.completions.create(model="m", messages=QUESTION, seed=1, max_tokens=2)
+    assert said.usage.prompt_tokens_details.cached_tokens >= said.usage.prompt_tokens - 2
 
 
 def test_a_vocabulary_of_another_kind_is_prompted_by_its_template(tmp_path):
