@@ -4,9 +4,29 @@ from pathlib import Path
 from typing import Any
 
 from quantkit.backend import mx  # noqa: F401  (before mlx-lm: see backend)
+from quantkit.checkpoint.hub import cached_folder, is_repo_id
 from quantkit.errors import CalibrationError, OutputError, UntrustedCodeError
 
 _MOST = 200  # characters of a foreign message
+
+
+def require_repo(repo: str) -> None:
+    """Check that `repo` is a folder with a model, or a Hub id. Raises OutputError."""
+    folder = Path(repo)
+    if not folder.is_dir() and not is_repo_id(repo):
+        raise OutputError(f"{repo}: neither a folder nor a Hub id (user/name).")
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise OutputError(f"{repo}: not a model: config.json is missing.")
+
+
+def repo_folder(repo: str) -> Path | None:
+    """Return the folder of a repo that has been loaded, from the Hub's cache if need be."""
+    if Path(repo).is_dir():
+        return Path(repo)
+    try:
+        return cached_folder(repo)
+    except Exception:  # noqa: BLE001  (huggingface_hub raises anything)
+        return None
 
 
 def load_stock(repo: str, *, trust_remote_code: bool = False) -> tuple[Any, Any]:

@@ -138,7 +138,8 @@ def eval(  # noqa: A001  (the name of the command)
     from quantkit.jobs.evaluate import evaluate
     from quantkit.publish.record import read_report
 
-    report = read_report(Path(out)) if outputs.record else None
+    if outputs.record:
+        read_report(Path(out))  # a repo without a report is refused before the run
     request = _request(options, answers, outputs)
     console.note(speed_hint())
     with console.Bars() as progress:
@@ -152,13 +153,14 @@ def eval(  # noqa: A001  (the name of the command)
         for one in measured if outputs.show else ():
             scores.print_answers(one)
     if outputs.record:
+        report = read_report(Path(out))  # other runs may have recorded scores meanwhile
         console.record(Path(out), scores=_merged(report, [one.score for one in measured]))
 
 
-def _merged(report: "Report | None", new: "Sequence[Score]") -> "tuple[Score, ...]":
+def _merged(report: "Report", new: "Sequence[Score]") -> "tuple[Score, ...]":
     """Return the scores of a report, with those of the same benchmarks replaced by `new` ones."""
-    old = () if report is None else report.scores
-    kept = [score for score in old if score.benchmark not in {one.benchmark for one in new}]
+    measured = {one.benchmark for one in new}
+    kept = [score for score in report.scores if score.benchmark not in measured]
     return (*kept, *new)
 
 

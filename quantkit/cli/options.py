@@ -18,11 +18,14 @@ QUANTIZER, TEXT, OUTPUT = "Quantizer", "Calibration text", "Output"
 RUNTIME = "Runtime"
 
 
-def named_path(text: str) -> Path:
-    """Return a path with ~ expanded. Refuses the empty string, which would mean this folder."""
-    if not text.strip():
+def named_path(text: str | Path) -> Path:
+    """Return a path with ~ expanded. Refuses the empty string, which would mean this folder.
+
+    A default, which newer versions of typer parse as well, is a path already.
+    """
+    if not str(text).strip():
         raise typer.BadParameter("is empty. Name a file or folder.")
-    return user_path(text)
+    return user_path(str(text))
 
 
 Src = Annotated[

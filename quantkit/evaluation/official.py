@@ -21,6 +21,17 @@ _TYPES = {"dict": "object", "float": "number", "tuple": "array", "any": "string"
 _PUNKT = "tokenizers/punkt_tab/english"
 
 
+def require_checker(scorer: str) -> None:
+    """Check that the official checker behind a scorer, if it has one, is installed.
+
+    Raises InputError.
+    """
+    if scorer == "instructions":
+        _ifeval()
+    elif scorer == "call":
+        _bfcl()
+
+
 def follows_instructions(item: Mapping[str, Any], response: str) -> bool:
     """Return whether a response follows all instructions of an IFEval item (strict).
 

@@ -100,19 +100,30 @@ class AnswerFormat:
         calls: list[Call] = []
         for piece in text.split(start)[1:]:
             body = piece.partition(end)[0] if end else piece
-            for call in parse_calls(self._tokenizer, body, functions):
-                calls.append((str(call["name"]), dict(call["arguments"])))
+            calls += parse_calls(self._tokenizer, body, functions)
         return calls
 
 
-def parse_calls(tokenizer: Any, text: str, functions: Functions) -> list[Any]:
-    """Return the calls in a text by mlx-lm's parser for a model without channels."""
+def parse_calls(tokenizer: Any, text: str, functions: Functions) -> list[Call]:
+    """Return the calls in a text by mlx-lm's parser for a model without channels.
+
+    A malformed call is the model's fault, and no call.
+    """
     try:
         tools = [{"type": "function", "function": dict(function)} for function in functions]
         parsed = tokenizer.tool_parser(text, tools)
-    except Exception:  # noqa: BLE001  (a malformed call is the model's fault, and no call)
+        json.dumps(parsed)  # a parser of Python's literals can return sets or bytes
+    except Exception:  # noqa: BLE001  (parsers raise anything)
         return []
-    return parsed if isinstance(parsed, list) else [parsed]
+    calls = parsed if isinstance(parsed, list) else [parsed]
+    return [(call["name"], call.get("arguments") or {}) for call in calls if _is_call(call)]
+
+
+def _is_call(call: Any) -> bool:
+    """Return whether a parsed call has a name and, if any, arguments that are an object."""
+    if not isinstance(call, dict) or not isinstance(call.get("name"), str):
+        return False
+    return bool(call["name"]) and isinstance(call.get("arguments") or {}, dict)
 
 
 def _json_calls(deltas: Sequence[Delta]) -> list[Call]:

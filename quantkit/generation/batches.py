@@ -11,9 +11,8 @@ import numpy as np
 
 from quantkit.backend import mx, on_cpu
 from quantkit.backend.cpu_functions import speed_up_mlx
-from quantkit.checkpoint.stock import load_stock
+from quantkit.checkpoint.stock import load_stock, repo_folder, require_repo
 from quantkit.errors import OutputError, first_line
-from quantkit.generation.chat_model import repo_folder, require_repo
 from quantkit.generation.memory import sequences_that_fit
 from quantkit.streaming.experts import plain_switch_linear
 
@@ -71,29 +70,12 @@ class BatchModel:
         The default is 16 on a CPU; on a GPU 32, or as many as fit if all become as long as they
         may.
         """
-        from mlx_lm.generate import BatchGenerator
         from mlx_lm.sample_utils import make_sampler
 
         size = batch or self._default_batch(requests)
         mx.random.seed(seed)
-        generator = BatchGenerator(
-            self._model,
-            stop_tokens=[[token] for token in self.tokenizer.eos_token_ids],
-            sampler=make_sampler(temp=temperature, top_p=top_p),
-            completion_batch_size=size,
-            prefill_batch_size=min(size, 8),
-        )
-        try:
-            numbers = generator.insert(
-                [list(request.prompt) for request in requests],
-                [request.max_tokens for request in requests],
-            )
-            places = {uid: place for place, uid in enumerate(numbers)}
-            yield from self._completions(generator, requests, places)
-        except (RuntimeError, ValueError) as exc:
-            raise OutputError(f"mlx-lm failed to generate ({first_line(exc)}).") from exc
-        finally:
-            generator.close()
+        sampler = make_sampler(temp=temperature, top_p=top_p)
+        yield from complete(self._model, self.tokenizer, requests, sampler, size)
 
     def _default_batch(self, requests: Sequence[Request]) -> int:
         if on_cpu():
@@ -101,22 +83,54 @@ class BatchModel:
         longest = max((len(one.prompt) + one.max_tokens for one in requests), default=0)
         return sequences_that_fit(self._folder, longest, _GPU_BATCH)
 
-    def _completions(
-        self, generator: Any, requests: Sequence[Request], places: dict[int, int]
-    ) -> Iterator[Completion]:
-        tokens: dict[int, list[int]] = {}
-        first: dict[int, np.ndarray] = {}
-        while responses := generator.next_generated():
-            for response in responses:
-                place = places[response.uid]
-                if place not in tokens and (among := requests[place].among):
-                    first[place] = np.array(response.logprobs[mx.array(list(among))], np.float32)
-                answer = tokens.setdefault(place, [])
-                if response.finish_reason != "stop":
-                    answer.append(int(response.token))
-                if response.finish_reason is not None:
-                    cut = response.finish_reason == "length"
-                    yield Completion(place, answer, cut, first.get(place))
+
+def complete(
+    model: Any, tokenizer: Any, requests: Sequence[Request], sampler: Any, size: int = _GPU_BATCH
+) -> Iterator[Completion]:
+    """Yield the answers of an mlx-lm model as they end, `size` prompts at a time.
+
+    Raises OutputError.
+    """
+    from mlx_lm.generate import BatchGenerator
+
+    generator = BatchGenerator(
+        model,
+        stop_tokens=[[token] for token in tokenizer.eos_token_ids],
+        sampler=sampler,
+        completion_batch_size=size,
+        prefill_batch_size=min(size, 8),
+    )
+    try:
+        numbers = generator.insert(
+            [list(request.prompt) for request in requests],
+            [request.max_tokens for request in requests],
+        )
+        places = {uid: place for place, uid in enumerate(numbers)}
+        yield from _completions(generator, requests, places)
+    except (RuntimeError, ValueError) as exc:
+        raise OutputError(f"mlx-lm failed to generate ({first_line(exc)}).") from exc
+    finally:
+        generator.close()
+
+
+def _completions(
+    generator: Any, requests: Sequence[Request], places: dict[int, int]
+) -> Iterator[Completion]:
+    tokens: dict[int, list[int]] = {}
+    first: dict[int, np.ndarray] = {}
+    while responses := generator.next_generated():
+        for response in responses:
+            place = places[response.uid]
+            if place not in tokens and (among := requests[place].among):
+                # NumPy cannot read bfloat16.
+                chosen = response.logprobs[mx.array(list(among))].astype(mx.float32)
+                first[place] = np.array(chosen)
+            answer = tokens.setdefault(place, [])
+            if response.finish_reason != "stop":
+                answer.append(int(response.token))
+            if response.finish_reason is not None:
+                cut = response.finish_reason == "length"
+                yield Completion(place, answer, cut, first.get(place))
 
 
 def _dequantize(model: Any) -> None:

@@ -3,14 +3,13 @@
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from quantkit.backend import mx
 from quantkit.calibration.chat_template import Message, normalize_messages
-from quantkit.checkpoint.hub import cached_folder, is_repo_id
-from quantkit.checkpoint.stock import load_stock
+from quantkit.checkpoint.stock import load_stock, repo_folder, require_repo
 from quantkit.errors import InputError, OutputError, first_line
+from quantkit.generation.batches import Request, complete
 from quantkit.generation.harmony import Channels, Delta
 from quantkit.generation.prompts import Prompt, Wishes, open_prompts
 
@@ -81,29 +80,19 @@ class ChatModel:
 
         `tools` holds the tools of every chat. Raises InputError if the template refuses a chat.
         """
-        import mlx_lm
         from mlx_lm.sample_utils import make_sampler
 
-        mx.random.seed(sampling.seed)
-        prompts = [
-            self._prompt(chat, sampling.effort, offered).tokens
+        requests = [
+            Request(self._prompt(chat, sampling.effort, offered).tokens, sampling.max_tokens)
             for chat, offered in zip(chats, tools or [None] * len(chats), strict=True)
         ]
-        try:
-            response = mlx_lm.batch_generate(
-                self._model,
-                self._tokenizer,
-                prompts,
-                max_tokens=sampling.max_tokens,
-                sampler=make_sampler(temp=sampling.temperature, top_p=sampling.top_p),
-            )
-        except (RuntimeError, ValueError) as exc:
-            raise OutputError(f"mlx-lm failed to generate ({first_line(exc)}).") from exc
-        tokens = [self._tokenizer.encode(text, add_special_tokens=False) for text in response.texts]
-        return [
-            list(self._channels.deltas(ids)) if len(ids) < sampling.max_tokens else None
-            for ids in tokens
-        ]
+        mx.random.seed(sampling.seed)
+        sampler = make_sampler(temp=sampling.temperature, top_p=sampling.top_p)
+        answers: list[list[Delta] | None] = [None] * len(requests)
+        for done in complete(self._model, self._tokenizer, requests, sampler):
+            if not done.truncated:
+                answers[done.number] = list(self._channels.deltas(done.tokens))
+        return answers
 
     def _prompt(self, messages: Sequence[Message], effort: str | None, tools: Any = None) -> Prompt:
         chat = normalize_messages(messages)
@@ -162,22 +151,3 @@ class ChatModel:
         if end:
             self._caches.insert_cache(_CHAT, shared, copy.deepcopy(cache))
         return cache, end
-
-
-def require_repo(repo: str) -> None:
-    """Check that `repo` is a folder with a model, or a Hub id. Raises OutputError."""
-    folder = Path(repo)
-    if not folder.is_dir() and not is_repo_id(repo):
-        raise OutputError(f"{repo}: neither a folder nor a Hub id (user/name).")
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise OutputError(f"{repo}: not a model: config.json is missing.")
-
-
-def repo_folder(repo: str) -> Path | None:
-    """Return the folder of a repo that has been loaded, from the Hub's cache if need be."""
-    if Path(repo).is_dir():
-        return Path(repo)
-    try:
-        return cached_folder(repo)
-    except Exception:  # noqa: BLE001  (huggingface_hub raises anything)
-        return None

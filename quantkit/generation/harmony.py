@@ -62,7 +62,7 @@ class HarmonyReader:
     def __init__(self, channels: Channels) -> None:
         self._channels = channels
         self._text = channels.tokenizer.detokenizer
-        self._text.reset()
+        self._begin_text()
         self._message = 0
         self._header: list[int] = []
         self._words: list[str] = []
@@ -93,6 +93,13 @@ class HarmonyReader:
         self._waiting = ""
         return deltas
 
+    def _begin_text(self) -> None:
+        """Begin a text behind a mark: mlx-lm's detokenizers drop a space where nothing precedes."""
+        self._text.reset()
+        if self._channels.has_channels:
+            self._text.add_token(next(iter(self._channels.marks)))
+            _ = self._text.last_segment
+
     def _marked(self, mark: str) -> list[Delta]:
         if mark == "constrain":
             self._read_section()
@@ -118,7 +125,7 @@ class HarmonyReader:
         deltas = self._open() if self._section else []
         self._text.finalize()
         deltas += self._spoken(str(self._text.last_segment))
-        self._text.reset()
+        self._begin_text()
         bare = self._channel is None and self._recipient is None
         if not bare:
             self._message += 1

@@ -20,6 +20,7 @@ from quantkit.calibration.chat_template import (
 )
 from quantkit.errors import InputError
 from quantkit.generation.harmony import ANALYSIS, COMMENTARY, FINAL
+from quantkit.generation.schemas import shown_schema
 
 # The vocabulary of gpt-oss, as tiktoken names it.
 _O200K = "446a9538cb6c348e3516120d7c08b09f57c36495e2acfffe59a5bf8b0cfb1a2d"
@@ -291,20 +292,8 @@ def _tool(function: Mapping[str, Any]) -> Any:
     parameters = function.get("parameters") or None
     described = str(function.get("description") or "")
     return ToolDescription(
-        name=str(function["name"]), description=described, parameters=_typed(parameters)
+        name=str(function["name"]), description=described, parameters=shown_schema(parameters)
     )
-
-
-def _typed(schema: Any) -> Any:
-    """Return a schema whose lists of values have a type, without which they are not shown."""
-    if isinstance(schema, Mapping):
-        typed = {key: _typed(value) for key, value in schema.items()}
-        values = schema.get("enum")
-        texts = isinstance(values, list) and all(isinstance(value, str) for value in values)
-        if texts and "type" not in schema:
-            typed["type"] = "string"
-        return typed
-    return [_typed(item) for item in schema] if isinstance(schema, list) else schema
 
 
 def _call(call: Mapping[str, Any]) -> tuple[str, str, str]:

@@ -26,7 +26,7 @@ from quantkit.evaluation.benchmarks import (
     load_items,
     sample,
 )
-from quantkit.evaluation.official import function_schemas
+from quantkit.evaluation.official import function_schemas, require_checker
 from quantkit.evaluation.paired import difference, wilson
 from quantkit.evaluation.records import Record, Records
 from quantkit.evaluation.scorers import verdict
@@ -94,12 +94,15 @@ def evaluate(
     """Score a repo (a folder or Hub id that mlx-lm loads) on benchmarks.
 
     With `against`, another repo answers the same items. Finished records are read, unfinished
-    ones go on. Raises InputError.
+    ones go on. Raises InputError, before anything is hashed or loaded if a checker is missing.
     """
     progress = progress or Progress()
     if request.limit is not None and request.limit < 1:
         raise InputError("`limit` must be 1 or more.")
-    loaded = [load_items(load_benchmark(name), request.data) for name in request.benchmarks]
+    benchmarks = [load_benchmark(name) for name in request.benchmarks]
+    for benchmark in benchmarks:
+        require_checker(benchmark.scorer)
+    loaded = [load_items(benchmark, request.data) for benchmark in benchmarks]
     names = [resolved(name) for name in (repo, against) if name is not None]
     rows = [_EvaluatedModel(name, request, progress).records(loaded) for name in names]
     results = []

@@ -15,9 +15,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from quantkit.checkpoint.stock import load_stock
+from quantkit.checkpoint.stock import load_stock, require_repo
 from quantkit.errors import InputError, OutputError, first_line
-from quantkit.generation.chat_model import require_repo
 from quantkit.generation.prompts import Prompt
 
 _TOGETHER, _PREFILL_TOGETHER, _PREFILL_STEP = 32, 8, 2048
@@ -118,6 +117,8 @@ class Engine:
                     state = context.text_sm.make_state(context.initial_state)
                     yield Prefill(cached, len(prompt.tokens), cached)
                 elif isinstance(item, tuple):
+                    # Served alone, a context comes before mlx-lm looks into the prompt cache.
+                    cached = max(context.prompt_cache_count, 0)
                     yield Prefill(cached + item[0], len(prompt.tokens), cached)
                 else:
                     segments: Sequence[tuple[str, str]] = ()
@@ -222,10 +223,11 @@ def _server_module() -> Any:
     try:
         from mlx_lm import server
 
-        server.TextStateMachine, server.ResponseGenerator, server.LRUPromptCache  # noqa: B018
+        server.ResponseGenerator, server.LRUPromptCache  # noqa: B018
+        server.TextStateMachine.split  # noqa: B018  (missing in 0.32.0)
     except (ImportError, AttributeError) as exc:
         raise InputError(
-            "`quantkit serve` needs mlx-lm 0.32 or newer, which needs Python 3.11 or newer."
+            "`quantkit serve` needs mlx-lm 0.32.1 or newer, which needs Python 3.11 or newer."
         ) from exc
     return server
 

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from quantkit.calibration.chat_template import Message
+from quantkit.checkpoint.stock import repo_folder
 from quantkit.errors import InputError, first_line
 from quantkit.generation.answers import parse_calls
-from quantkit.generation.chat_model import repo_folder
 from quantkit.generation.harmony import COMMENTARY, FINAL, Channels, Delta, HarmonyReader
 from quantkit.generation.memory import prompt_cache_bytes
 from quantkit.generation.prompts import (
@@ -307,12 +307,11 @@ class AnswerReader:
         pieces: list[Piece] = []
         if self._tool:
             tool, self._tool = self._tool, ""
-            parsed = parse_calls(self._tokenizer, tool, self._functions)
-            calls = [call for call in parsed if isinstance(call, dict) and call.get("name")]
-            for number, call in enumerate(calls):
-                arguments = json.dumps(call.get("arguments") or {}, ensure_ascii=False)
+            calls = parse_calls(self._tokenizer, tool, self._functions)
+            for number, (name, arguments) in enumerate(calls):
+                written = json.dumps(arguments, ensure_ascii=False)
                 key = (CALL, self._number, number, tool)
-                pieces.append(self._piece(CALL, key, arguments, str(call["name"])))
+                pieces.append(self._piece(CALL, key, written, name))
             if not calls:
                 pieces += self._text(tool, (TEXT,))
         if text and state == "reasoning":

@@ -7,7 +7,8 @@ import pytest
 from quantkit.artifacts.scores import Answer
 from quantkit.checkpoint.stock import load_tokenizer
 from quantkit.errors import InputError
-from quantkit.generation.answers import AnswerFormat
+from quantkit.generation.answers import AnswerFormat, parse_calls
+from quantkit.generation.harmony import Delta
 from tests.support import standin
 
 TODAY = date(2025, 8, 5)
@@ -104,9 +105,39 @@ class Thinking:
     ],
 )
 def test_models_without_channels(text, expected, monkeypatch):
-    from quantkit.generation import harmony
-
     plain = AnswerFormat(Thinking(), None, TODAY)
-    delta = harmony.Delta("final", text)
+    delta = Delta("final", text)
     monkeypatch.setattr(plain._channels, "deltas", lambda tokens: iter([delta]))
     assert plain.answer([1], truncated=False, functions=[FUNCTION]) == expected
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        '{"arguments": {"a": 1}}',
+        '{"name": null, "arguments": {"a": 1}}',
+        '{"name": ["gcd"], "arguments": {"a": 1}}',
+        '{"name": "gcd", "arguments": [1, 2]}',
+        '{"name": "gcd", "arguments": "a=1"}',
+        '"gcd"',
+        "null",
+        "[7, null]",
+    ],
+)
+def test_a_malformed_call_is_no_call(call):
+    assert parse_calls(Thinking(), call, [FUNCTION]) == []
+    both = f'[{call}, {{"name": "gcd", "arguments": {{"a": 1}}}}]'
+    assert parse_calls(Thinking(), both, [FUNCTION]) == [("gcd", {"a": 1})]
+
+
+def test_a_malformed_call_is_an_answer_without_calls(monkeypatch):
+    plain = AnswerFormat(Thinking(), None, TODAY)
+    text = '<tool_call>{"arguments": {"a": 1}}</tool_call>'
+    monkeypatch.setattr(plain._channels, "deltas", lambda tokens: iter([Delta("final", text)]))
+    assert plain.answer([1], truncated=False, functions=[FUNCTION]) == Answer(text, [])
+
+
+def test_arguments_that_are_not_json_are_no_call():
+    tokenizer = Thinking()
+    tokenizer.tool_parser = lambda text, tools: {"name": "gcd", "arguments": {"a": {1, 2}}}
+    assert parse_calls(tokenizer, "[gcd(a={1, 2})]", [FUNCTION]) == []

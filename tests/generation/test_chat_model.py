@@ -34,3 +34,10 @@ def test_a_raw_answer_has_its_marks(model):
         model.raw_answer([{"role": "user", "content": "x"}], SamplingParameters(max_tokens=3))
     )
     assert len(texts) == 3
+
+
+def test_answers_that_reach_the_longest_length_are_none(model):
+    """Babble seldom is read as the tokens that it was written in."""
+    chats = [[{"role": "user", "content": f"{number}"}] for number in range(8)]
+    cut = SamplingParameters(max_tokens=12, temperature=1.0)
+    assert model.answers(chats, cut) == [None] * len(chats)

@@ -11,6 +11,7 @@ import pytest
 
 from quantkit.artifacts.scores import VERDICTS
 from quantkit.errors import InputError
+from quantkit.evaluation import official
 from quantkit.jobs.evaluate import EvaluationRequest, EvaluationSettings, evaluate
 from quantkit.publish.record import read_report
 from tests.support import standin
@@ -153,6 +154,17 @@ def test_refusals(model, asked, options, message):
 def test_not_a_model(asked, tmp_path):
     with pytest.raises(InputError, match="not a model"):
         evaluate(str(tmp_path), asked("gsm8k"))
+
+
+@pytest.mark.parametrize(("benchmark", "checkers"), [("ifeval", "lm-eval"), ("bfcl", "bfcl-eval")])
+def test_missing_checkers_are_noticed_first(model, asked, monkeypatch, benchmark, checkers):
+    monkeypatch.setattr("quantkit.jobs.evaluate.BatchModel", None)  # loading would fail
+    monkeypatch.setattr("quantkit.jobs.evaluate._file_hashes", None)
+    monkeypatch.setattr(official, "find_spec", lambda package: None)
+    official._ifeval.cache_clear()
+    official._bfcl.cache_clear()
+    with pytest.raises(InputError, match=f"the checkers of {checkers} are not installed"):
+        evaluate(str(model), asked("gsm8k", benchmark))
 
 
 def test_scores_enter_report_and_card(cli, model, data, tmp_path):

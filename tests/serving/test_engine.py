@@ -1,7 +1,10 @@
 """Models without channels, real ones, and the fit to mlx-lm."""
 
+import time
+
 import openai
 import pytest
+from mlx_lm.models.cache import LRUPromptCache
 
 from quantkit.demo.build import plain_checkpoint
 from quantkit.errors import InputError, OutputError
@@ -47,6 +50,19 @@ def test_a_prompt_that_was_read_to_its_end_is_answered_again(llama):
         assert said.choices[0].message.content
 
 
+def test_a_seeded_answer_counts_the_tokens_that_were_read_before(llama, monkeypatch):
+    fetch = LRUPromptCache.fetch_nearest_cache
+
+    def slowly(*arguments):
+        time.sleep(0.2)
+        return fetch(*arguments)
+
+    monkeypatch.setattr(LRUPromptCache, "fetch_nearest_cache", slowly)
+    for _ in range(2):
+        said = llama.chat.completions.create(model="m", messages=QUESTION, seed=1, max_tokens=2)
+    assert said.usage.prompt_tokens_details.cached_tokens >= said.usage.prompt_tokens - 2
+
+
 def test_a_vocabulary_of_another_kind_is_prompted_by_its_template(tmp_path):
     """It has channels, but not the vocabulary that openai-harmony knows."""
     with served.serve(standin.write_own(tmp_path / "own")) as server:
@@ -65,10 +81,10 @@ def test_a_repo_that_does_not_load_is_one_line(tmp_path):
         Engine(str(tmp_path / "none"))
 
 
-def test_an_old_mlx_lm_is_one_line(monkeypatch, tmp_path):
-    import mlx_lm.server
-
+@pytest.mark.parametrize("missing", ["TextStateMachine", "TextStateMachine.split"])
+def test_an_old_mlx_lm_is_one_line(monkeypatch, tmp_path, missing):
     (tmp_path / "config.json").write_text("{}")
-    monkeypatch.delattr(mlx_lm.server, "TextStateMachine")
-    with pytest.raises(InputError, match=r"needs mlx-lm 0\.32 or newer, which needs Python 3\.11"):
+    monkeypatch.delattr(f"mlx_lm.server.{missing}")
+    message = r"needs mlx-lm 0\.32\.1 or newer, which needs Python 3\.11"
+    with pytest.raises(InputError, match=message):
         Engine(str(tmp_path))
