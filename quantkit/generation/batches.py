@@ -5,6 +5,7 @@ On a CPU, where quantized products are slow, the weights are dequantized to floa
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -72,20 +73,22 @@ class BatchModel:
         """
         from mlx_lm.sample_utils import make_sampler
 
-        size = batch or self._default_batch(requests)
+        size = batch or default_batch(self._folder, requests)
         mx.random.seed(seed)
         sampler = make_sampler(temp=temperature, top_p=top_p)
         yield from complete(self._model, self.tokenizer, requests, sampler, size)
 
-    def _default_batch(self, requests: Sequence[Request]) -> int:
-        if on_cpu():
-            return _CPU_BATCH
-        longest = max((len(one.prompt) + one.max_tokens for one in requests), default=0)
-        return sequences_that_fit(self._folder, longest, _GPU_BATCH)
+
+def default_batch(folder: Path | None, requests: Sequence[Request]) -> int:
+    """Return how many requests to a repo in `folder` are answered at once."""
+    if on_cpu():
+        return _CPU_BATCH
+    longest = max((len(one.prompt) + one.max_tokens for one in requests), default=0)
+    return sequences_that_fit(folder, longest, _GPU_BATCH)
 
 
 def complete(
-    model: Any, tokenizer: Any, requests: Sequence[Request], sampler: Any, size: int = _GPU_BATCH
+    model: Any, tokenizer: Any, requests: Sequence[Request], sampler: Any, size: int
 ) -> Iterator[Completion]:
     """Yield the answers of an mlx-lm model as they end, `size` prompts at a time.
 

@@ -9,7 +9,7 @@ from quantkit.backend import mx
 from quantkit.calibration.chat_template import Message, normalize_messages
 from quantkit.checkpoint.stock import load_stock, repo_folder, require_repo
 from quantkit.errors import InputError, OutputError, first_line
-from quantkit.generation.batches import Request, complete
+from quantkit.generation.batches import Request, complete, default_batch
 from quantkit.generation.harmony import Channels, Delta
 from quantkit.generation.prompts import Prompt, Wishes, open_prompts
 
@@ -42,7 +42,8 @@ class ChatModel:
 
         self._model, self._tokenizer = load_stock(repo, trust_remote_code=trust_remote_code)
         self._channels = Channels(self._tokenizer)
-        self._prompts = open_prompts(self._tokenizer, repo_folder(repo))
+        self._folder = repo_folder(repo)
+        self._prompts = open_prompts(self._tokenizer, self._folder)
         self._caches = LRUPromptCache(_TURNS)
         self.reread = 0
         """How many tokens of the messages of the last prompt had not been read before."""
@@ -89,7 +90,8 @@ class ChatModel:
         mx.random.seed(sampling.seed)
         sampler = make_sampler(temp=sampling.temperature, top_p=sampling.top_p)
         answers: list[list[Delta] | None] = [None] * len(requests)
-        for done in complete(self._model, self._tokenizer, requests, sampler):
+        size = default_batch(self._folder, requests)
+        for done in complete(self._model, self._tokenizer, requests, sampler, size):
             if not done.truncated:
                 answers[done.number] = list(self._channels.deltas(done.tokens))
         return answers
