@@ -93,7 +93,7 @@ class AnswerOptions:
         typer.Option(
             min=1,
             rich_help_panel=RUNTIME,
-            help="Prompts answered at once. Default: 32, 16 on a CPU.",
+            help="Prompts answered at once. Default: as many as fit, at most 32; 16 on a CPU.",
         ),
     ] = None
     trust_remote_code: TrustRemoteCode = False
