@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+from quantkit.backend import mx  # noqa: F401  (before mlx-lm: see backend)
 from quantkit.checkpoint.stock import load_stock, require_repo
 from quantkit.errors import InputError, OutputError, first_line
 from quantkit.generation.prompts import Prompt
