@@ -48,7 +48,7 @@ from quantkit.writer.writer import Rewrite, rewrite
 
 TUNED = 60  # steps
 MORE_TOKENS = 65536  # four times the default
-LONGER = 240  # steps, with more tokens
+LONGER, LONGEST = 240, 320  # steps, with more tokens
 NEIGHBOURS = 8192  # tokens to evaluate on, a fifth of the documents that calibrate
 
 
@@ -115,8 +115,8 @@ def recipe_plans(source: Source, profile: SensitivityProfile) -> Groups:
                 Row(f"{label}, gptq", pinned),
                 Row(f"{label}, gptq, tuned for {TUNED} steps", replace(pinned, tuning_steps=TUNED)),
                 Row(
-                    f"{label}, gptq on {MORE_TOKENS:,} tokens, tuned for {LONGER} steps",
-                    replace(pinned, tuning_steps=LONGER),
+                    f"{label}, gptq on {MORE_TOKENS:,} tokens, tuned for {LONGEST} steps",
+                    replace(pinned, tuning_steps=LONGEST),
                     MORE_TOKENS,
                 ),
             ]
