@@ -8,7 +8,6 @@ from quantkit.checkpoint.model_config import ModelConfig
 from quantkit.errors import InputError
 from quantkit.storage.json_files import load_json
 
-_SHARE = 8  # of the memory is an eighth
 _LEAST = 256 << 20  # bytes
 _UNKNOWN = 16 << 30  # bytes of memory, where the device does not tell
 
@@ -30,7 +29,7 @@ def prompt_cache_bytes(folder: Path | None) -> int:
     They are fewer where the weights of a repo and the cache of a prompt, as long as budgets plan
     for, leave less.
     """
-    share = int(mx.device_info().get("memory_size", _UNKNOWN)) // _SHARE
+    share = int(mx.device_info().get("memory_size", _UNKNOWN)) // 8
     try:
         left = share if folder is None else _left(folder) - _kv(folder, MemoryTarget().context)
     except InputError:

@@ -80,10 +80,11 @@ def _product(weight: AffineWeight, tier: Tier) -> Product:
     q, scales, biases = weight.q, weight.scales, weight.biases
     if q.ndim == 2:
         return linear_product(lambda x: _times(q, tier)(x, scales, biases))
-    by_expert = list(zip(*(mx.split(x, len(q)) for x in (scales, biases)), strict=True))
+    by_expert = list(zip(*(mx.split(x, len(q)) for x in (q, scales, biases)), strict=True))
 
     def times(rows: mx.array, expert: int) -> mx.array:
-        return _times(q[expert], tier)(rows, *(x.squeeze(0) for x in by_expert[expert]))
+        integers, *others = (x.squeeze(0) for x in by_expert[expert])
+        return _times(integers, tier)(rows, *others)
 
     return experts_product(ExpertMatrices(q.shape, times))
 

@@ -27,7 +27,8 @@ def decoded_matrices(tensors: Sequence[mx.array], tier: Tier) -> ExpertMatrices:
     packed, *scales = _wide(tensors)
 
     def times(rows: mx.array, expert: int) -> mx.array:
-        return rows @ decode((packed[expert], *(x[expert] for x in scales)), tier, "F32").T
+        one = slice(expert, expert + 1)  # a view: an index would copy
+        return rows @ decode((packed[one], *(x[one] for x in scales)), tier, "F32").squeeze(0).T
 
     width = packed.shape[-1] * 32 // tier.bits
     return ExpertMatrices((*packed.shape[:-1], width), times)
